@@ -1,0 +1,68 @@
+# make setup: environment, dependencies, native module.   make demo: the main job.   make test: everything CI checks.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The first Python from 3.11 on; PYTHON=/path/to/python chooses another one.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Stamps are named for the content that they stand for, so that a checkout or a revert does what it should.
+digest = $(shell { echo "$(CURDIR)"; cat $(1); } | sha256sum | cut -c 1-16)
+KERNEL_SOURCES := $(sort $(wildcard kernels/CMakeLists.txt kernels/*.cc kernels/*.h))
+DEPENDENCIES := $(VENV)/.dependencies-$(call digest,pyproject.toml constraints.txt)
+NATIVE := $(VENV)/.native-$(call digest,pyproject.toml $(KERNEL_SOURCES))
+
+# Processes for the tests; two suit two cores, where the tests that start Ray share them.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+.PHONY: help setup demo lint test test-all bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: | $(NATIVE)  ## Make .venv with the pinned dependencies and build the native module; quick when nothing changed
+
+# Dependencies and tools first, then lowprec itself without build isolation: what builds it is pinned as well.
+$(DEPENDENCIES):
+	@test -n "$(PYTHON)" || { echo "lowprec needs Python 3.11 or newer; python3 is $$(python3 --version 2>&1)." \
+	  "Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo "lowprec needs a C++17 compiler and found no c++; on Debian: apt-get install g++" >&2; exit 1; }
+	@test -e $(BIN)/python && $(BIN)/python -m pip --version >/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python -c 'import os, sys, sysconfig; header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
+	  os.path.exists(header) or sys.exit(f"lowprec builds a native module and misses {header}; on Debian: apt-get install python3-dev")'
+	@rm -f $(VENV)/.dependencies-* $(VENV)/.native-*
+	$(PIP) install -c constraints.txt cmake ninja nanobind scikit-build-core
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cpu,dev]'
+	@touch $@ $(NATIVE)
+
+$(NATIVE): | $(DEPENDENCIES)
+	@test -e $@ || $(PIP) install --no-build-isolation --no-deps -e .
+	@rm -f $(VENV)/.native-*; touch $@
+
+demo: setup  ## Make traffic, train a small model, search, confirm, report: everything on this machine
+	$(BIN)/lowprec demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint  ## What CI checks: ruff, mypy and all tests but the slow ones
+	$(PYTEST) -m 'not slow'
+
+test-all: lint  ## The slow tests too
+	$(PYTEST)
+
+bench: setup  ## Run one benchmark: make bench NAME=exact (a file in tests/benchmarks)
+	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench NAME=...: one of" \
+	  $(filter-out demo_model,$(basename $(notdir $(wildcard tests/benchmarks/*.py)))) >&2; exit 1; }
+	@$(BIN)/python tests/benchmarks/$(NAME).py
+
+clean:  ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis lowprec/_native*.so
+	rm -rf kernels/.cmake kernels/.ninja_* kernels/.skbuild-info.json kernels/CMakeCache.txt kernels/CMakeFiles \
+	  kernels/CMakeInit.txt kernels/build.ninja kernels/cmake_install.cmake kernels/*.a
+	find lowprec jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +

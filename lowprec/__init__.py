@@ -1,0 +1,13 @@
+"""lowprec finds the cheapest numeric precision for every embedding table of a recommendation model, and proves it."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "query"]
+
+
+def query(sql: str, root: str = "runs") -> Any:
+    """The answer of a SQL query over the results under `root`, as a pandas DataFrame; see `lowprec.results.query`."""
+    from lowprec.results import query as run_query
+
+    return run_query(sql, root)

@@ -1,0 +1,12 @@
+"""Types of the compiled module; see kernels/bindings.cc and kernels/rowwise.h."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+SOURCE_DIGEST: str
+
+def quantize_rows(rows: NDArray[np.float32], bits: int, out: NDArray[np.uint8], num_threads: int = 1) -> int: ...
+def quantize_gathered(
+    table: NDArray[np.float32], ids: NDArray[np.int64], bits: int, out: NDArray[np.uint8], num_threads: int = 1
+) -> int: ...
+def dequantize_rows(codes: NDArray[np.uint8], bits: int, out: NDArray[np.float32], num_threads: int = 1) -> None: ...

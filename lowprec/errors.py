@@ -1,0 +1,71 @@
+"""Every error that lowprec raises on purpose.
+
+A message says what was asked, where, what came and what to do, in one sentence. The command line prints the message
+and exits with `exit_code`; `--debug` shows the traceback as well.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "KernelError",
+    "LowprecError",
+    "ModelError",
+    "PlanError",
+    "QueryError",
+    "ResultsError",
+    "TrafficError",
+    "WeightError",
+    "WorkerError",
+]
+
+
+class LowprecError(Exception):
+    """Root of the tree: catch this to catch all of lowprec."""
+
+    exit_code = 3
+
+
+class ConfigError(LowprecError, ValueError):
+    """A config file, an option or an environment variable is wrong."""
+
+    exit_code = 64
+
+
+class PlanError(LowprecError, ValueError):
+    """A plan does not fit the model, the checkpoint or the plan format."""
+
+    exit_code = 64
+
+
+class QueryError(LowprecError, ValueError):
+    """A query is not valid SQL, or would change the results."""
+
+    exit_code = 64
+
+
+class TrafficError(LowprecError, ValueError):
+    """Traffic cannot be read as the config describes it."""
+
+
+class CheckpointError(LowprecError, ValueError):
+    """A checkpoint cannot be read, or holds another model."""
+
+
+class ModelError(LowprecError, TypeError):
+    """A model cannot be built, or does not keep the contract."""
+
+
+class WeightError(LowprecError, ValueError):
+    """A weight has no low-precision form (NaN, Inf, or beyond fp16 range)."""
+
+
+class ResultsError(LowprecError, OSError):
+    """The results root cannot be read or written."""
+
+
+class WorkerError(LowprecError, RuntimeError):
+    """A worker failed for good."""
+
+
+class KernelError(LowprecError, ImportError):
+    """The native module is missing or does not load."""

@@ -1,0 +1,205 @@
+"""Precisions, units and plans: the words that every other part speaks."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowprec.errors import PlanError
+
+__all__ = ["Plan", "PlanFile", "Precision", "Unit", "precision_counts", "read_plan", "write_plan"]
+
+PLAN_SCHEMA_VERSION = 1
+
+
+class Precision(enum.StrEnum):
+    """Storage format of a table, from the most to the least exact."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored value."""
+        return int(self.value.lstrip("fpint"))
+
+    @property
+    def is_rowwise(self) -> bool:
+        """Whether a row carries its own fp16 scale and bias."""
+        return self.value.startswith("int")
+
+    @classmethod
+    def parse(cls, text: str, *, where: str) -> Precision:
+        """The precision called `text`; raises `PlanError` naming `where`."""
+        try:
+            return cls(text)
+        except ValueError:
+            allowed = ", ".join(cls)
+            raise PlanError(f'{where}: precision must be one of {allowed}; got "{text}"') from None
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Something with rows or weights that gets a precision of its own.
+
+    `name` begins with its kind: `table:user_id`. A table has `num_rows` rows of `dim` fp32 values.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        kind, _, rest = self.name.partition(":")
+        if kind not in ("table", "layer") or not rest:
+            raise PlanError(f'unit "{self.name}": a unit is called table:NAME or layer:NAME')
+        if self.num_rows <= 0 or self.dim <= 0:
+            raise PlanError(f'unit "{self.name}": rows and dim must be positive; got {self.num_rows} x {self.dim}')
+
+
+@dataclass(frozen=True)
+class Plan(Mapping[str, Precision]):
+    """One precision for every unit of a model, nothing left out, in the model's own order of units."""
+
+    precisions: Mapping[str, Precision]
+
+    @classmethod
+    def of(cls, units: Iterable[Unit], precisions: Mapping[str, Precision]) -> Plan:
+        """The plan for `units`; raises `PlanError` when a unit is missing or unknown."""
+        names = [unit.name for unit in units]
+        missing = [name for name in names if name not in precisions]
+        unknown = [name for name in precisions if name not in set(names)]
+        if missing or unknown:
+            parts = [
+                f"{label}: {', '.join(found)}"
+                for label, found in (("misses", missing), ("does not know", unknown))
+                if found
+            ]
+            raise PlanError(
+                f"plan does not fit the model, which has {len(names)} units ({_preview(names)}): "
+                + "; ".join(parts)
+                .replace("misses:", "the plan misses")
+                .replace("does not know:", "the model does not know")
+            )
+        return cls({name: precisions[name] for name in names})
+
+    @classmethod
+    def uniform(cls, units: Iterable[Unit], precision: Precision) -> Plan:
+        """The plan that gives every unit the same precision."""
+        return cls({unit.name: precision for unit in units})
+
+    def replace(self, changes: Mapping[str, Precision]) -> Plan:
+        """This plan with some units changed; raises `PlanError` on a unit that it does not have."""
+        for name in changes:
+            if name not in self.precisions:
+                raise PlanError(f'plan has no unit "{name}"; it has {_preview(list(self.precisions))}')
+        return Plan({**self.precisions, **changes})
+
+    def __getitem__(self, name: str) -> Precision:
+        return self.precisions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.precisions)
+
+    def __len__(self) -> int:
+        return len(self.precisions)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.precisions.items()))
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What `plan.json` holds: a plan, the checkpoint it was made for, its bytes and its evidence."""
+
+    plan: Plan
+    model: str
+    checkpoint_sha256: str
+    size_bytes: int
+    row_alignment: int = 1
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_plan(file: PlanFile, path: Path) -> None:
+    """Write `plan.json`, whole or not at all."""
+    document = {
+        "schema_version": PLAN_SCHEMA_VERSION,
+        "model": file.model,
+        "checkpoint_sha256": file.checkpoint_sha256,
+        "row_alignment": file.row_alignment,
+        "units": {
+            name: {"precision": str(p), **({"range": "minmax"} if p.is_rowwise else {})}
+            for name, p in file.plan.items()
+        },
+        "bytes": file.size_bytes,
+        "evidence": dict(file.evidence),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(path)
+
+
+def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
+    """Read and check a plan against a model.
+
+    Raises `PlanError` when the file is not a plan, misses or invents a unit, or was made for another checkpoint
+    (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
+    """
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise PlanError(f"plan {path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise PlanError(f"plan {path}: is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("schema_version") != PLAN_SCHEMA_VERSION:
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        raise PlanError(f"plan {path}: schema_version must be {PLAN_SCHEMA_VERSION}; got {version!r}")
+    absent = [key for key in ("units", "checkpoint_sha256", "bytes") if key not in document]
+    if absent or not isinstance(document["units"], dict):
+        raise PlanError(f"plan {path}: misses {', '.join(absent) or 'a mapping of units'}")
+    made_for = document["checkpoint_sha256"]
+    if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
+        raise PlanError(
+            f"plan {path}: was made for checkpoint {made_for[:12]}, the model's is {checkpoint_sha256[:12]}; "
+            "search again, or point model.checkpoint at the file that the plan was made for"
+        )
+    precisions = {name: _unit_precision(name, entry, path) for name, entry in document["units"].items()}
+    try:
+        plan = Plan.of(units, precisions)
+    except PlanError as error:
+        raise PlanError(f"plan {path}: {error}") from None
+    return PlanFile(
+        plan=plan,
+        model=str(document.get("model", "")),
+        checkpoint_sha256=made_for,
+        size_bytes=int(document["bytes"]),
+        row_alignment=int(document.get("row_alignment", 1)),
+        evidence=document.get("evidence", {}),
+    )
+
+
+def precision_counts(precisions: Iterable[str]) -> str:
+    """How many units have each precision, the most frequent first: `int4:13 int8:8`."""
+    counts = Counter(precisions)
+    return " ".join(f"{precision}:{count}" for precision, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+
+
+def _unit_precision(name: str, entry: Any, path: Path) -> Precision:
+    if not isinstance(entry, dict) or "precision" not in entry:
+        raise PlanError(f'plan {path}: unit "{name}" needs {{"precision": ...}}; got {entry!r}')
+    if entry.get("range", "minmax") != "minmax":
+        raise PlanError(f'plan {path}: unit "{name}": range must be minmax; got {entry["range"]!r}')
+    return Precision.parse(str(entry["precision"]), where=f'plan {path}: unit "{name}"')
+
+
+def _preview(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,93 @@
+"""Plans hold one precision for every unit, and a plan file comes back as it was written."""
+
+import json
+
+import pytest
+
+from lowprec.errors import PlanError
+from lowprec.plan import Plan, PlanFile, Precision, Unit, precision_counts, read_plan, write_plan
+
+UNITS = (Unit("table:a", 10, 4), Unit("table:b", 20, 8))
+PLAN = Plan({"table:a": Precision.INT4, "table:b": Precision.FP16})
+
+
+@pytest.fixture
+def plan_path(tmp_path):
+    path = tmp_path / "deep" / "plan.json"
+    write_plan(PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"gap_pct": 0.01}), path)
+    return path
+
+
+def rewritten(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_round_trip(plan_path):
+    file = read_plan(plan_path, units=UNITS, checkpoint_sha256="ab" * 32)
+    assert file == PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"gap_pct": 0.01})
+    assert json.loads(plan_path.read_text())["units"]["table:a"] == {"precision": "int4", "range": "minmax"}
+    assert not list(plan_path.parent.glob("*.partial"))
+
+
+def test_a_plan_lists_every_unit_in_the_order_of_the_model():
+    plan = Plan.of(UNITS, {"table:b": Precision.FP16, "table:a": Precision.INT4})
+    assert list(plan) == ["table:a", "table:b"]
+    assert plan == PLAN and hash(plan) == hash(PLAN)
+    assert precision_counts([*plan.values(), Precision.INT4]) == "int4:2 fp16:1"
+
+
+@pytest.mark.parametrize(
+    ("precisions", "said"),
+    [
+        ({"table:a": Precision.INT4}, "the plan misses table:b"),
+        ({"table:a": Precision.INT4, "table:b": Precision.INT4, "table:c": Precision.INT4}, "does not know table:c"),
+    ],
+)
+def test_a_plan_that_misses_or_invents_a_unit_cannot_exist(precisions, said):
+    with pytest.raises(PlanError, match=said):
+        Plan.of(UNITS, precisions)
+
+
+def test_replacing_an_unknown_unit_is_an_error():
+    with pytest.raises(PlanError, match='no unit "table:z"'):
+        PLAN.replace({"table:z": Precision.INT8})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["units"].pop("table:b"), "misses table:b"),
+        (lambda d: d["units"].update({"table:zz": {"precision": "int8"}}), "does not know table:zz"),
+        (lambda d: d["units"]["table:a"].update(precision="int5"), 'fp32, fp16, int8, int4, int2; got "int5"'),
+        (lambda d: d["units"]["table:a"].update(range="mse"), "range must be minmax"),
+        (lambda d: d["units"].update({"table:a": "int4"}), "needs"),
+        (lambda d: d.update(schema_version=9), "schema_version must be 1"),
+        (lambda d: d.pop("bytes"), "misses bytes"),
+        (lambda d: d.update(checkpoint_sha256="cd" * 32), "was made for checkpoint cdcdcdcdcdcd"),
+    ],
+)
+def test_a_plan_file_that_does_not_fit_is_refused(plan_path, change, said):
+    with pytest.raises(PlanError, match=said) as caught:
+        read_plan(rewritten(plan_path, change), units=UNITS, checkpoint_sha256="ab" * 32)
+    assert str(plan_path) in str(caught.value)
+
+
+def test_a_plan_for_another_snapshot_is_accepted_when_asked(plan_path):
+    assert read_plan(plan_path, units=UNITS, checkpoint_sha256=None).plan == PLAN
+
+
+def test_unreadable_plan_files(tmp_path):
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_plan(tmp_path / "none.json", units=UNITS, checkpoint_sha256=None)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(PlanError, match="is not JSON"):
+        read_plan(tmp_path / "bad.json", units=UNITS, checkpoint_sha256=None)
+
+
+@pytest.mark.parametrize("name", ["a", "row:a", "table:"])
+def test_units_are_named_by_kind(name):
+    with pytest.raises(PlanError, match="table:NAME"):
+        Unit(name, 1, 1)
