@@ -1,0 +1,115 @@
+"""Where traffic lies: a path or a URL becomes a sorted list of Parquet files."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from lowprec.errors import TrafficError
+
+__all__ = ["Source", "SourceFile", "arrow_sentence", "find_files", "locate", "open_parquet"]
+
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+# Read-ahead of one column. With it a column chunk is streamed page by page instead of being loaded whole, which is
+# what keeps memory constant for any row-group size. An object store wants fewer, larger requests.
+LOCAL_BUFFER_BYTES = 1 << 16
+REMOTE_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One Parquet file. `path` is for the file system, `name` for people, `partition` from `key=value` folders."""
+
+    path: str
+    name: str
+    partition: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a dataset, sorted by path, and the file system that holds them."""
+
+    filesystem: pafs.FileSystem
+    files: tuple[SourceFile, ...]
+
+
+def find_files(path: str) -> Source:
+    """The Parquet files at a file, a folder (at any depth) or a `pyarrow.fs` URL (`s3://`, `gs://`, `file://`).
+
+    Hidden names (beginning with `.` or `_`) are left out. Raises `TrafficError` when nothing readable is there.
+    """
+    filesystem, root, prefix = locate(path)
+    try:
+        info = filesystem.get_file_info(root)
+        if info.type == pafs.FileType.NotFound:
+            raise TrafficError(f"traffic {path}: there is no such file or folder; check traffic.path")
+        if info.type == pafs.FileType.File:
+            return Source(filesystem, (SourceFile(root, prefix + root),))
+        found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    except (OSError, pa.ArrowException) as error:
+        raise TrafficError(f"traffic {path}: cannot be listed: {arrow_sentence(error)}") from None
+    files = []
+    for entry in found:
+        inner = posixpath.relpath(entry.path, root)
+        hidden = any(part.startswith((".", "_")) for part in inner.split("/"))
+        if entry.type == pafs.FileType.File and not hidden and entry.path.endswith(PARQUET_SUFFIXES):
+            files.append(SourceFile(entry.path, prefix + entry.path, _partition(inner)))
+    if not files:
+        raise TrafficError(
+            f"traffic {path}: the folder holds no Parquet file (a name ending in {', '.join(PARQUET_SUFFIXES)}) "
+            f"among {len(found)} entries; check traffic.path"
+        )
+    return Source(filesystem, tuple(sorted(files, key=lambda file: file.path)))
+
+
+def locate(path: str) -> tuple[pafs.FileSystem, str, str]:
+    """The file system of a path or URL, the path inside it, and what to put before such paths to show them."""
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)), ""
+    try:
+        filesystem, inner = pafs.FileSystem.from_uri(path)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise TrafficError(f"traffic {path}: the URL cannot be opened: {arrow_sentence(error)}") from None
+    return filesystem, inner.rstrip("/") or "/", "" if scheme == "file" else f"{scheme}://"
+
+
+def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
+    """The opened file; raises `TrafficError` with its name when it is truncated, corrupt, gone or no Parquet."""
+    is_local = isinstance(source.filesystem, pafs.LocalFileSystem)
+    try:
+        return pq.ParquetFile(
+            file.path,
+            filesystem=source.filesystem,
+            pre_buffer=False,
+            buffer_size=LOCAL_BUFFER_BYTES if is_local else REMOTE_BUFFER_BYTES,
+            page_checksum_verification=True,
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise TrafficError(
+            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): {arrow_sentence(error)}"
+        ) from None
+
+
+def arrow_sentence(error: Exception) -> str:
+    """What Arrow said, on one line, without the C++ details."""
+    text = " ".join(str(error).split())
+    return text.partition(". Detail:")[0].removesuffix(".") or type(error).__name__
+
+
+def _partition(inner: str) -> dict[str, str | None]:
+    values: dict[str, Any] = {}
+    for part in inner.split("/")[:-1]:
+        key, separator, value = part.partition("=")
+        if separator and key:
+            values[unquote(key)] = None if value == NULL_PARTITION else unquote(value)
+    return values

@@ -1,0 +1,88 @@
+"""Windows: half-open ranges of time, and how they are written and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from lowprec.errors import ConfigError
+from lowprec.traffic.schema import TimeUnit
+
+__all__ = ["Window", "format_time", "format_window", "parse_window"]
+
+UNITS_PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Integers whose date falls outside these years are counters more likely than clocks, and are shown bare.
+_CLOCK_YEARS = range(1990, 2100)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The times t with start <= t < end, as integers in the unit of the traffic's time; None leaves an end open.
+
+    Traffic without a time column counts rows instead, from 0, in the order of its files.
+    """
+
+    start: int | None = None
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ConfigError(f"window: start must be before end; got [{self.start}, {self.end})")
+
+
+def parse_window(start: int | str | None, end: int | str | None, *, unit: TimeUnit | None, key: str) -> Window:
+    """Read a window from a config section named `key`; texts are ISO 8601, UTC unless they say otherwise.
+
+    `unit` is `TrafficReader.time_unit`: None where windows are row positions, which cannot be given as dates.
+    A date alone is its midnight. Times finer than the unit round up, which keeps the window half-open as written.
+    Raises `ConfigError` naming the key when a text is no date, or when start is not before end.
+    """
+    window_start = _parse_bound(start, unit, f"{key}.start")
+    window_end = _parse_bound(end, unit, f"{key}.end")
+    if window_start is not None and window_end is not None and window_start >= window_end:
+        raise ConfigError(
+            f"{key}: start must be before end (the window is half-open); got start {start!r} and end {end!r}"
+        )
+    return Window(window_start, window_end)
+
+
+def format_time(time: int, unit: TimeUnit | None) -> str:
+    """The time as a reader wants it: `1537799250 (2018-09-24T14:27:30Z)`, or `row 17` where unit is None."""
+    if unit is None:
+        return f"row {time}"
+    seconds, fraction = divmod(time, UNITS_PER_SECOND[unit])
+    try:
+        moment = _EPOCH + timedelta(seconds=seconds)
+    except OverflowError:
+        return str(time)
+    if moment.year not in _CLOCK_YEARS:
+        return str(time)
+    digits = f".{fraction:0{len(str(UNITS_PER_SECOND[unit])) - 1}d}" if fraction else ""
+    return f"{time} ({moment:%Y-%m-%dT%H:%M:%S}{digits}Z)"
+
+
+def format_window(window: Window, unit: TimeUnit | None) -> str:
+    """The window as a reader wants it: `[START, END)`, open ends as `..`."""
+    start, end = (".." if t is None else format_time(t, unit) for t in (window.start, window.end))
+    return f"[{start}, {end})"
+
+
+def _parse_bound(bound: int | str | None, unit: TimeUnit | None, key: str) -> int | None:
+    if bound is None or (isinstance(bound, int) and not isinstance(bound, bool)):
+        return bound
+    if not isinstance(bound, str):
+        raise ConfigError(f"{key}: must be an ISO 8601 date or time, an integer or null; got {bound!r}")
+    if unit is None:
+        raise ConfigError(f"{key}: this traffic has no time column, so windows are row positions; got {bound!r}")
+    try:
+        moment = datetime.fromisoformat(bound.strip())
+    except ValueError:
+        raise ConfigError(
+            f"{key}: must be an ISO 8601 date or time such as 2026-01-31 or 2026-01-31T12:00:00Z, "
+            f"or an integer in {unit} since 1970; got {bound!r}"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    microseconds = (moment - _EPOCH) // timedelta(microseconds=1)
+    return -(-microseconds * UNITS_PER_SECOND[unit] // 10**6)
