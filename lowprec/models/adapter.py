@@ -1,0 +1,244 @@
+"""Low precision inside any `nn.Module`: its embedding bags are found, watched and answered for, never rewritten.
+
+The first pass over a batch runs the model as it is and records every call of an `nn.EmbeddingBag`: which table, which
+ids, what came out. Every later pass over the same batch runs the same model with those outputs replaced. Nothing is
+assumed about how the model gets from its inputs to its tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.errors import ModelError
+from lowprec.ops.bags import BagCall
+from lowprec.plan import Unit
+from lowprec.traffic.batch import Batch
+from lowprec.traffic.schema import Schema
+
+__all__ = ["ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
+
+SparseInput = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model is called with.
+
+    dense: float32[B, num_dense]; sparse: feature -> (indices int64[num_ids], offsets int64[B + 1]), and per-sample
+    weights float32[num_ids] as a third where the feature has them.
+    """
+
+    dense: Tensor
+    sparse: Mapping[str, SparseInput]
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """The fp32 model's logits float32[B], and the calls that led to them in order."""
+
+    logits: Tensor
+    calls: tuple[BagCall, ...]
+
+
+def inputs_of(batch: Batch) -> ModelInputs:
+    """A batch of traffic as tensors, without a copy."""
+    sparse: dict[str, SparseInput] = {}
+    for name, bags in batch.sparse.items():
+        ids, offsets = torch.from_numpy(bags.values), torch.from_numpy(bags.offsets)
+        sparse[name] = (ids, offsets) if bags.weights is None else (ids, offsets, torch.from_numpy(bags.weights))
+    return ModelInputs(torch.from_numpy(batch.dense), sparse)
+
+
+class ModelAdapter:
+    """A user's model with its tables found.
+
+    A table is called by the shortest end of its module path that is unique and does not begin with a digit:
+    `tables.user_id` is `table:user_id`. Bags that share one weight are one table.
+
+    Raises `ModelError` for a model without `nn.EmbeddingBag`, and for bags that low-precision serving has no form for
+    (`max` pooling, `max_norm`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        paths: dict[int, list[tuple[str, nn.EmbeddingBag]]] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, nn.EmbeddingBag):
+                _check_supported(path, module)
+                paths.setdefault(id(module.weight), []).append((path, module))
+        if not paths:
+            raise ModelError(
+                f"model {type(model).__name__}: no nn.EmbeddingBag inside; lowprec gives precisions to nn.EmbeddingBag "
+                "tables, called through their module (TorchScript and compiled models hide them)"
+            )
+        names = _short_names([found[0][0] for found in paths.values()])
+        self._bags = {name: [bag for _, bag in found] for name, found in zip(names, paths.values(), strict=True)}
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The tables, in module order."""
+        return tuple(Unit(f"table:{n}", *map(int, b[0].weight.shape)) for n, b in self._bags.items())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weight [num_rows, dim] of every table, by unit name; no copy."""
+        return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}
+
+    @property
+    def other_embeddings(self) -> tuple[str, ...]:
+        """Paths of `nn.Embedding` modules: they stay fp32, and people are told."""
+        return tuple(path for path, module in self.model.named_modules() if isinstance(module, nn.Embedding))
+
+    def reference(self, inputs: ModelInputs) -> ReferencePass:
+        """Run the model as it is and record the calls of its tables."""
+        calls: list[BagCall] = []
+
+        def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def recorded(
+                input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+            ) -> Tensor:
+                _check_ids(name, bag, input)
+                output = forward(input, offsets, per_sample_weights)
+                calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
+                return output
+
+            return recorded
+
+        with torch.inference_mode(), self._forwards(record):
+            logits = self._logits(inputs)
+        return ReferencePass(logits, tuple(calls))
+
+    def substituted(self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim])."""
+        position = 0
+
+        def replay(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def replayed(*args: Any, **kwargs: Any) -> Tensor:
+                nonlocal position
+                if position == len(outputs) or reference.calls[position].table != f"table:{name}":
+                    raise ModelError(
+                        f'model {type(self.model).__name__}: table "{name}" is called out of order in a second pass '
+                        "over the same batch; the calls of tables must not depend on their outputs"
+                    )
+                position += 1
+                return outputs[position - 1]
+
+            return replayed
+
+        with torch.inference_mode(), self._forwards(replay):
+            return self._logits(inputs)
+
+    def tables_of_features(self, schema: Schema) -> dict[str, str]:
+        """Which table (unit name) each feature's ids reach unchanged; features where none is seen to are left out.
+
+        Found by one call with two made-up rows of one id: the call of a table that receives the very tensor of a
+        feature.
+        """
+        features: dict[str, SparseInput] = {}
+        for feature in schema.sparse:
+            ids, offsets = torch.zeros(2, dtype=torch.int64), torch.arange(3)
+            features[feature.name] = (ids, offsets, torch.ones(2)) if feature.weights else (ids, offsets)
+        reached: dict[int, str] = {}
+
+        def watch(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def watched(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                reached.setdefault(input.data_ptr(), f"table:{name}")
+                return forward(input, *args, **kwargs)
+
+            return watched
+
+        try:
+            with torch.inference_mode(), self._forwards(watch):
+                self.model(torch.zeros(2, len(schema.dense)), features)
+        except Exception:  # a model may refuse made-up rows; what it was seen to do until then is true all the same
+            pass
+        return {name: reached[ids.data_ptr()] for name, (ids, *_) in features.items() if ids.data_ptr() in reached}
+
+    def _logits(self, inputs: ModelInputs) -> Tensor:
+        logits = self.model(inputs.dense, dict(inputs.sparse))
+        num_rows = inputs.dense.shape[0]
+        if not isinstance(logits, Tensor) or logits.numel() != num_rows or not logits.is_floating_point():
+            got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelError(f"model {type(self.model).__name__}: must return {num_rows} float logits; returned {got}")
+        return logits.reshape(num_rows)
+
+    @contextmanager
+    def _forwards(
+        self, wrap: Callable[[str, nn.EmbeddingBag, Callable[..., Tensor]], Callable[..., Tensor]]
+    ) -> Iterator[None]:
+        """Every bag's `forward` wrapped while the context lasts; an instance attribute, so no class changes."""
+        bags = [(name, bag) for name, found in self._bags.items() for bag in found]
+        before = [bag.__dict__.get("forward") for _, bag in bags]
+        try:
+            for name, bag in bags:
+                bag.__dict__["forward"] = wrap(name, bag, bag.forward)
+            yield
+        finally:
+            for (_, bag), forward in zip(bags, before, strict=True):
+                if forward is None:
+                    bag.__dict__.pop("forward", None)
+                else:
+                    bag.__dict__["forward"] = forward
+
+
+def _check_supported(path: str, bag: nn.EmbeddingBag) -> None:
+    if bag.mode not in ("sum", "mean"):
+        raise ModelError(f'model: table "{path}" pools by "{bag.mode}"; low-precision serving has sum and mean')
+    if bag.max_norm is not None:
+        raise ModelError(
+            f'model: table "{path}" has max_norm={bag.max_norm}, which rewrites rows while reading; bake it in'
+        )
+
+
+def _check_ids(name: str, bag: nn.EmbeddingBag, ids: Tensor) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(ids))
+    if low < 0 or high >= bag.num_embeddings:
+        wrong = low if low < 0 else high
+        raise ModelError(
+            f'model: table "{name}" has {bag.num_embeddings} rows and was asked for id {wrong}; set num_embeddings or '
+            "modulo of its feature in traffic.sparse, or traffic.bounds_check: drop or zero"
+        )
+
+
+def _normalised(
+    table: str, bag: nn.EmbeddingBag, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, output: Tensor
+) -> BagCall:
+    if ids.dim() == 2:
+        num_bags, width = ids.shape
+        offsets = torch.arange(num_bags + 1) * width
+    elif offsets is None:
+        raise ModelError(f'model: "{table}" was called with a flat list of ids and no offsets')
+    elif not bag.include_last_offset:
+        offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
+    ids, offsets = ids.reshape(-1).long(), offsets.long()
+    weights = None if weights is None else weights.reshape(-1).float()
+    if bag.padding_idx is not None:
+        keep = ids != bag.padding_idx
+        kept_before = torch.cat([offsets.new_zeros(1), keep.cumsum(0)])
+        ids, offsets, weights = ids[keep], kept_before[offsets], None if weights is None else weights[keep]
+    return BagCall(
+        table, ids.contiguous(), offsets.contiguous(), weights, "mean" if bag.mode == "mean" else "sum", output
+    )
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    def suffix(path: str, length: int) -> str:
+        return ".".join(path.split(".")[-length:])
+
+    names = []
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            name = suffix(path, length)
+            if sum(suffix(other, length) == name for other in paths) == 1 and not name[:1].isdigit():
+                break
+        names.append(name or "embedding")
+    return names

@@ -1,0 +1,216 @@
+"""Weights of a model on disk: load them strictly, read row ranges, save, identify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowprec.errors import CheckpointError, WeightError
+from lowprec.models.tensor_files import TensorSource, open_tensors
+
+__all__ = ["LoadedCheckpoint", "checkpoint_sha256", "load_checkpoint", "read_rows", "save_checkpoint"]
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What was loaded. `cast` maps a tensor that was stored in another format than the model's to that format."""
+
+    path: Path
+    num_tensors: int
+    cast: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
+    """Load every parameter and buffer of `model`, memory-mapped where the format allows it.
+
+    Formats: safetensors (one file, or several with or without an index), `.pt` of `torch.save` (never running pickled
+    code), folders of `torch.distributed.checkpoint` (read into memory). A floating-point tensor stored in another
+    format is cast to the model's, fp32 as a rule, which takes memory and is reported in `cast`. Afterwards no
+    parameter requires a gradient. While the model lives its file may be replaced, but not changed in place.
+
+    Raises `CheckpointError` on missing, unexpected or mis-shaped tensors and unreadable files, `WeightError` on NaN or
+    Inf outside the embedding tables (tables are checked row by row where they are quantized).
+    """
+    path = Path(path)
+    source = open_tensors(path)
+    expected = model.state_dict(keep_vars=True)
+    tied = _tied(expected, source)
+    _check_fit(expected, tied, source, path)
+    tables = _table_weights(model)
+    state: dict[str, Tensor] = {}
+    cast: dict[str, str] = {}
+    for name, wanted in expected.items():
+        if name in tied:
+            continue
+        tensor = source.tensor(name)
+        if tensor.dtype != wanted.dtype:
+            cast[name] = str(tensor.dtype).removeprefix("torch.")
+            tensor = _cast(tensor, wanted.dtype, f'checkpoint {path}: "{name}"')
+        if name not in tables:
+            _check_finite(tensor, f'checkpoint {path}: "{name}"')
+        state[name] = tensor
+    for name, twin in tied.items():
+        if name in source.shapes and not torch.equal(source.tensor(name).to(state[twin].dtype), state[twin]):
+            raise CheckpointError(
+                f'checkpoint {path}: the model ties "{name}" to "{twin}", but they are stored different'
+            )
+        state[name] = state[twin]
+    model.load_state_dict(state, strict=True, assign=True)
+    _tie(model, tied)
+    model.requires_grad_(False)
+    return LoadedCheckpoint(path, len(state), cast)
+
+
+def read_rows(path: str | Path, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
+    """Rows [start, stop) of one tensor, float32[stop - start, ...], without loading the tensor.
+
+    A `torch.distributed.checkpoint` folder is read by whole chunks: those that the range touches, one at a time.
+    """
+    source = open_tensors(Path(path))
+    shape = source.shapes.get(tensor_name)
+    if shape is None:
+        raise CheckpointError(f'checkpoint {path}: has no tensor "{tensor_name}"; it has {_preview(source.shapes)}')
+    if not shape or not 0 <= start <= stop <= shape[0]:
+        raise CheckpointError(f'checkpoint {path}: "{tensor_name}" is {_text(shape)}; asked for rows {start} to {stop}')
+    rows = source.rows(tensor_name, start, stop)
+    return np.array(rows.to(torch.float32).numpy())
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the model's state as one safetensors file, whole or not at all.
+
+    `metadata` goes into the header, as one JSON entry called lowprec: several entries come in an order that changes
+    from run to run, and the same model must give the same bytes.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"checkpoint {path}: is written as safetensors; give it a name that ends in .safetensors")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"lowprec": json.dumps(dict(metadata or {}), sort_keys=True)}
+        save_file(_unshared(model.state_dict()), partial, metadata=header)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+
+
+def checkpoint_sha256(path: str | Path) -> str:
+    """The identity of a checkpoint: SHA-256 of its file.
+
+    Of several files: SHA-256 over the lines "relative name, space, SHA-256 of the file", sorted by name.
+    """
+    path = Path(path)
+    source = open_tensors(path)
+    try:
+        if source.files == (path,):
+            return _file_sha256(path)
+        lines = sorted(f"{file.relative_to(source.root).as_posix()} {_file_sha256(file)}\n" for file in source.files)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _tied(expected: Mapping[str, Tensor], source: TensorSource) -> dict[str, str]:
+    """Names of one and the same tensor: each further name -> the name that it is loaded by."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = {}
+    for same in names.values():
+        first = next((name for name in same if name in source.shapes), same[0])
+        tied.update({name: first for name in same if name != first})
+    return tied
+
+
+def _tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    for name, twin in tied.items():
+        (module, attribute), (other, source) = (_place(model, n) for n in (name, twin))
+        setattr(module, attribute, getattr(other, source))
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: TensorSource, path: Path) -> None:
+    problems = []
+    if missing := [name for name in expected if name not in source.shapes and name not in tied]:
+        problems.append(f"the checkpoint has no {_preview(missing)}")
+    if unexpected := [name for name in source.shapes if name not in expected]:
+        problems.append(f"the model has no {_preview(unexpected)}")
+    if problems:
+        wrapped = unexpected and all(name.startswith("module.") for name in unexpected)
+        hint = '; every name begins with "module.": save model.module.state_dict()' if wrapped else ""
+        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(problems)}{hint}")
+    misshapen = [
+        f"{name}: checkpoint has {_text(source.shapes[name])}, model has {_text(tuple(wanted.shape))}"
+        for name, wanted in expected.items()
+        if source.shapes.get(name, wanted.shape) != wanted.shape
+    ]
+    if misshapen:
+        more = f"; and {len(misshapen) - 3} more" if len(misshapen) > 3 else ""
+        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(misshapen[:3])}{more}")
+
+
+def _table_weights(model: nn.Module) -> frozenset[str]:
+    bags = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.EmbeddingBag))
+    return frozenset(f"{name}.weight" if name else "weight" for name, _ in bags)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    if not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+        raise CheckpointError(f"{where}: is {tensor.dtype}, model has {dtype}")
+    return tensor.to(dtype)
+
+
+def _check_finite(tensor: Tensor, where: str) -> None:
+    if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+        place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        value = tensor[tuple(place)].item()
+        raise WeightError(f"{where}: holds {value} at {place}; repair or retrain the model")
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that safetensors takes: contiguous, each with memory of its own (tied weights are written twice)."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.detach().clone() if storage in seen and tensor.numel() else tensor.detach().contiguous()
+        seen.add(storage)
+    return out
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _preview(names: Mapping[str, object] | list[str], limit: int = 3) -> str:
+    quoted = [f'"{name}"' for name in _first(names, limit)]
+    return ", ".join(quoted) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _first(names: Mapping[str, object] | list[str], limit: int) -> Iterator[str]:
+    for _, name in zip(range(limit), names, strict=False):
+        yield name
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) if shape else "a scalar"

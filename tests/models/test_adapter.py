@@ -1,0 +1,218 @@
+"""Any module with embedding bags is found, watched and answered for, and left as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowprec.errors import ModelError
+from lowprec.models.adapter import ModelAdapter, ModelInputs
+from lowprec.plan import Unit
+from lowprec.traffic import Schema, SparseFeature
+
+
+class TwoTowers(nn.Module):
+    """As a user would write it: a shared table, mean pooling, weights, 2-D ids, padding, both forms of offsets."""
+
+    def __init__(self):
+        super().__init__()
+        self.user = nn.ModuleDict({"id": nn.EmbeddingBag(50, 8, mode="sum", include_last_offset=True)})
+        self.item = nn.EmbeddingBag(30, 8, mode="mean", include_last_offset=True)
+        self.tags = nn.EmbeddingBag(20, 4, mode="sum", padding_idx=0)
+        self.many = nn.ModuleList([nn.EmbeddingBag(10, 4, mode="sum"), nn.EmbeddingBag(12, 4, mode="sum")])
+        self.position = nn.Embedding(5, 4)
+        self.out = nn.Linear(8 * 3 + 4 * 3 + 2, 1)
+
+    def forward(self, dense, sparse):
+        user_ids, user_offsets, user_weights = sparse["user"]
+        parts = [dense, self.user["id"](user_ids, user_offsets, per_sample_weights=user_weights)]
+        parts += [self.item(*sparse[name]) for name in ("shown", "liked")]
+        tags, tag_offsets = sparse["tags"]
+        parts.append(self.tags(tags, tag_offsets[:-1]))
+        shown = sparse["shown"][0].reshape(len(dense), -1)
+        parts += [bag((shown % bag.num_embeddings).int()) for bag in self.many]
+        return self.out(torch.cat(parts, dim=1)).squeeze(1)
+
+
+SCHEMA = Schema(
+    label="y",
+    dense=("d0", "d1"),
+    sparse=(
+        SparseFeature("user", "user", weights="w"),
+        SparseFeature("shown", "shown"),
+        SparseFeature("liked", "liked"),
+        SparseFeature("tags", "tags"),
+    ),
+)
+
+
+def bags(rng, num_rows, num_ids, lengths, weights=False):
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    ids = torch.randint(0, num_ids, (int(offsets[-1]),), generator=rng)
+    return (ids, offsets, torch.rand(len(ids), generator=rng)) if weights else (ids, offsets)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TwoTowers()
+
+
+@pytest.fixture
+def inputs():
+    rng = torch.Generator().manual_seed(1)
+    sparse = {
+        "user": bags(rng, 4, 50, [2, 0, 3, 1], weights=True),
+        "shown": bags(rng, 4, 30, [1, 1, 1, 1]),
+        "liked": bags(rng, 4, 30, [0, 4, 2, 0]),
+        "tags": bags(rng, 4, 20, [3, 0, 1, 2]),
+    }
+    return ModelInputs(torch.rand(4, 2, generator=rng), sparse)
+
+
+def test_units_are_named_after_their_modules(model):
+    assert ModelAdapter(model).units == (
+        Unit("table:id", 50, 8),
+        Unit("table:item", 30, 8),
+        Unit("table:tags", 20, 4),
+        Unit("table:many.0", 10, 4),
+        Unit("table:many.1", 12, 4),
+    )
+    assert ModelAdapter(model).other_embeddings == ("position",)
+
+
+def test_the_reference_pass_is_the_model_itself(model, inputs):
+    adapter = ModelAdapter(model)
+    with torch.inference_mode():
+        expected = model(inputs.dense, inputs.sparse)
+    torch.testing.assert_close(adapter.reference(inputs).logits, expected, rtol=0, atol=0)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_recorded_calls_say_all_that_a_lookup_needs(model, inputs):
+    """From indices, offsets and weights alone, in one form for every way to call a bag, the output comes again."""
+    adapter = ModelAdapter(model)
+    calls = adapter.reference(inputs).calls
+    assert [c.table for c in calls] == [
+        "table:id", "table:item", "table:item", "table:tags", "table:many.0", "table:many.1"
+    ]  # fmt: skip
+    for call in calls:
+        again = nn.functional.embedding_bag(
+            call.indices,
+            adapter.weights[call.table],
+            call.offsets,
+            mode=call.mode,
+            per_sample_weights=call.weights,
+            include_last_offset=True,
+        )
+        torch.testing.assert_close(again, call.output)
+        assert call.offsets[-1] == len(call.indices)
+
+
+def test_substituting_the_same_outputs_changes_no_bit(model, inputs):
+    adapter = ModelAdapter(model)
+    reference = adapter.reference(inputs)
+    same = adapter.substituted(inputs, reference, [c.output for c in reference.calls])
+    torch.testing.assert_close(same, reference.logits, rtol=0, atol=0)
+
+
+def test_substituting_equals_a_model_with_other_weights(model, inputs):
+    adapter = ModelAdapter(model)
+    reference = adapter.reference(inputs)
+    with torch.no_grad():
+        model.item.weight.mul_(0.5)
+    outputs = [c.output * (0.5 if c.table == "table:item" else 1) for c in reference.calls]
+    torch.testing.assert_close(adapter.substituted(inputs, reference, outputs), adapter.reference(inputs).logits)
+
+
+def test_features_reach_tables_only_where_their_ids_are_unchanged(model):
+    assert ModelAdapter(model).tables_of_features(SCHEMA) == {
+        "user": "table:id", "shown": "table:item", "liked": "table:item", "tags": "table:tags"
+    }  # fmt: skip
+
+
+def test_bags_that_share_a_weight_are_one_table():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+            self.b = nn.EmbeddingBag(9, 4, mode="mean", include_last_offset=True)
+            self.b.weight = self.a.weight
+
+        def forward(self, dense, sparse):
+            return (self.a(*sparse["x"]) + self.b(*sparse["x"])).sum(1)
+
+    adapter = ModelAdapter(Tied())
+    assert adapter.units == (Unit("table:a", 9, 4),)
+    sparse = {"x": (torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]))}
+    calls = adapter.reference(ModelInputs(torch.zeros(2, 0), sparse)).calls
+    assert [(c.table, c.mode) for c in calls] == [("table:a", "sum"), ("table:a", "mean")]
+
+
+def test_a_model_keeps_a_forward_of_its_own(model, inputs):
+    original = model.item.forward
+    seen = []
+
+    def watched(*args):
+        seen.append(1)
+        return original(*args)
+
+    model.item.forward = watched
+    ModelAdapter(model).reference(inputs)
+    assert len(seen) == 2 and model.item.forward is watched
+
+
+def test_errors_leave_the_model_as_it_was(model, inputs):
+    adapter = ModelAdapter(model)
+    wrong = {**inputs.sparse, "shown": (torch.tensor([0, 1, 2, 30]), torch.arange(5))}
+    with pytest.raises(ModelError, match='table "item" has 30 rows and was asked for id 30'):
+        adapter.reference(ModelInputs(inputs.dense, wrong))
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("bag", "said"),
+    [
+        (nn.EmbeddingBag(4, 4, mode="max"), 'pools by "max"'),
+        (nn.EmbeddingBag(4, 4, mode="sum", max_norm=1.0), "max_norm=1.0"),
+    ],
+)
+def test_bags_without_a_low_precision_form_are_refused(bag, said):
+    with pytest.raises(ModelError, match=said):
+        ModelAdapter(nn.Sequential(bag))
+
+
+def test_a_model_without_tables_is_refused():
+    with pytest.raises(ModelError, match="no nn.EmbeddingBag"):
+        ModelAdapter(nn.Linear(2, 1))
+
+
+def test_a_model_that_returns_no_logits_is_refused():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+
+        def forward(self, dense, sparse):
+            return self.a(*sparse["x"])
+
+    sparse = {"x": (torch.tensor([1]), torch.tensor([0, 1, 1]))}
+    with pytest.raises(ModelError, match=r"must return 2 float logits; returned \(2, 4\)"):
+        ModelAdapter(Wide()).reference(ModelInputs(torch.zeros(2, 0), sparse))
+
+
+def test_calls_that_depend_on_outputs_are_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+            self.b = nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+
+        def forward(self, dense, sparse):
+            first = self.a(*sparse["x"])
+            return (self.b if first.sum() < 1e6 else self.a)(*sparse["x"]).sum(1)
+
+    adapter = ModelAdapter(Fickle())
+    inputs = ModelInputs(torch.zeros(2, 0), {"x": (torch.tensor([1]), torch.tensor([0, 1, 1]))})
+    reference = adapter.reference(inputs)
+    with pytest.raises(ModelError, match="out of order"):
+        adapter.substituted(inputs, reference, [torch.full((2, 4), 1e9), torch.zeros(2, 4)])

@@ -1,0 +1,89 @@
+"""A config is checked once, and whatever is wrong is named by file and key."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lowprec.config import load_config
+from lowprec.errors import ConfigError
+
+CONFIG = """
+name: t
+traffic:
+  path: data
+  dense: [d0, d1]
+  log1p: "*"
+  sparse: [c0, {name: c1, column: raw, modulo: 7}]
+windows:
+  search: {start: 2026-01-01, end: 2026-01-02}
+  confirm: {start: 5}
+model: {checkpoint: m.safetensors}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(textwrap.dedent(CONFIG))
+    return file
+
+
+def test_short_forms(path):
+    config = load_config(path)
+    schema = config.traffic.schema_of_columns()
+    assert [(f.name, f.column, f.num_embeddings) for f in schema.sparse] == [("c0", "c0", None), ("c1", "raw", 7)]
+    assert schema.log1p == {"d0", "d1"}
+    assert config.windows.search.start == "2026-01-01"
+    assert config.windows.confirm.start == 5
+    assert config.model.factory == "lowprec.models.dlrm:build"
+
+
+def test_overrides_are_yaml(path):
+    config = load_config(path, ("search.budget=0.5", "traffic.dense=[x]", "traffic.log1p=[]", "model.args.dim=8"))
+    assert config.search.budget == 0.5
+    assert config.traffic.dense == ("x",)
+    assert config.model.args == {"dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("search.budgt=1", 'search.budgt: no such key; did you mean "budget"?'),
+        ("serach.budget=1", 'serach: no such key; did you mean "search"?'),
+        ("search.budget=0", "search.budget: input should be greater than 0; got 0"),
+        ("search.budget=-1", "greater than 0; got -1"),
+        ("search.budget=big", 'search.budget: .*; got "big"'),
+        ("space.precisions=[int5]", "space.precisions.*'int8'.*got \"int5\""),
+        ("space.units=[{match: x}]", "give either precisions or fixed"),
+        ("traffic.bounds_check=ignore", "traffic.bounds_check: .*'error', 'drop' or 'zero'"),
+        ("traffic.sparse=[{column: x}]", r"traffic.sparse\[0\].name: is required"),
+        ("windows.search=null", "windows.search"),
+        ("nonsense", "expected KEY=VALUE"),
+        ("name.x=1", '"name" is not a section'),
+    ],
+)
+def test_what_is_wrong_is_named(path, override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(path, (override,))
+
+
+def test_every_wrong_key_is_named_at_once(path):
+    with pytest.raises(ConfigError, match="model.chekpoint: .*; search.budget: "):
+        load_config(path, ("search.budget=0", "model.chekpoint=1"))
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml: cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    for text, said in (("a: [", "is not YAML"), ("- 1", "must be a mapping")):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["demo", "movielens", "criteo"])
+def test_the_configs_of_the_project_load_and_have_windows_in_time_order(name):
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    ends = [config.windows.train.end, config.windows.validation.end, config.windows.search.end]
+    assert [config.windows.validation.start, config.windows.search.start, config.windows.confirm.start] == ends
