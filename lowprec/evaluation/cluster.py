@@ -1,0 +1,141 @@
+"""Workers as Ray actors: an embedded Ray for the command, or a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+
+from lowprec.errors import LowprecError, WorkerError
+from lowprec.evaluation.worker import Chunk, Task, Worker, WorkerSpec
+from lowprec.traffic import TrafficWindow
+
+__all__ = ["RayWorkers"]
+
+MAX_RESTARTS = 3
+MAX_TASK_RETRIES = 3
+
+# Tasks queued at one worker: it never waits for the driver, and little is lost when it dies.
+TASKS_IN_FLIGHT = 2
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+class _WorkerActor:
+    """A worker in a process of its own. Errors of ours come back as values, so that the driver sees them unwrapped."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._worker: Worker | None = None
+        self._window: tuple[Any, TrafficWindow] | None = None
+
+    def run(self, window: list[Any], task: Task) -> Chunk | LowprecError:
+        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off."""
+        try:
+            self._worker = self._worker or Worker(self._spec)
+            if self._window is None or self._window[0] != window[0]:
+                self._window = (window[0], ray.get(window[0]))
+            return self._worker.run(self._window[1], task)
+        except LowprecError as error:
+            return error
+
+    def process_id(self) -> int:
+        """The process that this worker runs in."""
+        return os.getpid()
+
+
+class RayWorkers:
+    """Evaluation workers on Ray. A worker that dies is restarted and its tasks are done again, each counted once."""
+
+    def __init__(self, spec: WorkerSpec, *, num_workers: int, address: str | None) -> None:
+        """Start `num_workers` actors; `address=None` starts Ray on this machine until `close`."""
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _init_ray(num_workers * spec.threads, address)
+        actor = ray.remote(num_cpus=spec.threads, max_restarts=MAX_RESTARTS, max_task_retries=MAX_TASK_RETRIES)(
+            _WorkerActor
+        )
+        self._actors: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
+
+    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+        """The chunk of every task, in order; a task goes to whichever worker is free."""
+        shared_window = [ray.put(window)]
+        waiting = iter(enumerate(tasks))
+        in_flight: dict[Any, tuple[int, Any]] = {}
+        done: dict[int, Chunk] = {}
+
+        def give(actor: Any) -> None:
+            number, task = next(waiting, (None, None))
+            if number is not None:
+                in_flight[actor.run.remote(shared_window, task)] = (number, actor)
+
+        for _ in range(TASKS_IN_FLIGHT):
+            for actor in self._actors:
+                give(actor)
+        try:
+            for wanted in range(len(tasks)):
+                while wanted not in done:
+                    (ready,), _ = ray.wait(list(in_flight), num_returns=1)
+                    number, actor = in_flight.pop(ready)
+                    give(actor)
+                    done[number] = _result(ready, tasks[number])
+                yield done.pop(wanted)
+        finally:
+            for reference in in_flight:
+                ray.cancel(reference)
+
+    def process_ids(self) -> list[int]:
+        """The process of every worker."""
+        found: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
+        return found
+
+    def close(self) -> None:
+        """Stop the actors, and Ray where it was started here."""
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._owns_ray:
+            ray.shutdown()
+
+
+def _result(reference: Any, task: Task) -> Chunk:
+    where = f"batches {task.batches[0]} to {task.batches[-1]}"
+    try:
+        result: Chunk | LowprecError = ray.get(reference)
+    except ray.exceptions.RayActorError as error:
+        raise WorkerError(
+            f"evaluation of {where}: the worker died {MAX_RESTARTS + 1} times, most often for want of memory; lower "
+            f"evaluation.num_workers or evaluation.cache_bytes, then resume ({str(error).splitlines()[0]})"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise WorkerError(f"evaluation of {where}: the worker failed: {error.cause!r}") from error
+    if isinstance(result, LowprecError):
+        raise result
+    return result
+
+
+def _init_ray(num_cpus: int, address: str | None) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is None:
+            # "local" never joins a cluster that an old address file points to.
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"Ray at {address or 'this machine'}: cannot be reached or started: {str(error).splitlines()[0]}; "
+            "check evaluation.address, or leave it out to run on this machine"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits without end for a head node that is not there."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -1,0 +1,86 @@
+"""Evidence that may be looked at after every batch: asymptotic confidence sequences.
+
+Source: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas, "Time-uniform central limit theory and asymptotic confidence
+sequences", Theorem 2.2 and its choice of rho.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["MIN_UNITS", "Interval", "RatioMoments", "Verdict", "radius", "ratio_interval", "verdict"]
+
+Verdict = Literal["certified", "rejected", "inconclusive"]
+
+# Below this many units of evidence the normal approximation is not worth an interval: every answer is inconclusive.
+MIN_UNITS = 100
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval; infinite ends say that there is no evidence on that side."""
+
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class RatioMoments:
+    """Sums over `num_units` independent units of (x, y) and their products: all that a ratio of means needs."""
+
+    num_units: int
+    x: float
+    y: float
+    xx: float
+    xy: float
+    yy: float
+
+    @property
+    def ratio(self) -> float:
+        """Sum x / sum y; NaN when there is nothing to divide by."""
+        return self.x / self.y if self.y else math.nan
+
+
+def radius(num_units: int, alpha: float, *, tuned_for: int) -> float:
+    """Half the width of the two-sided (1 - alpha) sequence after `num_units`, in standard deviations of one unit.
+
+    `tuned_for` is the number of units at which the sequence is tightest; it must not depend on the outcomes.
+    """
+    rho_squared = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tuned_for
+    spread = num_units * rho_squared + 1
+    return math.sqrt(2 * spread / (num_units**2 * rho_squared) * math.log(math.sqrt(spread) / alpha))
+
+
+def ratio_interval(moments: RatioMoments, alpha: float, *, tuned_for: int | None = None) -> Interval:
+    """The (1 - alpha) confidence sequence of E[x] / E[y], y positive on average.
+
+    It holds every b for which the sequence of E[x - b y] holds 0, so that "upper end < b" and "x - b y is below zero
+    with confidence" are the same statement. Without `tuned_for` it is tightest at the number of units at hand.
+    """
+    n = moments.num_units
+    if n < MIN_UNITS:
+        return Interval(-math.inf, math.inf)
+    c_squared = radius(n, alpha, tuned_for=tuned_for or n) ** 2
+    mean_x, mean_y = moments.x / n, moments.y / n
+    var_x = max(moments.xx / n - mean_x**2, 0.0)
+    var_y = max(moments.yy / n - mean_y**2, 0.0)
+    cov = moments.xy / n - mean_x * mean_y
+    # |mean_x - b mean_y| <= c sd(x - b y), squared: a b^2 - 2 h b + k <= 0.
+    a = mean_y**2 - c_squared * var_y
+    h = mean_x * mean_y - c_squared * cov
+    k = mean_x**2 - c_squared * var_x
+    if a <= 0:
+        return Interval(-math.inf, math.inf)
+    root = math.sqrt(max(h * h - a * k, 0.0))
+    return Interval((h - root) / a, (h + root) / a)
+
+
+def verdict(interval: Interval, budget: float) -> Verdict:
+    """What an interval says about "the value is at most `budget`" (same unit)."""
+    if interval.upper <= budget:
+        return "certified"
+    if interval.lower > budget:
+        return "rejected"
+    return "inconclusive"

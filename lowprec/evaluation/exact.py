@@ -1,0 +1,71 @@
+"""Exact evaluation: plans and the reference score the same rows, with the kernels that serving uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowprec.evaluation.metrics import Sums, sums_of_batch
+from lowprec.models.adapter import ModelAdapter, inputs_of
+from lowprec.plan import Plan, Precision
+from lowprec.shards import TableShard
+from lowprec.traffic.batch import Batch
+
+__all__ = ["BatchLogits", "ExactEvaluator"]
+
+
+@dataclass(frozen=True)
+class BatchLogits:
+    """Logits of the reference, float32[B], and of each plan, float32[P, B], on one batch."""
+
+    reference: NDArray[np.float32]
+    plans: NDArray[np.float32]
+
+
+class ExactEvaluator:
+    """Evaluates many plans on one batch at the cost of one reference pass and one dense pass for each plan.
+
+    Plans share the reference pass and every (table, precision) pooled output that any of them needs.
+    """
+
+    def __init__(self, adapter: ModelAdapter, *, cache_bytes: int = 1 << 30) -> None:
+        """Serve the adapter's model; `cache_bytes` bounds the quantized rows kept, split over tables by their size."""
+        self.adapter = adapter
+        weights = adapter.weights
+        total = sum(w.numel() for w in weights.values())
+        self._shards = {
+            name: TableShard(name, w, cache_bytes=cache_bytes * w.numel() // total) for name, w in weights.items()
+        }
+
+    def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:
+        """The sums of the reference and of `plans` over the batch."""
+        logits = self.logits(batch, plans)
+        return sums_of_batch(
+            logits.reference.astype(np.float64),
+            logits.plans.astype(np.float64),
+            batch.labels.astype(np.float64),
+            batch.weights,
+            batch.groups,
+        )
+
+    def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
+        """The logits of the reference and of `plans` on the batch."""
+        if batch.num_rows == 0:  # every row was bad
+            return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
+        inputs = inputs_of(batch)
+        reference = self.adapter.reference(inputs)
+        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self._shards}
+        with torch.inference_mode():
+            pooled: list[Mapping[Precision, Tensor]] = [
+                self._shards[call.table].pooled(call, sorted(needed[call.table])) for call in reference.calls
+            ]
+        logits = np.empty((len(plans), batch.num_rows), dtype=np.float32)
+        for row, plan in zip(logits, plans, strict=True):
+            outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
+            row[:] = self.adapter.substituted(inputs, reference, outputs).numpy()
+        return BatchLogits(reference.logits.numpy(), logits)

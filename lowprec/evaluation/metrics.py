@@ -1,0 +1,263 @@
+"""Sums over examples that say how good a model is and how far a plan is from it, over any split of traffic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowprec.evaluation.confidence import Interval, RatioMoments, Verdict, ratio_interval, verdict
+
+__all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "sums_of_batch"]
+
+Float = NDArray[np.float64]
+
+# Logits beyond +-16 share the outermost bins; a bin is 1/256 of a logit wide.
+AUC_BINS = 8192
+AUC_LOGIT_RANGE = 16.0
+
+# Group keys are hashed to this many buckets. Groups that meet in one bucket count as one unit of evidence: still valid,
+# slightly wider, and memory stays constant whatever the number of groups.
+GROUP_BUCKETS = 1 << 16
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """Sums for every group bucket that was seen: `values` is float64[2 P + 1, num_buckets], rows x, kl, then y."""
+
+    buckets: NDArray[np.int64]
+    values: Float
+
+    def __add__(self, other: GroupSums) -> GroupSums:
+        buckets, where = np.unique(np.concatenate([self.buckets, other.buckets]), return_inverse=True)
+        values = np.zeros((len(self.values), len(buckets)))
+        values[:, where[: len(self.buckets)]] += self.values
+        values[:, where[len(self.buckets) :]] += other.values
+        return GroupSums(buckets, values)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the labelled examples of some batches, for the reference and P plans on the same examples.
+
+    Model 0 is the reference, models 1 to P are the plans. With w the weight, y the label, l the loss and p the
+    prediction of an example: `weight` is the sum of w, `label` of w y, `loss` float64[P + 1] of w l, `prediction`
+    float64[P + 1] of w p, `histogram` float64[P + 1, 2, AUC_BINS] of w by label and logit. `moments`
+    float64[P, 8] holds what `_row_moments` says where rows are the units of evidence; where groups are, it is zero and
+    `groups` has the sums of each.
+
+    Adding is associative up to rounding; for bit-equal results add in the order of batches.
+    """
+
+    num_rows: int
+    num_unlabelled: int
+    weight: float
+    label: float
+    loss: Float
+    prediction: Float
+    histogram: Float
+    moments: Float
+    groups: GroupSums | None
+
+    def __add__(self, other: Sums) -> Sums:
+        if (self.groups is None) != (other.groups is None):
+            raise ValueError("sums with groups do not add to sums without")
+        return Sums(
+            num_rows=self.num_rows + other.num_rows,
+            num_unlabelled=self.num_unlabelled + other.num_unlabelled,
+            weight=self.weight + other.weight,
+            label=self.label + other.label,
+            loss=self.loss + other.loss,
+            prediction=self.prediction + other.prediction,
+            histogram=self.histogram + other.histogram,
+            moments=self.moments + other.moments,
+            groups=self.groups + other.groups if self.groups and other.groups else None,
+        )
+
+    @property
+    def num_plans(self) -> int:
+        """How many plans these sums are about."""
+        return len(self.loss) - 1
+
+    def metrics(self, plan: int, *, confidence: float) -> PlanMetrics:
+        """The metrics of one plan (counted from 0) with intervals at `confidence`."""
+        gap, kl = self._evidence(plan)
+        alpha = 1 - confidence
+        entropy = _entropy(self.label / self.weight) if self.weight else math.nan
+        auc_ref, error_ref = _auc(self.histogram[0])
+        auc_plan, error_plan = _auc(self.histogram[plan + 1])
+
+        def ne(model: int) -> float:
+            return float(self.loss[model] / self.weight / entropy) if self.weight and entropy else math.nan
+
+        def calibration(model: int) -> float:
+            return float(self.prediction[model] / self.label) if self.label else math.nan
+
+        return PlanMetrics(
+            num_examples=self.num_rows,
+            num_units=gap.num_units,
+            gap_pct=100 * gap.ratio,
+            gap_interval_pct=_percent(ratio_interval(gap, alpha)),
+            kl_pct=100 * kl.ratio,
+            kl_interval_pct=_percent(ratio_interval(kl, alpha)),
+            ne_ref=ne(0),
+            ne_plan=ne(plan + 1),
+            auc_ref=auc_ref,
+            auc_plan=auc_plan,
+            auc_error=max(error_ref, error_plan),
+            calibration_ref=calibration(0),
+            calibration_plan=calibration(plan + 1),
+            confidence=confidence,
+        )
+
+    def _evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
+        """Moments of (loss change, reference loss) and of (KL, reference loss) over the units of evidence."""
+        if self.groups is None:
+            x, xx, xy, k, kk, ky, y, yy = map(float, self.moments[plan])
+            n = self.num_rows
+        else:
+            gx, gk, gy = self.groups.values[plan], self.groups.values[self.num_plans + plan], self.groups.values[-1]
+            n = len(gy)
+            x, xx, xy, k, kk, ky = (float(v.sum()) for v in (gx, gx * gx, gx * gy, gk, gk * gk, gk * gy))
+            y, yy = float(gy.sum()), float((gy * gy).sum())
+        return RatioMoments(n, x, y, xx, xy, yy), RatioMoments(n, k, y, kk, ky, yy)
+
+
+@dataclass(frozen=True)
+class PlanMetrics:
+    """What is known about one plan. Gaps in percent of the reference loss; NE and AUC of both models on the same rows.
+
+    `auc_error` bounds how far either AUC can be from the exact one (pairs that share a histogram bin).
+    """
+
+    num_examples: int
+    num_units: int
+    gap_pct: float
+    gap_interval_pct: Interval
+    kl_pct: float
+    kl_interval_pct: Interval
+    ne_ref: float
+    ne_plan: float
+    auc_ref: float
+    auc_plan: float
+    auc_error: float
+    calibration_ref: float
+    calibration_plan: float
+    confidence: float
+
+    def verdict(self, budget_pct: float) -> Verdict:
+        """Whether the plan is within the budget (percent)."""
+        return verdict(self.gap_interval_pct, budget_pct)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers under flat names; an infinite end of an interval is None."""
+        ends = {
+            "gap_lower_pct": self.gap_interval_pct.lower,
+            "gap_upper_pct": self.gap_interval_pct.upper,
+            "kl_lower_pct": self.kl_interval_pct.lower,
+            "kl_upper_pct": self.kl_interval_pct.upper,
+        }
+        flat = {k: v for k, v in vars(self).items() if not isinstance(v, Interval)} | ends
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, Any]) -> PlanMetrics:
+        """The inverse of `to_dict`."""
+        ends = ("gap_lower_pct", "gap_upper_pct", "kl_lower_pct", "kl_upper_pct")
+        lower, upper, kl_lower, kl_upper = (
+            (-math.inf if "lower" in end else math.inf) if flat[end] is None else float(flat[end]) for end in ends
+        )
+        rest: dict[str, Any] = {
+            k: math.nan if flat[k] is None else flat[k] for k in cls.__annotations__ if "interval" not in k
+        }
+        return cls(gap_interval_pct=Interval(lower, upper), kl_interval_pct=Interval(kl_lower, kl_upper), **rest)
+
+
+def sums_of_batch(
+    reference: Float, plans: Float, labels: Float, weights: Float | None, groups: NDArray[np.int64] | None
+) -> Sums:
+    """The sums of one batch.
+
+    reference: logits float64[B]; plans: logits float64[P, B]; labels: float64[B], 0, 1 or NaN (left out and counted);
+    weights: float64[B] or None for ones; groups: int64[B] or None.
+    """
+    labelled = ~np.isnan(labels)
+    num_unlabelled = int(len(labels) - labelled.sum())
+    if num_unlabelled:
+        reference, plans, labels = reference[labelled], plans[:, labelled], labels[labelled]
+        weights = None if weights is None else weights[labelled]
+        groups = None if groups is None else groups[labelled]
+    w = np.ones(len(labels)) if weights is None else weights
+    logits = np.concatenate([reference[None], plans])
+    softplus = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))
+    loss = w * (softplus - labels * logits)
+    prediction = np.exp(logits - softplus)
+    # KL(p_ref || p_plan) of two Bernoulli laws, from logits.
+    kl = w * (softplus[1:] - softplus[0] - prediction[0] * (logits[1:] - logits[0]))
+    y, x = loss[0], loss[1:] - loss[0]
+    return Sums(
+        num_rows=len(labels),
+        num_unlabelled=num_unlabelled,
+        weight=float(w.sum()),
+        label=float((w * labels).sum()),
+        loss=loss.sum(axis=1),
+        prediction=(prediction * w).sum(axis=1),
+        histogram=_histogram(logits, labels, w),
+        moments=_row_moments(x, kl, y) if groups is None else np.zeros((len(plans), 8)),
+        groups=None if groups is None else _group_sums(x, kl, y, groups),
+    )
+
+
+def _row_moments(x: Float, kl: Float, y: Float) -> Float:
+    """float64[P, 8]: sums over rows of x, x^2, x y, k, k^2, k y, y, y^2 (x loss change, k KL, y reference loss)."""
+    columns = [x, x * x, x * y, kl, kl * kl, kl * y]
+    constant = np.broadcast_to([y.sum(), (y * y).sum()], (len(x), 2))
+    return np.concatenate([np.stack([c.sum(axis=1) for c in columns], axis=1), constant], axis=1)
+
+
+def _group_sums(x: Float, kl: Float, y: Float, groups: NDArray[np.int64]) -> GroupSums:
+    buckets, where = np.unique(_bucket(groups), return_inverse=True)
+    rows = np.concatenate([x, kl, y[None]])
+    return GroupSums(buckets, np.stack([np.bincount(where, weights=row, minlength=len(buckets)) for row in rows]))
+
+
+def _bucket(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """splitmix64, so that keys in sequence spread over the buckets."""
+    z = groups.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) % np.uint64(GROUP_BUCKETS)).astype(np.int64)
+
+
+def _histogram(logits: Float, labels: Float, weights: Float) -> Float:
+    scale = AUC_BINS / (2 * AUC_LOGIT_RANGE)
+    bins = np.clip(np.floor((logits + AUC_LOGIT_RANGE) * scale), 0, AUC_BINS - 1)
+    # A model that overflows gives NaN logits: its AUC is counted at the lowest score, its loss is NaN anyway.
+    flat = np.nan_to_num(bins).astype(np.int64) + AUC_BINS * labels.astype(np.int64)
+    counts = [np.bincount(row, weights=weights, minlength=2 * AUC_BINS) for row in flat]
+    return np.stack(counts).reshape(len(logits), 2, AUC_BINS).astype(np.float64, copy=False)
+
+
+def _auc(histogram: Float) -> tuple[float, float]:
+    """AUC with ties inside a bin counted half, and the most that those ties can move it."""
+    negative, positive = histogram
+    pairs = negative.sum() * positive.sum()
+    if pairs == 0:
+        return math.nan, math.nan
+    below = np.cumsum(negative) - negative
+    tied = (negative * positive).sum()
+    return float(((below * positive).sum() + tied / 2) / pairs), float(tied / 2 / pairs)
+
+
+def _entropy(rate: float) -> float:
+    if not 0 < rate < 1:
+        return 0.0
+    return -rate * math.log(rate) - (1 - rate) * math.log1p(-rate)
+
+
+def _percent(interval: Interval) -> Interval:
+    return Interval(100 * interval.lower, 100 * interval.upper)

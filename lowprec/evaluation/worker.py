@@ -1,0 +1,116 @@
+"""One evaluator: holds the model, reads its share of a window, returns sums. It knows nothing of where it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.metrics import Sums
+from lowprec.models.adapter import ModelAdapter
+from lowprec.models.checkpoint import load_checkpoint
+from lowprec.models.factory import build_model, without_table_init
+from lowprec.plan import Plan
+from lowprec.traffic import BadRow, Schema, TrafficWindow
+
+__all__ = ["Chunk", "LocalWorkers", "Task", "Worker", "WorkerSpec", "Workers", "load_adapter"]
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs to become ready, small enough to send anywhere."""
+
+    factory: str
+    args: dict[str, Any]
+    checkpoint: str
+    schema: Schema
+    threads: int
+    cache_bytes: int
+    import_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of work, the same whoever does it: plans on given batches of a window, batch after batch."""
+
+    plans: tuple[Plan, ...]
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a task gives back: sums, and what was wrong with the rows."""
+
+    sums: Sums
+    num_rows_read: int
+    bad_rows: tuple[BadRow, ...] = ()
+    out_of_range: dict[str, int] = field(default_factory=dict)
+
+
+class Workers(Protocol):
+    """Somebody who does tasks. Results come in the order of tasks, whatever the order of work."""
+
+    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+        """The chunk of every task, in order."""
+
+    def close(self) -> None:
+        """Give back what the workers hold."""
+
+
+def load_adapter(spec: WorkerSpec) -> ModelAdapter:
+    """Build the model without committing memory for its tables, and load its checkpoint."""
+    for path in spec.import_paths:
+        if path not in sys.path:
+            sys.path.append(path)
+    with without_table_init():
+        model = build_model(spec.factory, spec.args, spec.schema)
+    load_checkpoint(model, spec.checkpoint)
+    return ModelAdapter(model)
+
+
+class Worker:
+    """A ready evaluator."""
+
+    def __init__(self, spec: WorkerSpec, adapter: ModelAdapter | None = None) -> None:
+        """Load the model, or use the one at hand, and fix the number of threads."""
+        self._threads = spec.threads
+        torch.set_num_threads(spec.threads)
+        self._evaluator = ExactEvaluator(adapter or load_adapter(spec), cache_bytes=spec.cache_bytes)
+
+    def run(self, window: TrafficWindow, task: Task) -> Chunk:
+        """Do one task. The same task gives the same bits in any worker with as many threads."""
+        torch.set_num_threads(self._threads)
+        sums: Sums | None = None
+        bad_rows: list[BadRow] = []
+        out_of_range: dict[str, int] = {}
+        num_rows_read = 0
+        for batch in map(window.batch, task.batches):
+            batch_sums = self._evaluator.sums(batch, task.plans)
+            sums = batch_sums if sums is None else sums + batch_sums
+            bad_rows.extend(batch.bad_rows)
+            num_rows_read += batch.num_rows + len(batch.bad_rows)
+            for name, count in batch.out_of_range.items():
+                out_of_range[name] = out_of_range.get(name, 0) + count
+        assert sums is not None, "a task has at least one batch"
+        return Chunk(sums, num_rows_read, tuple(bad_rows), out_of_range)
+
+
+class LocalWorkers:
+    """One worker in this process."""
+
+    def __init__(self, spec: WorkerSpec, adapter: ModelAdapter | None = None) -> None:
+        """Make the worker ready; restores the number of threads when closed."""
+        self._threads_before = torch.get_num_threads()
+        self._worker = Worker(spec, adapter)
+
+    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+        """The chunk of every task, in order."""
+        return (self._worker.run(window, task) for task in tasks)
+
+    def close(self) -> None:
+        """Give the threads back."""
+        torch.set_num_threads(self._threads_before)

@@ -1,0 +1,5 @@
+"""Tables, wherever their rows live."""
+
+from lowprec.shards.table import TableShard
+
+__all__ = ["TableShard"]

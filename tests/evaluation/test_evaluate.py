@@ -1,0 +1,104 @@
+"""The same bits for any number of workers, and every row accounted for."""
+
+import os
+import signal
+
+import pytest
+
+from lowprec.errors import ModelError, TrafficError, WorkerError
+from lowprec.evaluation.cluster import RayWorkers
+from lowprec.evaluation.evaluate import evaluate_plans
+from lowprec.evaluation.worker import Chunk, LocalWorkers, Task
+from lowprec.plan import Plan, Precision
+from lowprec.search import open_job
+
+
+@pytest.fixture
+def job(small_config):
+    return open_job(small_config())
+
+
+def plans_of(job):
+    return [Plan.uniform(job.units, p) for p in (Precision.INT8, Precision.INT4, Precision.INT2)]
+
+
+def evaluate(job, workers, **options):
+    window = job.window("search")
+    return evaluate_plans(workers, window, plans_of(job), confidence=0.95, batches_per_task=2, **options)
+
+
+def test_every_batch_is_counted_once_and_progress_is_told(job):
+    told = []
+    evaluation = evaluate(job, LocalWorkers(job.spec, job.adapter), on_progress=told.append)
+    window = job.window("search")
+    assert evaluation.num_rows_read == evaluation.metrics[0].num_examples == window.num_rows
+    assert sum(told) == window.num_batches
+
+
+def test_a_sample_of_batches(job):
+    evaluation = evaluate(job, LocalWorkers(job.spec, job.adapter), batches=[4, 1])
+    assert evaluation.num_rows_read == 2 * 1024
+
+
+def test_one_two_or_no_ray_workers_give_equal_bits(job):
+    local = evaluate(job, LocalWorkers(job.spec, job.adapter))
+    for num_workers in (1, 2):
+        workers = RayWorkers(job.spec, num_workers=num_workers, address=None)
+        try:
+            remote = evaluate(job, workers)
+        finally:
+            workers.close()
+        assert remote.metrics == local.metrics
+        assert remote.sums.moments.tobytes() == local.sums.moments.tobytes()
+
+
+def test_a_worker_killed_in_the_middle_is_replaced_and_changes_no_bit(job):
+    local = evaluate(job, LocalWorkers(job.spec, job.adapter))
+    workers = RayWorkers(job.spec, num_workers=2, address=None)
+    killed = []
+
+    def kill_once(_):
+        if not killed:
+            killed.extend(workers.process_ids())
+            os.kill(killed[0], signal.SIGKILL)
+
+    try:
+        remote = evaluate(job, workers, on_progress=kill_once)
+    finally:
+        workers.close()
+    assert killed and remote.metrics == local.metrics
+
+
+def test_errors_of_ours_arrive_as_they_were_raised(job):
+    from dataclasses import replace
+
+    workers = RayWorkers(replace(job.spec, factory="no.such:model"), num_workers=1, address=None)
+    try:
+        with pytest.raises(ModelError, match="no.such"):
+            evaluate(job, workers)
+    finally:
+        workers.close()
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(job):
+    with pytest.raises(WorkerError, match="127.0.0.1:1: cannot be reached"):
+        RayWorkers(job.spec, num_workers=1, address="127.0.0.1:1")
+
+
+def test_an_id_out_of_range_stops_with_its_place(small_config):
+    """The traffic says that c0 has 10 rows, fewer than its ids and its table."""
+    sizes = ", ".join(f"{{name: c{k}, num_embeddings: {n}}}" for k, n in enumerate((10, 80, 160, 320, 640, 1000)))
+    table = "model.args.tables={c0: {features: [c0], num_embeddings: 40}}"
+    job = open_job(small_config(f"traffic.sparse=[{sizes}]", table))
+    with pytest.raises(TrafficError, match=r"row \d+.*c0"):
+        evaluate(job, LocalWorkers(job.spec, job.adapter))
+
+
+def test_chunks_of_a_task_do_not_depend_on_what_the_worker_did_before(job):
+    window = job.window("search")
+    task = Task(tuple(plans_of(job)), (2, 3))
+    fresh: Chunk = next(LocalWorkers(job.spec, job.adapter).run(window, [task]))
+    used = LocalWorkers(job.spec, job.adapter)
+    list(used.run(window, [Task(tuple(plans_of(job)[::-1]), (0, 1, 2))]))
+    again: Chunk = next(used.run(window, [task]))
+    assert again.sums.moments.tobytes() == fresh.sums.moments.tobytes()
