@@ -1,0 +1,80 @@
+"""The terminal: progress bars, one JSON document on stdout, errors in one sentence and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lowprec.errors import LowprecError
+
+__all__ = ["EXIT_CODES", "Bars", "json_document", "print_document", "report_error", "stderr", "stdout"]
+
+SCHEMA_VERSION = 1
+EXIT_CODES = {"certified": 0, "rejected": 2, "inconclusive": 4}
+
+# Away from a terminal tables are as wide as they need to be: whoever reads a pipe can scroll.
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """Progress bars on a terminal, plain lines for notes elsewhere; everything on stderr."""
+
+    def __init__(self) -> None:
+        """Nothing is drawn before `shown`."""
+        columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        self._task: TaskID | None = None
+
+    @contextmanager
+    def shown(self) -> Iterator[Bars]:
+        """Draw while the context lasts."""
+        with self._bars:
+            yield self
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a bar."""
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        stderr.print(escape(text), style="dim")
+
+
+def json_document(command: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The document that `--json` prints: `content` with its schema version and command."""
+    return {"schema_version": SCHEMA_VERSION, "command": command, **content}
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def report_error(error: BaseException, *, command: str, as_json: bool, debug: bool) -> int:
+    """Say what went wrong, in a sentence on stderr and as a document where JSON was asked for; returns the code."""
+    if debug:
+        traceback.print_exception(error)
+    expected = isinstance(error, LowprecError)
+    code = error.exit_code if isinstance(error, LowprecError) else LowprecError.exit_code
+    message = str(error) if expected else f"unexpected {type(error).__name__}: {error}"
+    if not expected and not debug:
+        message += " (a defect of lowprec, or of the model's own code; --debug shows where)"
+    stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}")
+    if as_json:
+        problem = {"type": type(error).__name__, "message": message, "exit_code": code}
+        print_document(json_document(command, {"error": problem}))
+    return code

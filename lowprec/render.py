@@ -1,0 +1,205 @@
+"""Documents of commands as text for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lowprec.console import stdout
+from lowprec.plan import precision_counts
+
+__all__ = [
+    "bytes_text",
+    "gap_text",
+    "render_dry_run",
+    "render_frame",
+    "render_front",
+    "render_search",
+    "render_train",
+    "render_verify",
+]
+
+VERDICT_STYLE = {"certified": "green", "rejected": "red", "inconclusive": "yellow"}
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in the unit that keeps three digits."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} TB"
+
+
+def gap_text(metrics: Mapping[str, Any], kind: str = "gap") -> str:
+    """A gap as it must always be printed: with its interval."""
+    value, lower, upper = (metrics[f"{kind}_{end}pct"] for end in ("", "lower_", "upper_"))
+    if not _is_known(value):
+        return "unknown"
+    if not (_is_known(lower) and _is_known(upper)):
+        return f"{value:+.4f} % (no interval: too little evidence)"
+    return f"{value:+.4f} % [{lower:+.4f}, {upper:+.4f}]"
+
+
+def render_dry_run(document: Mapping[str, Any]) -> None:
+    """Tables, space, bytes and windows of a search that was not run."""
+    table = Table(
+        "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=f"{document['name']}: tables"
+    )
+    for unit in document["units"]:
+        table.add_row(
+            unit["name"],
+            f"{unit['num_rows']:,}",
+            str(unit["dim"]),
+            ", ".join(unit["features"]) or "-",
+            " ".join(unit["precisions"]),
+            bytes_text(unit["bytes"]["fp32"]),
+            bytes_text(min(unit["bytes"][p] for p in unit["precisions"])),
+        )
+    stdout.print(table)
+    for item in document["dominated"]:
+        stdout.print(
+            f"not searched: {item['precision']} for {item['unit']}, {bytes_text(item['bytes'])}; "
+            f"{item['by']} is more exact at {bytes_text(item['by_bytes'])}"
+        )
+    stdout.print(
+        f"plans: {document['num_plans']:.4g}; fp32 {bytes_text(document['fp32_bytes'])}, "
+        f"cheapest {bytes_text(document['cheapest_bytes'])} at row alignment {document['row_alignment']}"
+    )
+    for window in document["windows"]:
+        stdout.print(
+            f"{window['name']} window {window['window']}: {window['num_rows']:,} rows, {window['num_batches']} batches"
+        )
+    for note in document["notes"]:
+        stdout.print(note)
+
+
+def render_front(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A Pareto front, the recommended plan marked; rows as `lowprec.results.latest_front` gives them."""
+    if not rows:
+        stdout.print("no plan has a finite gap yet")
+        return
+    table = Table(
+        title=f"run {rows[0]['run_id']}: Pareto front, {rows[0]['evaluation']} on {rows[0]['num_examples']:,} examples "
+        f"of {rows[0]['window']}",
+        title_justify="left",
+    )
+    for name in ("", "bytes", "of fp32", "gap", "KL gap", "precisions", "trial"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "*" if row["recommended"] else "",
+            bytes_text(row["size_bytes"]),
+            f"{row['bytes_ratio']:.3f}",
+            gap_text(row),
+            _number(row["kl_pct"], "{:.4f} %"),
+            row["precisions"],
+            row["trial_key"],
+            style="bold" if row["recommended"] else None,
+        )
+    stdout.print(table)
+
+
+def render_search(document: Mapping[str, Any]) -> None:
+    """The front, the recommended plan and its evidence."""
+    render_front(
+        [
+            {
+                **trial,
+                "run_id": document["run_id"],
+                "evaluation": "exact",
+                "window": document["windows"]["search"],
+                "size_bytes": trial["bytes"],
+                "recommended": trial["trial_key"] == document["trial_key"],
+                "precisions": precision_counts(trial["plan"].values()),
+            }
+            for trial in document["front"]
+        ]
+    )
+    _render_plan(document)
+    stdout.print(f"search:  gap {gap_text(document['search'])}, {document['because']}")
+    stdout.print(f"confirm: {_evidence(document['confirm'], document['windows']['confirm'])}")
+    for other in document["finalists"]:
+        if other["trial_key"] != document["trial_key"]:
+            stdout.print(
+                f"also confirmed: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32), "
+                f"gap {gap_text(other)}: {other['verdict']}"
+            )
+    _render_quality(document["confirm"])
+    if document["num_bad_rows"]:
+        stdout.print(f"{document['num_bad_rows']:,} bad rows were quarantined beside the plan")
+    stdout.print(f"plan written to {document['plan_path']}; {document['num_trials']} trials in {document['seconds']} s")
+    _render_verdict(document["verdict"], document["budget_pct"])
+
+
+def render_verify(document: Mapping[str, Any]) -> None:
+    """One plan and its evidence."""
+    _render_plan(document)
+    stdout.print(_evidence(document, document["window"]))
+    _render_quality(document)
+    _render_verdict(document["verdict"], document["budget_pct"])
+
+
+def render_train(document: Mapping[str, Any]) -> None:
+    """The quality of a trained model."""
+    table = Table("window", "examples", "NE", "AUC", "calibration")
+    for name in ("train", "validation"):
+        q = document[name]
+        table.add_row(
+            name,
+            f"{q['num_examples']:,}",
+            _number(q["ne"], "{:.4f}"),
+            _number(q["auc"], "{:.4f}"),
+            _number(q["calibration"], "{:.4f}"),
+        )
+    stdout.print(table)
+    stdout.print(
+        f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
+    )
+    stdout.print(f"checkpoint written to {document['checkpoint']} (sha256 {document['checkpoint_sha256'][:12]})")
+
+
+def render_frame(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
+    """Rows of a query as a table."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row))
+    stdout.print(table)
+
+
+def _render_plan(document: Mapping[str, Any]) -> None:
+    text = precision_counts(document["plan"].values())
+    stdout.print(
+        f"plan: {bytes_text(document['bytes'])} of {bytes_text(document['fp32_bytes'])} "
+        f"({document['bytes_ratio']:.3f} of fp32): {text}"
+    )
+
+
+def _evidence(metrics: Mapping[str, Any], window: str) -> str:
+    groups = "" if metrics["num_units"] == metrics["num_examples"] else f" in {metrics['num_units']:,} groups"
+    return (
+        f"gap {gap_text(metrics)} at {100 * metrics['confidence']:.4g} % confidence, KL gap {gap_text(metrics, 'kl')}, "
+        f"exact on {metrics['num_examples']:,} examples{groups} of {window}"
+    )
+
+
+def _render_quality(metrics: Mapping[str, Any]) -> None:
+    for name, side in (("reference", "ref"), ("plan", "plan")):
+        ne, auc, calibration = (_number(metrics[f"{m}_{side}"], "{:.5f}") for m in ("ne", "auc", "calibration"))
+        error = _number(metrics["auc_error"], "{:.5f}")
+        stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (+-{error}), calibration {calibration}")
+
+
+def _render_verdict(verdict: str, budget_pct: float) -> None:
+    stdout.print(f"[{VERDICT_STYLE[verdict]}]{verdict}[/] against a budget of {budget_pct} %")
+
+
+def _number(value: float | None, form: str) -> str:
+    return form.format(value) if _is_known(value) else "-"
+
+
+def _is_known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

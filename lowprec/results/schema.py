@@ -1,0 +1,170 @@
+"""The Delta tables of results: their columns, and rows checked against them.
+
+Delta writers truncate, round and reinterpret silently (a float into an integer column, a time without a zone), so every
+value is checked here before it gets there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lowprec.errors import ResultsError
+
+__all__ = ["TABLES", "TableSchema", "table_schema", "to_arrow"]
+
+_TIME = pa.timestamp("us", tz="UTC")
+_NAMES = {pa.string(): "text", pa.int64(): "an integer", pa.float64(): "a number", _TIME: "a time with a zone"}
+# Every integer up to here has a float64 of its own.
+_EXACT_FLOATS = 1 << 53
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """One table: its columns, and which rows readers see.
+
+    Of the rows with equal `row_key` the one committed last is kept. Where `entity` names a column, only the row with
+    the highest `order` of each entity is kept then.
+    """
+
+    name: str
+    arrow: pa.Schema
+    entity: str | None = None
+    order: str | None = None
+
+
+def _table(name: str, columns: Mapping[str, pa.DataType], **visible: str) -> TableSchema:
+    key = pa.field("row_key", pa.string(), nullable=False)
+    committed = pa.field("committed_at", _TIME, nullable=False)
+    return TableSchema(name, pa.schema([key, *(pa.field(n, t) for n, t in columns.items()), committed]), **visible)
+
+
+_INTERVALS = {f"{gap}_{end}": pa.float64() for gap in ("gap", "kl") for end in ("pct", "lower_pct", "upper_pct")}
+
+TABLES: Mapping[str, TableSchema] = {
+    table.name: table
+    for table in (
+        _table(
+            "runs",
+            {
+                "run_id": pa.string(),
+                "version": pa.int64(),
+                "status": pa.string(),  # running, done, stopped or failed
+                "command": pa.string(),
+                "started_at": _TIME,
+                "updated_at": _TIME,
+                "name": pa.string(),
+                "config_json": pa.string(),
+                "checkpoint_sha256": pa.string(),
+                "lowprec_version": pa.string(),
+                "budget_pct": pa.float64(),
+                "verdict": pa.string(),
+                "recommended_trial_key": pa.string(),
+                "message": pa.string(),
+                "summary_json": pa.string(),
+            },
+            entity="run_id",
+            order="version",
+        ),
+        _table(
+            "trials",
+            {
+                "run_id": pa.string(),
+                "trial_key": pa.string(),
+                "number": pa.int64(),
+                "wave": pa.int64(),
+                "kind": pa.string(),  # where the plan came from: uniform, greedy, optuna
+                "evaluation": pa.string(),  # exact, confirm, verify or proxy
+                "window": pa.string(),
+                "plan_json": pa.string(),
+                "size_bytes": pa.int64(),
+                "bytes_ratio": pa.float64(),
+                **_INTERVALS,
+                "verdict": pa.string(),
+                "ne_ref": pa.float64(),
+                "ne_plan": pa.float64(),
+                "auc_ref": pa.float64(),
+                "auc_plan": pa.float64(),
+                "auc_error": pa.float64(),
+                "calibration_ref": pa.float64(),
+                "calibration_plan": pa.float64(),
+                "num_examples": pa.int64(),
+                "num_units": pa.int64(),  # units of evidence: examples, or groups of them
+                "metrics_json": pa.string(),
+            },
+        ),
+        _table(
+            "sensitivities",
+            {
+                "run_id": pa.string(),
+                "unit": pa.string(),
+                "precision": pa.string(),
+                "bytes_saved": pa.int64(),
+                "window": pa.string(),
+                "gap_pct": pa.float64(),
+                "gap_lower_pct": pa.float64(),
+                "gap_upper_pct": pa.float64(),
+                "kl_pct": pa.float64(),
+                "num_examples": pa.int64(),
+                "metrics_json": pa.string(),
+            },
+        ),
+    )
+}
+
+
+def table_schema(name: str) -> TableSchema:
+    """The table of that name; raises `ResultsError` naming those that there are."""
+    if name not in TABLES:
+        raise ResultsError(f'results: no table "{name}"; there are {", ".join(TABLES)}')
+    return TABLES[name]
+
+
+def to_arrow(table: TableSchema, rows: Sequence[Mapping[str, Any]], committed_at: datetime) -> pa.Table:
+    """The rows as an Arrow table of exactly the table's schema, `committed_at` added; equal keys are kept once.
+
+    Raises `ResultsError` when a row misses a column, has one too many, or a value that would not come back the same.
+    """
+    unique: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        where = f'results table {table.name}, row "{row.get("row_key")}"'
+        full = {**row, "committed_at": committed_at}
+        missing = [name for name in table.arrow.names if name not in full]
+        unknown = [name for name in row if name not in table.arrow.names or name == "committed_at"]
+        if missing or unknown:
+            wrong = [
+                f"{what} {', '.join(names)}" for what, names in (("misses", missing), ("has unknown", unknown)) if names
+            ]
+            raise ResultsError(f"{where}: {' and '.join(wrong)}; columns are {', '.join(table.arrow.names)}")
+        checked = {field.name: _checked(full[field.name], field, where) for field in table.arrow}
+        unique.setdefault(checked["row_key"], checked)
+    return pa.Table.from_pylist(list(unique.values()), schema=table.arrow)
+
+
+def _checked(value: Any, field: pa.Field, where: str) -> Any:
+    if value is None:
+        if field.nullable:
+            return None
+    elif field.type == pa.string():
+        if isinstance(value, str):
+            return str(value)
+    elif field.type == pa.int64():
+        if _is_integer(value) and -(1 << 63) <= int(value) < 1 << 63:
+            return int(value)
+    elif field.type == pa.float64():
+        if isinstance(value, float | np.floating):
+            return float(value)
+        if _is_integer(value) and abs(int(value)) <= _EXACT_FLOATS:
+            return float(value)
+    elif isinstance(value, datetime) and value.tzinfo is not None:
+        return value.astimezone(UTC)
+    raise ResultsError(f"{where}: {field.name} must be {_NAMES[field.type]}; got {value!r} ({type(value).__name__})")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

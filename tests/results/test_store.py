@@ -1,0 +1,283 @@
+"""The results store: nothing acknowledged is lost or doubled, whatever is repeated, raced or killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+
+from lowprec.errors import ResultsError
+from lowprec.results import ResultsStore
+from lowprec.results.schema import TABLES, to_arrow
+
+
+@pytest.fixture(params=["folder", "url", "relative"])
+def root(request, tmp_path, monkeypatch):
+    """Every way to name a local root; an object store goes through the same calls."""
+    monkeypatch.chdir(tmp_path)
+    return {"folder": str(tmp_path / "a root"), "url": (tmp_path / "root").as_uri(), "relative": "runs"}[request.param]
+
+
+def keys(store, table="trials"):
+    return store.read(table)["row_key"].to_pylist()
+
+
+def test_rows_come_back_as_they_went_in(root, row):
+    store = ResultsStore(root)
+    given = row("trials", "k", number=(1 << 62) + 1, gap_pct=None, kl_pct=float("inf"), message_free=None)
+    del given["message_free"]
+    assert store.append("trials", [given]) == 1
+    (found,) = ResultsStore(root).read("trials").to_pylist()
+    assert abs(datetime.now(UTC) - found.pop("committed_at")).total_seconds() < 60
+    assert found == given
+    run = row("runs", "r/0")
+    store.append("runs", [run])
+    assert ResultsStore(root).read("runs").to_pylist()[0]["started_at"] == run["started_at"]
+
+
+def test_rows_keep_the_order_of_their_commits(root, row):
+    store = ResultsStore(root)
+    for wave in range(5):
+        store.append("trials", [row("trials", f"{wave}-{i}") for i in (3, 1, 2)])
+    assert keys(store) == [f"{wave}-{i}" for wave in range(5) for i in (3, 1, 2)]
+
+
+def test_append_skips_what_is_there(root, row):
+    store = ResultsStore(root)
+    rows = [row("trials", f"k{i}", number=i) for i in range(3)]
+    assert store.append("trials", rows) == 3
+    assert store.append("trials", rows) == 0
+    assert ResultsStore(root).append("trials", [row("trials", "k1", number=99), row("trials", "new")]) == 1
+    assert store.append("trials", [row("trials", "twice"), row("trials", "twice")]) == 1
+    assert keys(store) == ["k0", "k1", "k2", "new", "twice"]
+    assert store.read("trials", row_key="k1")["number"].to_pylist() == [1]
+    # A commit for each append that had something new, and no other.
+    assert store.dataset("trials").count_rows() == 5
+
+
+def test_append_of_nothing_makes_no_table(root):
+    store = ResultsStore(root)
+    assert store.append("trials", []) == 0
+    assert store.read("trials").num_rows == 0
+    assert store.read("trials").schema.names == TABLES["trials"].arrow.names
+
+
+def test_one_commit_for_many_rows(root, row, tmp_path):
+    store = ResultsStore(root)
+    store.append("trials", [row("trials", str(i)) for i in range(50)])
+    (log,) = tmp_path.rglob("trials/_delta_log")
+    assert len(list(log.glob("*.json"))) == 2  # the table, and its rows
+
+
+def test_repetitions_of_a_lost_acknowledgement_are_read_once(root, row):
+    """Two writers that both missed the other's commit: the check before the append cannot see everything."""
+    store = ResultsStore(root)
+    store.append("trials", [row("trials", "a", number=1), row("trials", "b")])
+    table = store._open(TABLES["trials"])
+    later = to_arrow(TABLES["trials"], [row("trials", "a", number=2)], datetime(2100, 1, 1, tzinfo=UTC))
+    write_deltalake(table, later, mode="append")
+    assert store.dataset("trials").count_rows() == 3
+    found = {r["row_key"]: r["number"] for r in store.read("trials").to_pylist()}
+    assert found == {"a": 2, "b": 1}
+
+
+def test_of_runs_the_highest_version_is_read(root, row):
+    store = ResultsStore(root)
+    for run, version in (("r", 0), ("s", 0), ("r", 2), ("r", 1), ("r", 10)):
+        store.append("runs", [row("runs", f"{run}/{version}", run_id=run, version=version)])
+    found = {r["run_id"]: r["version"] for r in store.read("runs").to_pylist()}
+    assert found == {"r": 10, "s": 0}
+    assert store.read("runs", run_id="s").num_rows == 1
+    assert store.read("runs", run_id="r").to_pylist()[0]["version"] == 10
+
+
+def test_read_filters(root, row):
+    store = ResultsStore(root)
+    store.append(
+        "trials", [row("trials", f"{r}{e}", run_id=r, evaluation=e) for r in "ab" for e in ("exact", "confirm")]
+    )
+    assert keys(store) == ["aexact", "aconfirm", "bexact", "bconfirm"]
+    assert store.read("trials", run_id="a", evaluation="exact")["row_key"].to_pylist() == ["aexact"]
+    assert store.read("trials", run_id="z").num_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"number": 1.5}, "number must be an integer; got 1.5 (float)"),
+        ({"number": 2.0}, "number must be an integer; got 2.0 (float)"),
+        ({"number": True}, "number must be an integer; got True (bool)"),
+        ({"number": 1 << 63}, "number must be an integer; got 9223372036854775808"),
+        ({"number": np.uint64(1 << 63)}, "number must be an integer"),
+        ({"number": "1"}, "number must be an integer; got '1' (str)"),
+        ({"gap_pct": (1 << 53) + 1}, "gap_pct must be a number; got 9007199254740993"),
+        ({"gap_pct": "0.1"}, "gap_pct must be a number; got '0.1'"),
+        ({"kind": 3}, "kind must be text; got 3 (int)"),
+        ({"row_key": None}, "row_key must be text; got None"),
+        ({"colour": "red"}, "has unknown colour; columns are row_key, run_id"),
+        ({"committed_at": datetime.now(UTC)}, "has unknown committed_at"),
+    ],
+)
+def test_values_that_would_change_are_refused(changes, sentence, row, tmp_path):
+    store = ResultsStore(tmp_path / "runs")
+    with pytest.raises(ResultsError) as raised:
+        store.append("trials", [row("trials", "good"), row("trials", "bad") | changes])
+    assert sentence in str(raised.value)
+    assert "results table trials, row" in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_times_need_a_zone_and_keep_their_moment(row, tmp_path):
+    from datetime import timedelta, timezone
+
+    store = ResultsStore(tmp_path)
+    with pytest.raises(ResultsError, match="started_at must be a time with a zone"):
+        store.append("runs", [row("runs", "r", started_at=datetime(2026, 1, 1))])
+    abroad = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=5)))
+    store.append("runs", [row("runs", "r", started_at=abroad)])
+    assert store.read("runs")["started_at"].to_pylist() == [abroad]
+
+
+def test_numpy_numbers_and_exact_integers_are_welcome(row, tmp_path):
+    store = ResultsStore(tmp_path)
+    store.append("trials", [row("trials", "k", number=np.int32(7), gap_pct=np.float32(0.5), kl_pct=3)])
+    (found,) = store.read("trials").to_pylist()
+    assert (found["number"], found["gap_pct"], found["kl_pct"]) == (7, 0.5, 3.0)
+
+
+def test_a_missing_column_is_named(row, tmp_path):
+    incomplete = row("trials", "k")
+    del incomplete["gap_pct"], incomplete["kind"]
+    with pytest.raises(ResultsError, match="misses kind, gap_pct"):
+        ResultsStore(tmp_path).append("trials", [incomplete])
+
+
+def test_an_unknown_table_is_refused(row, tmp_path):
+    for use in (lambda s: s.append("trails", []), lambda s: s.read("trails")):
+        with pytest.raises(ResultsError, match='no table "trails"; there are runs, trials, sensitivities'):
+            use(ResultsStore(tmp_path))
+
+
+def test_an_unwritable_root(row, tmp_path):
+    (tmp_path / "file").write_text("")
+    store = ResultsStore(tmp_path / "file" / "runs")
+    with pytest.raises(ResultsError, match=r"file/runs: cannot be written: Not a directory; make it writable"):
+        store.append("trials", [row("trials", "k")])
+    assert ResultsError.exit_code == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(row, tmp_path):
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "holiday.jpg").write_text("")
+    for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
+        with pytest.raises(ResultsError, match=r"holds holiday.jpg, which is no Delta table; choose another"):
+            use(ResultsStore(tmp_path))
+    assert [p.name for p in (tmp_path / "trials").iterdir()] == ["holiday.jpg"]
+
+
+def test_a_file_where_a_table_should_be(row, tmp_path):
+    (tmp_path / "trials").write_text("")
+    with pytest.raises(ResultsError, match="is a file"):
+        ResultsStore(tmp_path).append("trials", [row("trials", "k")])
+
+
+@pytest.mark.parametrize("victim", ["log", "data"])
+def test_a_corrupt_table_is_reported_in_one_line(victim, row, tmp_path):
+    store = ResultsStore(tmp_path)
+    store.append("trials", [row("trials", "k")])
+    pattern = "_delta_log/*1.json" if victim == "log" else "*.parquet"
+    (file,) = (tmp_path / "trials").glob(pattern)
+    file.write_text("{garbage")
+    for use in (lambda: store.read("trials"), lambda: store.append("trials", [row("trials", "k")])):
+        with pytest.raises(ResultsError) as raised:
+            use()
+        assert str(tmp_path / "trials") in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_table_with_other_columns_is_refused(row, tmp_path):
+    write_deltalake(tmp_path / "trials", pa.table({"row_key": ["k"], "number": [1.5]}))
+    for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
+        with pytest.raises(ResultsError, match="was written by another version of lowprec"):
+            use(ResultsStore(tmp_path))
+
+
+def test_artifacts_lie_below_a_local_root(tmp_path):
+    assert ResultsStore(tmp_path).artifact_dir("r1") == tmp_path / "artifacts" / "r1"
+    assert ResultsStore(tmp_path.as_uri()).artifact_dir("r1") == tmp_path / "artifacts" / "r1"
+    assert ResultsStore("s3://bucket/x").artifact_dir("r1") == Path("runs/artifacts/r1")
+    assert not (tmp_path / "artifacts").exists()
+
+
+WRITER = """
+import json, sys, time
+from lowprec.results import ResultsStore
+root, name, num_appends = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sample = json.loads(sys.stdin.readline())
+store = ResultsStore(root)
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(num_appends):
+    keys = [f"{name}-{i}-{j}" for j in range(3)]
+    store.append("trials", [{**sample, "row_key": key} for key in keys])
+    print(*keys, flush=True)
+"""
+
+
+def start_writer(root, name, num_appends, sample):
+    import json
+
+    arguments = [sys.executable, "-c", WRITER, str(root), name, str(num_appends)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps(sample) + "\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_that_start_at_once_lose_nothing(row, tmp_path):
+    """They race for the table's creation too."""
+    for attempt in range(3):
+        root = tmp_path / str(attempt)
+        writers = [start_writer(root, f"w{i}", 8, row("trials", "")) for i in range(2)]
+        for writer in writers:
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        acknowledged = [key for writer in writers for key in writer.communicate(timeout=60)[0].split()]
+        assert [writer.returncode for writer in writers] == [0, 0]
+        assert len(acknowledged) == 2 * 8 * 3
+        assert sorted(keys(ResultsStore(root))) == sorted(acknowledged)
+        assert DeltaTable(root / "trials").to_pyarrow_dataset().count_rows() == len(acknowledged)
+
+
+def test_sigkill_loses_nothing_acknowledged_and_a_repetition_completes(row, tmp_path):
+    rng = np.random.default_rng(0)
+    for attempt in range(5):
+        root = tmp_path / str(attempt)
+        writer = start_writer(root, "w", 10_000, row("trials", ""))
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+        writer.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.15))
+        os.kill(writer.pid, signal.SIGKILL)
+        acknowledged = [
+            key for line in writer.communicate()[0].splitlines() for key in line.split() if len(line.split()) == 3
+        ]
+        found = keys(ResultsStore(root))
+        assert set(acknowledged) <= set(found)
+        assert len(found) % 3 == 0  # a commit is there whole or not at all
+        assert (
+            len(found) <= len(acknowledged) + 6
+        )  # the first line was read above, the last commit may be unacknowledged
+        again = ResultsStore(root)
+        last = max(int(key.split("-")[1]) for key in found)
+        rows = [row("trials", f"w-{i}-{j}") for i in range(last + 2) for j in range(3)]
+        assert again.append("trials", rows) == 3
+        assert again.dataset("trials").count_rows() == len(rows)
