@@ -1,0 +1,76 @@
+"""What a search would do, without doing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowprec.cost import unit_bytes
+from lowprec.plan import Precision
+from lowprec.search.job import Job
+
+__all__ = ["describe_job"]
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Tables, size of the space, bytes, windows and what a reader should know before the search."""
+    space = job.space
+    features: dict[str, list[str]] = {}
+    for feature, table in job.features.items():
+        features.setdefault(table, []).append(feature)
+    decision_of = {unit: d for d in space.decisions for unit in d.units}
+    units = [
+        {
+            "name": unit.name,
+            "num_rows": unit.num_rows,
+            "dim": unit.dim,
+            "features": features.get(unit.name, []),
+            "group": decision_of[unit.name].name if decision_of[unit.name].name != unit.name else None,
+            "precisions": [str(p) for p in decision_of[unit.name].choices],
+            "bytes": {str(p): unit_bytes(unit, p, space.row_alignment) for p in Precision},
+        }
+        for unit in space.units
+    ]
+    windows = []
+    for name in ("search", "confirm"):
+        window = job.window(name)
+        windows.append(
+            {
+                "name": name,
+                "window": job.window_text(name),
+                "num_rows": window.num_rows,
+                "num_batches": window.num_batches,
+            }
+        )
+    return {
+        "name": job.config.name,
+        "dry_run": True,
+        "units": units,
+        "num_plans": space.num_plans,
+        "fp32_bytes": space.fp32_bytes,
+        "cheapest_bytes": space.size_bytes(space.cheapest),
+        "row_alignment": space.row_alignment,
+        "dominated": [
+            {
+                "unit": d.name,
+                "precision": str(d.precision),
+                "bytes": d.size_bytes,
+                "by": str(d.by),
+                "by_bytes": d.by_size_bytes,
+            }
+            for d in space.dominated
+        ],
+        "windows": windows,
+        "notes": _notes(job),
+    }
+
+
+def _notes(job: Job) -> list[str]:
+    notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    sparse = job.config.traffic.schema_of_columns().sparse
+    unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]
+    if unseen:
+        notes.append(
+            f"no table is seen to get the ids of {', '.join(unseen)} unchanged: their range is checked in the model "
+            "and not while reading (num_embeddings in traffic.sparse checks it there)"
+        )
+    return notes

@@ -1,0 +1,163 @@
+"""What a config describes, opened: traffic, windows, model, units and space, ready to evaluate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from lowprec.config import Config, WindowConfig
+from lowprec.errors import ConfigError
+from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
+from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_adapter
+from lowprec.models.adapter import ModelAdapter
+from lowprec.models.checkpoint import checkpoint_sha256
+from lowprec.plan import Plan, Unit
+from lowprec.search.space import SearchSpace, build_space
+from lowprec.traffic import (
+    TrafficReader,
+    TrafficWindow,
+    check_bad_rows,
+    format_window,
+    open_traffic,
+    parse_window,
+    write_quarantine,
+)
+from lowprec.traffic.window import Window
+
+__all__ = ["Job", "open_job", "open_workers"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config with everything behind it checked and opened once."""
+
+    config: Config
+    reader: TrafficReader
+    adapter: ModelAdapter
+    space: SearchSpace
+    spec: WorkerSpec
+    checkpoint_sha256: str
+    features: dict[str, str]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of the model."""
+        return self.space.units
+
+    def window(self, name: str) -> TrafficWindow:
+        """The traffic window that the config calls `name`; raises where it is empty."""
+        return self.reader.window(_window(self.config, name, self.reader))
+
+    def window_text(self, name: str) -> str:
+        """The bounds of a window for people and results."""
+        return format_window(_window(self.config, name, self.reader), self.reader.time_unit)
+
+    def evaluated_on(self, name: str) -> list[object]:
+        """All that decides which examples a window gives, for the keys of trials."""
+        traffic = self.config.traffic
+        return [self.window_text(name), traffic.batch_size, traffic.bounds_check, traffic.missing_dense]
+
+    def evaluate(
+        self,
+        workers: Workers,
+        name: str,
+        window: TrafficWindow,
+        plans: Sequence[Plan],
+        *,
+        quarantine: Path,
+        batches: Sequence[int] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Evaluate plans on a window; bad rows are written to `quarantine`, and too many of them stop the job."""
+        evaluation = evaluate_plans(
+            workers,
+            window,
+            plans,
+            confidence=self.config.search.confidence,
+            batches_per_task=self.config.evaluation.batches_per_task,
+            batches=batches,
+            on_progress=on_progress,
+        )
+        if evaluation.bad_rows:
+            kept = quarantine / f"{name}.parquet"
+            write_quarantine(evaluation.bad_rows, kept)
+            check_bad_rows(
+                len(evaluation.bad_rows),
+                evaluation.num_rows_read,
+                self.config.traffic.max_bad_fraction,
+                first=evaluation.bad_rows[0],
+                quarantine_path=kept,
+            )
+        return evaluation
+
+
+def open_job(config: Config) -> Job:
+    """Open traffic, model and checkpoint, and find the units; raises a `LowprecError` for whatever does not fit."""
+    columns = config.traffic.schema_of_columns()
+    reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
+    _check_order(config, reader)
+    spec = WorkerSpec(
+        factory=config.model.factory,
+        args=dict(config.model.args),
+        checkpoint=os.path.abspath(config.model.checkpoint),
+        schema=columns,
+        threads=config.evaluation.threads_per_worker,
+        cache_bytes=config.evaluation.cache_bytes,
+        import_paths=(os.getcwd(),),
+    )
+    adapter = load_adapter(spec)
+    features = adapter.tables_of_features(columns)
+    rows = {unit.name: unit.num_rows for unit in adapter.units}
+    schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
+    return Job(
+        config=config,
+        reader=open_traffic(config.traffic.path, schema, batch_size=config.traffic.batch_size),
+        adapter=adapter,
+        space=build_space(adapter.units, config.space),
+        spec=spec,
+        checkpoint_sha256=checkpoint_sha256(spec.checkpoint),
+        features=features,
+    )
+
+
+@contextmanager
+def open_workers(job: Job) -> Iterator[Workers]:
+    """The workers that the config asks for: Ray actors, or this process where `evaluation.num_workers` is 0."""
+    workers: Workers
+    if job.config.evaluation.num_workers == 0:
+        workers = LocalWorkers(job.spec, job.adapter)
+    else:
+        from lowprec.evaluation.cluster import RayWorkers
+
+        workers = RayWorkers(
+            job.spec, num_workers=job.config.evaluation.num_workers, address=job.config.evaluation.address
+        )
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _window(config: Config, name: str, reader: TrafficReader) -> Window:
+    bounds: WindowConfig | None = getattr(config.windows, name, None)
+    if bounds is None:
+        raise ConfigError(f"windows.{name}: is required here")
+    return parse_window(bounds.start, bounds.end, unit=reader.time_unit, key=f"windows.{name}")
+
+
+def _check_order(config: Config, reader: TrafficReader) -> None:
+    """Windows must not share rows, and confirm must come last: evidence on rows already used is no evidence."""
+    names = [n for n in ("train", "validation", "search", "confirm") if getattr(config.windows, n) is not None]
+    windows = {name: _window(config, name, reader) for name in names}
+    for earlier, later in pairwise(names):
+        end, start = windows[earlier].end, windows[later].start
+        if end is None or start is None or start < end:
+            raise ConfigError(
+                f"windows.{later}: must begin where windows.{earlier} ends, or later, so that no row is used twice; "
+                f"windows.{earlier} is {format_window(windows[earlier], reader.time_unit)}, "
+                f"windows.{later} is {format_window(windows[later], reader.time_unit)}"
+            )

@@ -1,0 +1,163 @@
+"""A search's memory: everything that must outlive its process, in the results store."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lowprec import __version__
+from lowprec.errors import ConfigError
+from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.plan import Precision
+from lowprec.results import ResultsStore
+from lowprec.search.greedy import Sensitivity
+from lowprec.search.job import Job
+from lowprec.search.trial import Trial
+
+__all__ = ["SearchRecord"]
+
+# Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
+FREE_TO_CHANGE = ("name", "search.max_trials", "search.timeout_s", "evaluation", "results", "train")
+
+
+class SearchRecord:
+    """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes."""
+
+    def __init__(self, job: Job, run_id: str | None, *, command: str = "search") -> None:
+        """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config."""
+        self._job = job
+        self._store = ResultsStore(job.config.results.root)
+        self._command = command
+        if run_id is None:
+            now = datetime.now(UTC)
+            self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+            self._started_at, self._version = now, 0
+        else:
+            before = self._run(run_id)
+            _check_same(json.loads(before["config_json"]), json.loads(job.config.to_json()), run_id)
+            if before["checkpoint_sha256"] != job.checkpoint_sha256:
+                raise ConfigError(
+                    f"--resume {run_id}: that run searched checkpoint {before['checkpoint_sha256'][:12]}, "
+                    f"{job.config.model.checkpoint} is now {job.checkpoint_sha256[:12]}; begin a new run"
+                )
+            self.run_id = run_id
+            self._started_at, self._version = before["started_at"], before["version"] + 1
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder for the run's files."""
+        return self._store.artifact_dir(self.run_id)
+
+    def state(self, status: str, *, message: str = "", **known: Any) -> None:
+        """Commit a new state of the run: running, done, stopped or failed."""
+        config = self._job.config
+        row = {
+            "run_id": self.run_id,
+            "version": self._version,
+            "status": status,
+            "command": self._command,
+            "started_at": self._started_at,
+            "updated_at": datetime.now(UTC),
+            "name": config.name,
+            "config_json": config.to_json(),
+            "checkpoint_sha256": self._job.checkpoint_sha256,
+            "lowprec_version": __version__,
+            "budget_pct": config.search.budget,
+            "verdict": None,
+            "recommended_trial_key": None,
+            "message": message,
+            "summary_json": None,
+        } | known
+        self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
+        self._version += 1
+
+    def sensitivities(self, evaluated_on: str) -> list[Sensitivity]:
+        """The sensitivities of the run on that window; empty when they were not measured yet."""
+        rows = self._store.read("sensitivities", run_id=self.run_id).to_pylist()
+        return [
+            Sensitivity(
+                r["unit"],
+                Precision(r["precision"]),
+                r["bytes_saved"],
+                PlanMetrics.from_dict(json.loads(r["metrics_json"])),
+            )
+            for r in rows
+            if r["window"] == evaluated_on
+        ]
+
+    def add_sensitivities(self, found: Sequence[Sensitivity], evaluated_on: str) -> None:
+        """Commit all sensitivities of a window at once."""
+        rows = []
+        for s in found:
+            flat = s.metrics.to_dict()
+            rows.append(
+                {
+                    "row_key": f"{self.run_id}/{evaluated_on}/{s.decision}/{s.precision}",
+                    "run_id": self.run_id,
+                    "unit": s.decision,
+                    "precision": str(s.precision),
+                    "bytes_saved": s.bytes_saved,
+                    "window": evaluated_on,
+                    "metrics_json": json.dumps(flat),
+                    **{k: flat[k] for k in ("kl_pct", "gap_pct", "gap_lower_pct", "gap_upper_pct", "num_examples")},
+                }
+            )
+        self._store.append("sensitivities", rows)
+
+    def trials(self) -> list[Trial]:
+        """The exact trials of the run on its search window, in order."""
+        rows = self._store.read("trials", run_id=self.run_id).to_pylist()
+        return sorted((Trial.from_row(r) for r in rows if r["evaluation"] == "exact"), key=lambda t: t.number)
+
+    def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
+        """Commit a wave at once: after a kill it is there whole or not at all."""
+        fp32 = self._job.space.fp32_bytes
+        budget = self._job.config.search.budget
+        self._store.append(
+            "trials",
+            [
+                {
+                    "row_key": f"{self.run_id}/{evaluation}/{trial.key}",
+                    "run_id": self.run_id,
+                    "evaluation": evaluation,
+                    "window": window,
+                    "bytes_ratio": trial.size_bytes / fp32,
+                    "verdict": trial.metrics.verdict(budget),
+                    **trial.to_row(),
+                }
+                for trial in trials
+            ],
+        )
+
+    def _run(self, run_id: str) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = self._store.read("runs", run_id=run_id).to_pylist()
+        if not rows:
+            known = self._store.read("runs").column("run_id").to_pylist()
+            raise ConfigError(
+                f"--resume {run_id}: no such run under {self._job.config.results.root}; "
+                + (f"the latest are {', '.join(sorted(set(known))[-3:])}" if known else "there are no runs yet")
+            )
+        return max(rows, key=lambda row: row["version"])
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_id: str) -> None:
+    changed = [key for key in _differences(before, now) if not key.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"--resume {run_id}: that run had another config: {', '.join(changed)} differ; begin a new run, or undo "
+            f"the change (free to change: {', '.join(FREE_TO_CHANGE)})"
+        )
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return [
+            key
+            for name in sorted({*a, *b})
+            for key in _differences(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if a == b else [prefix]

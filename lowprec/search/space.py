@@ -1,0 +1,143 @@
+"""The plans that a search may choose from, as the config describes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from lowprec.config import SpaceConfig
+from lowprec.cost import DominatedChoice, plan_bytes, undominated
+from lowprec.errors import ConfigError
+from lowprec.plan import Plan, Precision, Unit
+
+__all__ = ["Decision", "SearchSpace", "build_space"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One free choice: units that share a precision, and the precisions they may have, most exact first."""
+
+    name: str
+    units: tuple[str, ...]
+    choices: tuple[Precision, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every decision of a search over `units`. A fixed unit is a decision with one choice."""
+
+    units: tuple[Unit, ...]
+    decisions: tuple[Decision, ...]
+    row_alignment: int
+    dominated: tuple[DominatedChoice, ...] = ()
+
+    @property
+    def num_plans(self) -> int:
+        """How many plans there are."""
+        return math.prod(len(decision.choices) for decision in self.decisions)
+
+    @property
+    def free(self) -> tuple[Decision, ...]:
+        """The decisions with more than one choice."""
+        return tuple(decision for decision in self.decisions if len(decision.choices) > 1)
+
+    @property
+    def most_exact(self) -> Plan:
+        """The plan with the most exact choice everywhere."""
+        return self.plan({})
+
+    @property
+    def cheapest(self) -> Plan:
+        """The plan with the fewest bytes."""
+        return self.plan({decision.name: decision.choices[-1] for decision in self.decisions})
+
+    def plan(self, choices: Mapping[str, Precision]) -> Plan:
+        """The plan with these choices by decision name; a decision left out takes its most exact one."""
+        precisions = {
+            unit: choices.get(decision.name, decision.choices[0])
+            for decision in self.decisions
+            for unit in decision.units
+        }
+        return Plan.of(self.units, precisions)
+
+    def choices(self, plan: Plan) -> dict[str, Precision]:
+        """The choice of every decision under a plan of this space."""
+        return {decision.name: plan[decision.units[0]] for decision in self.decisions}
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether a plan keeps every rule of the space."""
+        return all(
+            {plan[unit] for unit in decision.units} == {choice} and choice in decision.choices
+            for decision, choice in zip(self.decisions, self.choices(plan).values(), strict=True)
+        )
+
+    def nearest_uniform(self, precision: Precision) -> Plan:
+        """The plan in which every decision takes `precision`, or its next more exact choice where that is ruled out."""
+        order = list(Precision)
+        wanted = order.index(precision)
+        picked = {
+            decision.name: max(
+                (c for c in decision.choices if order.index(c) <= wanted), key=order.index, default=decision.choices[0]
+            )
+            for decision in self.decisions
+        }
+        return self.plan(picked)
+
+    def size_bytes(self, plan: Mapping[str, Precision]) -> int:
+        """Bytes of a plan."""
+        return plan_bytes(self.units, plan, self.row_alignment)
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes of the reference."""
+        return self.size_bytes(Plan.uniform(self.units, Precision.FP32))
+
+
+def build_space(units: Sequence[Unit], config: SpaceConfig) -> SearchSpace:
+    """The search space over `units`; raises `ConfigError` for patterns without units and for groups that contradict."""
+    allowed = {unit.name: (config.precisions, False) for unit in units}
+    for position, rule in enumerate(config.units):
+        for name in _matching(rule.match, allowed, f"space.units[{position}].match"):
+            allowed[name] = ((rule.fixed,), True) if rule.fixed else (rule.precisions or (), False)
+    by_name = {unit.name: unit for unit in units}
+    decisions: list[Decision] = []
+    dominated: list[DominatedChoice] = []
+    for name, members in _groups(by_name, config.groups):
+        common = [p for p in Precision if all(p in allowed[member][0] for member in members)]
+        if not common:
+            raise ConfigError(
+                f"space.groups: the units of {name} share a precision, but no precision is allowed for all of "
+                f"{', '.join(members)}; widen space.units or split the group"
+            )
+        kept, dropped = undominated(name, [by_name[m] for m in members], common, config.row_alignment)
+        decisions.append(Decision(name, members, kept))
+        dominated.extend(dropped)
+    return SearchSpace(tuple(units), tuple(decisions), config.row_alignment, tuple(dominated))
+
+
+def _groups(units: Mapping[str, Unit], groups: Sequence[Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Decision name and members, in the model's order; a unit in no group stands alone under its own name."""
+    group_of: dict[str, int] = {}
+    for number, patterns in enumerate(groups):
+        for pattern in patterns:
+            for name in _matching(pattern, units, f"space.groups[{number}]"):
+                if group_of.setdefault(name, number) != number:
+                    raise ConfigError(
+                        f"space.groups: {name} is in groups {group_of[name]} and {number}; put it into one"
+                    )
+    members: dict[str, list[str]] = {}
+    for name in units:
+        members.setdefault(f"group:{group_of[name]}" if name in group_of else name, []).append(name)
+    return [(name, tuple(names)) for name, names in members.items()]
+
+
+def _matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
+    names = list(names)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+        raise ConfigError(f'{where}: "{pattern}" matches no unit; units are called, for example, {", ".join(near)}')
+    return found

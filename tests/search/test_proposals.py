@@ -1,0 +1,212 @@
+"""Where plans come from: sensitivities, the greedy path, and Optuna; and which one is recommended."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lowprec.config import SpaceConfig
+from lowprec.evaluation.confidence import Interval
+from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.plan import Precision, Unit
+from lowprec.search.choice import Choice, Confirmed, finalists, recommended
+from lowprec.search.greedy import Sensitivity, greedy_path, plans_around_budget, single_swaps, uniform_plans
+from lowprec.search.space import build_space
+from lowprec.search.study import propose
+from lowprec.search.trial import Trial, pareto_front
+
+UNITS = tuple(Unit(f"table:{k}", 100 * (k + 1), 16) for k in range(6))
+SPACE = build_space(UNITS, SpaceConfig())
+ERROR = dict(zip(Precision, (0.0, 1e-6, 1e-4, 1e-2, 0.3), strict=True))
+FRAGILITY = {u.name: 10.0 ** (k % 3) for k, u in enumerate(UNITS)}
+
+
+def true_gap(plan):
+    return sum(ERROR[p] * FRAGILITY[name] for name, p in plan.items())
+
+
+def metrics(gap, half_width=0.0, kl=None):
+    return PlanMetrics(
+        1000, 1000, gap, Interval(gap - half_width, gap + half_width), gap if kl is None else kl,
+        Interval(gap, gap), 0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95,
+    )  # fmt: skip
+
+
+def trial(plan, number=0, wave=0, half_width=0.0, space=SPACE):
+    return Trial(f"k{number}", number, wave, "t", plan, space.size_bytes(plan), metrics(true_gap(plan), half_width))
+
+
+def sensitivities(space=SPACE):
+    base = space.size_bytes(space.most_exact)
+    return [
+        Sensitivity(s.decision, s.precision, base - space.size_bytes(s.plan), metrics(true_gap(s.plan)))
+        for s in single_swaps(space)
+    ]
+
+
+def test_uniform_plans_come_first_and_once():
+    assert [set(p.values()) for p in uniform_plans(SPACE)] == [{p} for p in Precision]
+    fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
+    assert len(uniform_plans(fixed)) == 1
+
+
+def test_single_swaps_change_one_decision():
+    swaps = single_swaps(SPACE)
+    assert len(swaps) == 6 * 4
+    for swap in swaps:
+        assert [n for n, p in swap.plan.items() if p is not Precision.FP32] == [swap.decision]
+
+
+def test_the_greedy_path_goes_from_exact_to_cheap_and_every_point_is_on_the_front():
+    """With additive gaps the path is the lower convex hull of all plans, so no plan may beat any point of it."""
+    path = greedy_path(SPACE, sensitivities())
+    assert path[0].plan == SPACE.most_exact and path[-1].plan == SPACE.cheapest
+    sizes = [SPACE.size_bytes(s.plan) for s in path]
+    assert sizes == sorted(sizes, reverse=True)
+    for step in path:
+        assert step.kl_pct == pytest.approx(true_gap(step.plan), rel=1e-9)
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        plan = SPACE.plan({d.name: d.choices[rng.integers(len(d.choices))] for d in SPACE.decisions})
+        beaten = [
+            s
+            for s in path
+            if true_gap(plan) < s.kl_pct * (1 - 1e-9) and SPACE.size_bytes(plan) < SPACE.size_bytes(s.plan)
+        ]
+        assert not beaten
+
+
+def test_a_swap_whose_gap_is_unknown_is_not_on_the_path():
+    found = [
+        Sensitivity(
+            s.decision, s.precision, s.bytes_saved, metrics(math.nan) if s.precision is Precision.INT2 else s.metrics
+        )
+        for s in sensitivities()
+    ]
+    assert all(p is not Precision.INT2 for step in greedy_path(SPACE, found) for p in step.plan.values())
+
+
+def test_plans_around_the_budget_straddle_it():
+    plans = plans_around_budget(greedy_path(SPACE, sensitivities()), 0.1, 8)
+    gaps = [true_gap(p) for p in plans]
+    assert len(set(plans)) == len(plans) <= 8
+    assert min(gaps) <= 0.1 / 8 and 0.1 < max(gaps) <= 0.4
+
+
+def seeds():
+    plans = [*uniform_plans(SPACE), *plans_around_budget(greedy_path(SPACE, sensitivities()), 0.1, 6)]
+    return [trial(p, n) for n, p in enumerate(dict.fromkeys(plans))]
+
+
+def test_proposals_are_new_legal_and_a_function_of_trials_and_seed():
+    trials = seeds()
+    plans = propose(SPACE, trials, count=10, budget_pct=0.1, seed=3)
+    assert len(set(plans)) == 10 and not set(plans) & {t.plan for t in trials}
+    assert plans == propose(SPACE, trials, count=10, budget_pct=0.1, seed=3)
+    assert plans != propose(SPACE, trials, count=10, budget_pct=0.1, seed=4)
+    assert plans != propose(SPACE, trials[:-1], count=10, budget_pct=0.1, seed=3)
+
+
+def test_proposals_respect_groups_and_fixed_units():
+    space = build_space(
+        UNITS,
+        SpaceConfig.model_validate(
+            {"groups": [["table:0", "table:1"]], "units": [{"match": "table:5", "fixed": "int8"}]}
+        ),
+    )
+    trials = [trial(p, n, space=space) for n, p in enumerate(uniform_plans(space))]
+    plans = propose(space, trials, count=12, budget_pct=0.1, seed=0)
+    assert len(plans) == 12 and all(space.holds(p) for p in plans)
+
+
+def test_a_small_space_is_exhausted_and_then_nothing_is_proposed():
+    space = build_space(UNITS[:2], SpaceConfig.model_validate({"precisions": ["fp32", "int8", "int4"]}))
+    trials = [trial(space.most_exact, 0, space=space)]
+    while plans := propose(space, trials, count=4, budget_pct=0.1, seed=len(trials)):
+        trials += [trial(p, len(trials) + k, space=space) for k, p in enumerate(plans)]
+    assert len({t.plan for t in trials}) == len(trials) == space.num_plans
+    everything_fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
+    assert propose(everything_fixed, [], count=4, budget_pct=0.1, seed=0) == []
+
+
+def test_a_trial_without_a_finite_gap_does_not_disturb_the_study():
+    broken = Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan))
+    assert len(propose(SPACE, [*seeds(), broken], count=4, budget_pct=0.1, seed=0)) == 4
+
+
+def test_pareto_front():
+    trials = seeds()
+    front = pareto_front(trials)
+    assert [t.size_bytes for t in front] == sorted({t.size_bytes for t in front})
+    for t in trials:
+        assert any(f.size_bytes <= t.size_bytes and f.metrics.gap_pct <= t.metrics.gap_pct for f in front)
+    for f in front:
+        assert not any(t.size_bytes <= f.size_bytes and t.metrics.gap_pct < f.metrics.gap_pct for t in trials)
+
+
+def with_gap(number, size_bytes, gap, half_width=0.0, kl=None):
+    return Trial(f"k{number}", number, 0, "t", SPACE.most_exact, size_bytes, metrics(gap, half_width, kl))
+
+
+def test_finalists_go_from_the_safest_to_the_boldest():
+    trials = [with_gap(0, 900, 0.0), with_gap(1, 500, 0.04), with_gap(2, 300, 0.065), with_gap(3, 200, 0.09)]
+    trials += [with_gap(4, 100, 0.2), with_gap(5, 150, 0.02, half_width=0.09), with_gap(6, 120, 0.03, kl=0.15)]
+    assert [c.trial.number for c in finalists(trials, 0.1)] == [1, 2, 3]
+    assert all(c.meets_budget for c in finalists(trials, 0.1))
+
+
+def test_one_plan_may_be_safest_and_boldest_at_once():
+    assert [c.trial.number for c in finalists([with_gap(0, 900, 0.0), with_gap(1, 1000, 0.0)], 0.1)] == [0]
+
+
+def test_without_a_sure_plan_the_likely_one_and_without_that_the_best_one_is_tried():
+    likely = finalists([with_gap(0, 500, 0.05, 0.2), with_gap(1, 300, 0.3)], 0.1)
+    assert [c.trial.number for c in likely] == [0] and likely[0].meets_budget and "estimated" in likely[0].because
+    none = finalists([with_gap(0, 500, 0.5), with_gap(1, 300, 0.3)], 0.1)
+    assert [c.trial.number for c in none] == [1] and not none[0].meets_budget
+    assert "no plan meets the budget" in none[0].because
+    assert finalists([], 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["certified", "certified", "certified"], 2),
+        (["certified", "inconclusive", "certified"], 0),  # testing stops at the first that is not certified
+        (["certified", "certified", "rejected"], 1),
+        (["inconclusive", "certified"], 0),
+        (["rejected"], 0),
+    ],
+)
+def test_recommended_is_the_last_before_the_first_that_is_not_certified(verdicts, expected):
+    choices = [Choice(with_gap(n, 100, 0.0), True, "") for n in range(len(verdicts))]
+    confirmed = [Confirmed(c, c.trial.metrics, v) for c, v in zip(choices, verdicts, strict=True)]
+    assert recommended(confirmed) is confirmed[expected]
+
+
+def test_confirming_several_finalists_certifies_no_more_falsely_than_confirming_one():
+    """All finalists at the budget, where certifying is always wrong, on 4,000 confirm windows."""
+    rng, runs, alpha, n = np.random.default_rng(0), 4000, 0.2, 2000
+    wrong = bonferroni_free = 0
+    for _ in range(runs):
+        y = rng.exponential(1.0, n)
+        certified = []
+        for _ in range(3):
+            x = 0.001 * y + 0.01 * rng.normal(size=n)
+            # A one-shot interval, the tightest that a valid test may use: the sequences of lowprec are wider.
+            d = x - 0.001 * y
+            certified.append(d.mean() + 0.8416 * d.std() / np.sqrt(n) < 0)
+        choices = [
+            Confirmed(Choice(with_gap(k, 1, 0.0), True, ""), metrics(0.0), "certified" if c else "inconclusive")
+            for k, c in enumerate(certified)
+        ]
+        wrong += recommended(choices).verdict == "certified"
+        bonferroni_free += any(certified)
+    standard_error = math.sqrt(alpha * (1 - alpha) / runs)
+    assert wrong / runs <= alpha + 3 * standard_error
+    assert bonferroni_free / runs > 2 * alpha  # taking any certified plan would not have been safe
+
+
+def test_trials_survive_a_round_trip_through_their_row():
+    t = trial(SPACE.cheapest, 3, 2)
+    assert Trial.from_row(t.to_row()) == t
