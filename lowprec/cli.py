@@ -1,0 +1,216 @@
+"""The command line. Every command parses, loads what it needs, makes one call and prints."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowprec import __version__
+
+if TYPE_CHECKING:
+    from lowprec.config import Config
+    from lowprec.results.output import Format
+
+__all__ = ["cli", "main"]
+
+EXIT_USAGE = 64
+EXIT_INTERRUPTED = 130
+
+Command = Callable[..., int | None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="lowprec")
+def cli() -> None:
+    """Find the cheapest numeric precision for every embedding table, and prove on logged traffic that accuracy holds.
+
+    Exit codes: 0 certified or done, 2 rejected, 3 error, 4 inconclusive, 64 wrong usage or config.
+    """
+
+
+def _command(name: str, *, config: bool = True) -> Callable[[Command], Command]:
+    """A command with the options that all share; errors become one sentence and an exit code."""
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def run(as_json: bool, debug: bool, **options: Any) -> int:
+            try:
+                if config:
+                    options["config"] = _load(options.pop("config"), options.pop("overrides"))
+                return function(as_json=as_json, **options) or 0
+            except (KeyboardInterrupt, click.ClickException):
+                raise
+            except Exception as error:
+                from lowprec.console import report_error
+
+                return report_error(error, command=name, as_json=as_json, debug=debug)
+
+        decorated: Any = run
+        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(decorated)
+        decorated = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(decorated)
+        if config:
+            overrides = click.option(
+                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key."
+            )
+            decorated = click.argument("config", type=click.Path(path_type=Path))(overrides(decorated))
+        registered: Command = cli.command(name)(decorated)
+        return registered
+
+    return decorate
+
+
+@_command("demo", config=False)
+@click.option(
+    "--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where all goes."
+)
+def demo(root: Path, as_json: bool) -> int:
+    """Make traffic, train a small DLRM, search, confirm: everything on this machine, in a few minutes."""
+    from lowprec import console, render
+    from lowprec.demo import run_demo
+
+    with console.Bars().shown() as bars:
+        outcome = run_demo(root, progress=bars)
+    document = console.json_document("demo", outcome.to_dict())
+    _show(document, as_json, render.render_search)
+    return console.EXIT_CODES[outcome.verdict]
+
+
+@_command("generate")
+def generate(config: Config, as_json: bool) -> None:
+    """Write the synthetic traffic that CONFIG describes in traffic.synthetic to traffic.path."""
+    from lowprec import console
+    from lowprec.demo import generate_traffic
+
+    with console.Bars().shown() as bars:
+        rows = generate_traffic(config, progress=bars)
+    document = console.json_document("generate", {"path": config.traffic.path, "num_rows": rows})
+    _show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+
+
+@_command("convert", config=False)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def convert(source: Path, out: Path, as_json: bool) -> None:
+    """Convert an original Criteo file (tab separated, also gzip) to Parquet."""
+    from lowprec import console
+    from lowprec.traffic.criteo import convert_criteo
+
+    rows = convert_criteo(source, out)
+    document = console.json_document("convert", {"path": str(out), "num_rows": rows})
+    _show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+
+
+@_command("train")
+def train(config: Config, as_json: bool) -> None:
+    """Train the model of CONFIG on its train window and write its checkpoint."""
+    from dataclasses import asdict
+
+    from lowprec import console, render
+    from lowprec.models.train import train as train_model
+
+    with console.Bars().shown() as bars:
+        report = train_model(config, progress=bars)
+    _show(console.json_document("train", asdict(report)), as_json, render.render_train)
+
+
+@_command("search")
+@click.option("--resume", metavar="RUN", help="Continue a run that was stopped or killed.")
+@click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
+@click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
+@click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
+def search(
+    config: Config, resume: str | None, dry_run: bool, timeout: str | None, max_trials: int | None, as_json: bool
+) -> int:
+    """Find the cheapest plan within budget and confirm it on a later window."""
+    from lowprec import console, render
+
+    limits = {"timeout_s": _seconds(timeout) if timeout else None, "max_trials": max_trials}
+    limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
+    config = config.model_copy(update={"search": limited})
+    if dry_run:
+        from lowprec.search.describe import describe_job
+        from lowprec.search.job import open_job
+
+        _show(console.json_document("search", describe_job(open_job(config))), as_json, render.render_dry_run)
+        return 0
+    from lowprec.search.run import run_search
+
+    with console.Bars().shown() as bars:
+        outcome = run_search(config, resume=resume, progress=bars)
+    _show(console.json_document("search", outcome.to_dict()), as_json, render.render_search)
+    return console.EXIT_CODES[outcome.verdict]
+
+
+@_command("verify")
+@click.option("--plan", required=True, type=click.Path(path_type=Path), help="The plan.json to evaluate.")
+@click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
+def verify(config: Config, plan: Path, window: str, as_json: bool) -> int:
+    """Evaluate one plan exactly against its budget."""
+    from lowprec import console, render
+    from lowprec.search.verify import verify_plan
+
+    with console.Bars().shown() as bars:
+        outcome = verify_plan(config, plan, window=window, progress=bars)
+    _show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
+    return console.EXIT_CODES[outcome.verdict]
+
+
+@_command("results", config=False)
+@click.argument("sql", required=False)
+@click.option("--root", default=lambda: os.environ.get("LOWPREC_RESULTS", "runs"), help="Results root [default: runs].")
+@click.option("--run", "run_id", metavar="RUN", help="The run whose front to show, instead of the latest.")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv", "parquet"]), default="table")
+@click.option("--out", type=click.Path(path_type=Path), help="Write to a file (needed for parquet on a terminal).")
+def results(sql: str | None, root: str, run_id: str | None, form: Format, out: Path | None, as_json: bool) -> None:
+    """Query results with SQL; without SQL, the latest search's Pareto front."""
+    from lowprec.results import latest_front, query
+    from lowprec.results.output import write_frame
+
+    frame = query(sql, root) if sql else latest_front(root, run_id)
+    if sql or as_json or form != "table":
+        write_frame(frame, form="json" if as_json else form, out=out)
+    else:
+        from lowprec.render import render_front
+
+        render_front([{str(k): v for k, v in row.items()} for row in frame.to_dict("records")])
+
+
+def main() -> None:
+    """The `lowprec` command."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; a search goes on with lowprec search CONFIG --resume RUN", err=True)
+        code = EXIT_INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> Config:
+    from lowprec.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _show(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], None]) -> None:
+    from lowprec.console import print_document
+
+    (print_document if as_json else render)(document)
+
+
+def _seconds(text: str) -> float:
+    from lowprec.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text)
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f'--timeout "{text}": expected a duration such as 90s, 15m or 2h')
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]

@@ -1,0 +1,98 @@
+"""Exact evaluation of 32 random plans: together against one by one, and against the dense passes that nobody can save.
+
+In process, one thread, the demo model on its search window. Prints one JSON object as its last line:
+`shared_speedup` (one by one / together; the single evaluations find the quantized rows in the cache, which favours
+them), `shared_speedup_cold` (each single evaluation quantizes for itself), `over_floor` (together / dense passes).
+"""
+
+import json
+import statistics
+import time
+
+import numpy as np
+from demo_model import demo_config
+
+from lowprec.evaluation.evaluate import evaluate_plans
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.worker import LocalWorkers
+from lowprec.models.adapter import inputs_of
+from lowprec.plan import Plan, Precision
+from lowprec.search import Job, open_job
+
+NUM_PLANS, REPEATS = 32, 3
+
+
+def evaluate(job: Job, workers: LocalWorkers, plans: list[Plan]):
+    return evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=4)
+
+
+def seconds(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def dense_seconds(job: Job, plans: list[Plan]) -> float:
+    """The dense passes of all plans and nothing else: pooled outputs are made before the clock starts."""
+    evaluator = ExactEvaluator(job.adapter)
+    total = 0.0
+    for batch in job.window("search").batches():
+        inputs = inputs_of(batch)
+        reference = job.adapter.reference(inputs)
+        pooled = [evaluator._shards[call.table].pooled(call, list(Precision)) for call in reference.calls]
+        outputs = [[p[plan[c.table]] for p, c in zip(pooled, reference.calls, strict=True)] for plan in plans]
+        began = time.perf_counter()
+        for chosen in outputs:
+            job.adapter.substituted(inputs, reference, chosen)
+        total += time.perf_counter() - began
+    return total
+
+
+def main() -> None:
+    config = demo_config("evaluation.num_workers=0")
+    job = open_job(config)
+    rng = np.random.default_rng(0)
+    plans = [
+        Plan({u.name: list(Precision)[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
+        for _ in range(NUM_PLANS)
+    ]
+    workers = LocalWorkers(job.spec, job.adapter)
+    together = evaluate(job, workers, plans)
+    alone = [evaluate(job, workers, [plan]).metrics[0] for plan in plans]
+    assert list(together.metrics) == alone, "sharing changed a metric"
+
+    rounds = []
+    for _ in range(REPEATS):
+        rounds.append(
+            {
+                "together": seconds(lambda: evaluate(job, LocalWorkers(job.spec, job.adapter), plans)),
+                "warm": seconds(lambda: [evaluate(job, workers, [plan]) for plan in plans]),
+                "cold": seconds(lambda: [evaluate(job, LocalWorkers(job.spec, job.adapter), [p]) for p in plans]),
+                "dense": dense_seconds(job, plans),
+            }
+        )
+        print({k: round(v, 2) for k, v in rounds[-1].items()}, flush=True)
+
+    def ratio(top: str, bottom: str) -> float:
+        return round(statistics.median(r[top] / r[bottom] for r in rounds), 3)
+
+    spread = [round(f(r["warm"] / r["together"] for r in rounds), 3) for f in (min, max)]
+    print(
+        json.dumps(
+            {
+                "shared_speedup": ratio("warm", "together"),
+                "shared_speedup_cold": ratio("cold", "together"),
+                "shared_speedup_range": spread,
+                "over_floor": ratio("together", "dense"),
+                "num_plans": NUM_PLANS,
+                "num_examples": together.metrics[0].num_examples,
+                "threads": 1,
+                "repeats": REPEATS,
+                "seconds": {k: round(statistics.median(r[k] for r in rounds), 2) for k in rounds[0]},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The commands of the README, as a user types them."""
+
+import io
+import json
+
+import pandas as pd
+import pytest
+
+
+@pytest.fixture(scope="module")
+def trained(lowprec, tmp_path_factory):
+    """A folder with a config of a user's own: traffic generated and a model trained by the commands."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "job.yaml").write_text(
+        """
+name: mine
+traffic:
+  path: traffic
+  time: ts
+  dense: [d0, d1]
+  sparse:
+    - {name: c0, num_embeddings: 50}
+    - {name: c1, num_embeddings: 200}
+    - {name: c2, num_embeddings: 800}
+  batch_size: 1024
+  synthetic:
+    {num_rows: 12000, num_sparse: 3, table_sizes: [50, 200, 800], num_dense: 2, num_multi_hot: 1, num_interactions: 2}
+windows:
+  train: {end: 2026-01-05}
+  search: {start: 2026-01-05, end: 2026-01-08}
+  confirm: {start: 2026-01-08}
+model:
+  args: {embedding_dim: 8, bottom: [8], top: [16]}
+  checkpoint: model.safetensors
+train: {epochs: 3, batch_size: 128, learning_rate: 0.01}
+search: {budget: 1.0, max_trials: 16, wave_size: 8}
+evaluation: {num_workers: 1}
+"""
+    )
+    assert lowprec("generate", "job.yaml", cwd=folder).code == 0
+    done = lowprec("train", "job.yaml", "--json", cwd=folder)
+    assert done.code == 0, done.err
+    return folder, done.document
+
+
+def test_train_reports_quality_and_calibration(trained):
+    _, document = trained
+    assert document["schema_version"] == 1 and document["command"] == "train"
+    for window in ("train", "validation"):
+        assert 0 < document[window]["ne"] < 1.2 and 0.5 < document[window]["calibration"] < 2
+
+
+@pytest.fixture(scope="module")
+def searched(lowprec, trained):
+    folder, _ = trained
+    done = lowprec("search", "job.yaml", "--json", cwd=folder)
+    assert done.code in (0, 4), done.err
+    return folder, done
+
+
+def test_search_prints_one_document_and_a_plan_that_verifies(lowprec, searched):
+    folder, done = searched
+    document = done.document
+    assert document["num_trials"] == 16
+    assert document["confirm"]["num_examples"] > 2000
+    assert document["bytes"] < document["fp32_bytes"]
+    assert {0: "certified", 2: "rejected", 4: "inconclusive"}[done.code] == document["verdict"]
+    again = lowprec("verify", "job.yaml", "--plan", document["plan_path"], "--json", cwd=folder)
+    assert again.code == done.code
+    shared = ("gap_pct", "gap_lower_pct", "gap_upper_pct", "kl_pct", "ne_plan", "auc_plan", "num_examples")
+    assert {k: again.document[k] for k in shared} == {k: document["confirm"][k] for k in shared}
+
+
+def test_search_and_verify_print_for_people(lowprec, trained):
+    folder, _ = trained
+    done = lowprec("search", "job.yaml", "--max-trials", 5, "--set", "results.root=other", cwd=folder)
+    assert done.code in (0, 2, 4), done.err
+    for part in ("Pareto front", "confirm: gap", "% confidence", "examples", "plan written to", "budget of 1.0 %"):
+        assert part in done.out
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(lowprec, trained):
+    folder, _ = trained
+    done = lowprec("search", "job.yaml", "--dry-run", "--json", "--set", "results.root=nowhere", cwd=folder)
+    assert done.code == 0
+    document = done.document
+    assert document["num_plans"] == 5**3 and document["fp32_bytes"] == 1050 * 8 * 4
+    assert [w["name"] for w in document["windows"]] == ["search", "confirm"]
+    assert not (folder / "nowhere").exists()
+    text = lowprec("search", "job.yaml", "--dry-run", cwd=folder).out
+    assert "table:c2" in text and "rows" in text and "plans: 125" in text
+
+
+def test_results_as_table_json_csv_and_parquet(lowprec, searched):
+    folder, done = searched
+    run = done.document["run_id"]
+    table = lowprec("results", cwd=folder)
+    assert table.code == 0 and "gap" in table.out
+    where = f"run_id = '{run}' AND evaluation = 'exact'"
+    sql = f"SELECT trial_key, size_bytes, gap_pct FROM trials WHERE {where} ORDER BY number"
+    rows = json.loads(lowprec("results", sql, "--format", "json", cwd=folder).out)["rows"]
+    assert len(rows) == 16 and set(rows[0]) == {"trial_key", "size_bytes", "gap_pct"}
+    csv = pd.read_csv(io.StringIO(lowprec("results", sql, "--format", "csv", cwd=folder).out))
+    assert list(csv.trial_key) == [r["trial_key"] for r in rows]
+    assert lowprec("results", sql, "--format", "parquet", "--out", "x.parquet", cwd=folder).code == 0
+    assert list(pd.read_parquet(folder / "x.parquet").size_bytes) == [r["size_bytes"] for r in rows]
+    front = json.loads(lowprec("results", "--run", run, "--format", "json", cwd=folder).out)["rows"]
+    assert [r["size_bytes"] for r in front] == [t["bytes"] for t in done.document["front"]]
+
+
+def test_results_from_python(searched):
+    import lowprec
+
+    folder, done = searched
+    frame = lowprec.query("SELECT status, verdict FROM runs ORDER BY started_at", root=str(folder / "runs"))
+    assert isinstance(frame, pd.DataFrame)
+    assert (frame.iloc[0].status, frame.iloc[0].verdict) == ("done", done.document["verdict"])
+
+
+def test_a_budget_that_nothing_meets_returns_the_best_and_says_so(lowprec, trained):
+    folder, _ = trained
+    settings = (
+        "--set",
+        "search.budget=0.000001",
+        "--set",
+        "space.precisions=[int2]",
+        "--set",
+        "results.root=strict",
+    )
+    done = lowprec("search", "job.yaml", "--json", *settings, cwd=folder)
+    assert done.code in (2, 4)
+    assert not done.document["meets_budget_in_search"]
+    assert "no plan meets the budget" in done.document["because"] and "no plan meets the budget" in done.err
+    assert set(done.document["plan"].values()) == {"int2"}
+
+
+def test_help_is_quick_and_knows_no_torch(lowprec):
+    done = lowprec("--help")
+    assert done.code == 0
+    for command in ("demo", "generate", "convert", "train", "search", "verify", "results"):
+        assert command in done.out
