@@ -105,6 +105,8 @@ def render_front(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def render_search(document: Mapping[str, Any]) -> None:
     """The front, the recommended plan and its evidence."""
+    chosen = {k: document[k] for k in ("trial_key", "plan", "bytes", "bytes_ratio")} | document["search"]
+    shown = {trial["trial_key"]: trial for trial in [*document["front"], chosen]}
     render_front(
         [
             {
@@ -113,10 +115,10 @@ def render_search(document: Mapping[str, Any]) -> None:
                 "evaluation": "exact",
                 "window": document["windows"]["search"],
                 "size_bytes": trial["bytes"],
-                "recommended": trial["trial_key"] == document["trial_key"],
+                "recommended": trial is shown[document["trial_key"]],
                 "precisions": precision_counts(trial["plan"].values()),
             }
-            for trial in document["front"]
+            for trial in sorted(shown.values(), key=lambda t: t["bytes"])
         ]
     )
     _render_plan(document)
@@ -129,8 +131,8 @@ def render_search(document: Mapping[str, Any]) -> None:
                 f"gap {gap_text(other)}: {other['verdict']}"
             )
     _render_quality(document["confirm"])
-    if document["num_bad_rows"]:
-        stdout.print(f"{document['num_bad_rows']:,} bad rows were quarantined beside the plan")
+    for name, rows in document["rows"].items():
+        _render_rows(name, rows)
     stdout.print(f"plan written to {document['plan_path']}; {document['num_trials']} trials in {document['seconds']} s")
     _render_verdict(document["verdict"], document["budget_pct"])
 
@@ -140,6 +142,7 @@ def render_verify(document: Mapping[str, Any]) -> None:
     _render_plan(document)
     stdout.print(_evidence(document, document["window"]))
     _render_quality(document)
+    _render_rows("verified", document["rows"])
     _render_verdict(document["verdict"], document["budget_pct"])
 
 
@@ -191,6 +194,18 @@ def _render_quality(metrics: Mapping[str, Any]) -> None:
         ne, auc, calibration = (_number(metrics[f"{m}_{side}"], "{:.5f}") for m in ("ne", "auc", "calibration"))
         error = _number(metrics["auc_error"], "{:.5f}")
         stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (+-{error}), calibration {calibration}")
+
+
+def _render_rows(name: str, rows: Mapping[str, Any]) -> None:
+    """What did not count as an example; nothing where every row did."""
+    parts = []
+    if rows["num_bad"]:
+        parts.append(f"{rows['num_bad']:,} bad rows (kept in the run's quarantine folder)")
+    if rows["num_unlabelled"]:
+        parts.append(f"{rows['num_unlabelled']:,} rows without a label")
+    parts += [f"{count:,} ids of {feature} out of range" for feature, count in rows["out_of_range"].items()]
+    if parts:
+        stdout.print(f"{name} window, of {rows['num_read']:,} rows: {', '.join(parts)}")
 
 
 def _render_verdict(verdict: str, budget_pct: float) -> None:

@@ -21,6 +21,8 @@ MAX_TASK_RETRIES = 3
 
 # Tasks queued at one worker: it never waits for the driver, and little is lost when it dies.
 TASKS_IN_FLIGHT = 2
+# Results wait for those before them; while one worker is slow, the others get so many tasks each ahead of it.
+TASKS_AHEAD = 8
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -64,24 +66,20 @@ class RayWorkers:
     def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
         """The chunk of every task, in order; a task goes to whichever worker is free."""
         shared_window = [ray.put(window)]
-        waiting = iter(enumerate(tasks))
+        free = self._actors * TASKS_IN_FLIGHT
         in_flight: dict[Any, tuple[int, Any]] = {}
         done: dict[int, Chunk] = {}
-
-        def give(actor: Any) -> None:
-            number, task = next(waiting, (None, None))
-            if number is not None:
-                in_flight[actor.run.remote(shared_window, task)] = (number, actor)
-
-        for _ in range(TASKS_IN_FLIGHT):
-            for actor in self._actors:
-                give(actor)
+        given = 0
         try:
             for wanted in range(len(tasks)):
                 while wanted not in done:
+                    while free and given < min(len(tasks), wanted + TASKS_AHEAD * len(self._actors)):
+                        actor = free.pop(0)
+                        in_flight[actor.run.remote(shared_window, tasks[given])] = (given, actor)
+                        given += 1
                     (ready,), _ = ray.wait(list(in_flight), num_returns=1)
                     number, actor = in_flight.pop(ready)
-                    give(actor)
+                    free.append(actor)
                     done[number] = _result(ready, tasks[number])
                 yield done.pop(wanted)
         finally:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from lowprec.models.fit import fit, quality_on
 from lowprec.models.minibatches import labelled
 from lowprec.models.quality import Quality
 from lowprec.progress import Progress, Silent
-from lowprec.traffic.batch import Batch
+from lowprec.traffic.batch import BadRow, Batch
+from lowprec.traffic.quarantine import check_bad_rows, write_quarantine
 from lowprec.traffic.reader import TrafficReader, TrafficWindow, open_traffic
 from lowprec.traffic.window import parse_window
 
@@ -99,7 +101,7 @@ def train(config: Config, *, progress: Progress | None = None) -> TrainReport:
         best_epoch=fitted.best_rows / source.num_rows,
         num_rows=source.num_rows,
         num_unlabelled=source.num_unlabelled,
-        num_bad=source.num_bad,
+        num_bad=len(source.bad_rows),
         seconds=time.monotonic() - started,
     )
 
@@ -112,7 +114,8 @@ class _Source:
         self._num_batches = num_batches
         self._validation = validation
         self._first_held_out = first_held_out
-        self.num_rows = self.num_unlabelled = self.num_bad = 0
+        self.num_rows = self.num_unlabelled = 0
+        self.bad_rows: list[BadRow] = []
         num_positive = weight = weighted_positive = 0.0
         sums: NDArray[np.float64] | float = 0.0
         squares: NDArray[np.float64] | float = 0.0
@@ -120,7 +123,7 @@ class _Source:
             rows = labelled(batch)
             self.num_rows += rows.num_rows
             self.num_unlabelled += batch.num_rows - rows.num_rows
-            self.num_bad += len(batch.bad_rows)
+            self.bad_rows += batch.bad_rows
             num_positive += float(rows.labels.sum(dtype=np.float64))
             weights = np.ones(rows.num_rows) if rows.weights is None else rows.weights
             weight += float(weights.sum())
@@ -162,7 +165,7 @@ def _open_source(config: Config) -> _Source:
                 " which leaves none to validate on; give windows.validation, or lower traffic.batch_size"
             )
         source = _Source(train_window, num_batches, train_window, num_batches)
-    _check_bad_rows(source, config.traffic.max_bad_fraction)
+    _keep_bad_rows(source, config)
     return source
 
 
@@ -170,13 +173,15 @@ def _window(reader: TrafficReader, window: WindowConfig, key: str) -> TrafficWin
     return reader.window(parse_window(window.start, window.end, unit=reader.time_unit, key=key))
 
 
-def _check_bad_rows(source: _Source, max_bad_fraction: float) -> None:
-    fraction = source.num_bad / (source.num_bad + source.num_unlabelled + source.num_rows)
-    if fraction > max_bad_fraction:
-        raise TrafficError(
-            f"train: {source.num_bad} rows of windows.train are bad, {100 * fraction:.3g} percent; "
-            f"traffic.max_bad_fraction allows {100 * max_bad_fraction:.3g} percent"
-        )
+def _keep_bad_rows(source: _Source, config: Config) -> None:
+    """Write the bad rows beside the checkpoint; raise where there are more than the config allows."""
+    if source.bad_rows:
+        checkpoint = Path(config.model.checkpoint)
+        kept = checkpoint.with_name(checkpoint.name + ".quarantine.parquet")
+        write_quarantine(source.bad_rows, kept)
+        num_rows = len(source.bad_rows) + source.num_unlabelled + source.num_rows
+        fraction = config.traffic.max_bad_fraction
+        check_bad_rows(len(source.bad_rows), num_rows, fraction, first=source.bad_rows[0], quarantine_path=kept)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def query_arrow(sql: str, root: str | Path = "runs", storage_options: Mapping[st
 def latest_front(
     root: str | Path = "runs", run_id: str | None = None, storage_options: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
-    """The plans that no other plan of a run beats in both bytes and gap, cheapest first.
+    """The plans that no other plan of a run beats in both bytes and gap, and the recommended one, cheapest first.
 
     Of the exact evaluations of `run_id`, or of the latest finished run that has any, else of the latest run.
     `precisions` counts the tables at each precision. Raises `QueryError` when there is no such run.
@@ -99,8 +99,9 @@ def latest_front(
     trials = trials[(trials["run_id"] == chosen["run_id"]) & trials["gap_pct"].notna()]
     front, best = [], float("inf")
     for _, trial in trials.sort_values(["size_bytes", "gap_pct", "number"]).iterrows():
-        if trial["gap_pct"] < best:
-            best = trial["gap_pct"]
+        is_recommended = trial["trial_key"] == chosen["recommended_trial_key"]
+        if trial["gap_pct"] < best or is_recommended:
+            best = min(best, trial["gap_pct"])
             front.append({**trial, "precisions": precision_counts(json.loads(trial["plan_json"]).values())})
     frame = pd.DataFrame(front, columns=list(dict.fromkeys((*trials.columns, *_FRONT_COLUMNS))))
     frame["recommended"] = frame["trial_key"] == chosen["recommended_trial_key"]

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
@@ -88,7 +89,7 @@ class ResultsStore:
         if table is None:
             return pads.dataset(schema.arrow.empty_table())
         try:
-            return table.to_pyarrow_dataset()
+            return _arrow_dataset(table)
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise self._error(schema, "cannot be read", error) from None
 
@@ -176,9 +177,21 @@ class ResultsStore:
         )
 
 
+def _arrow_dataset(table: DeltaTable) -> pads.Dataset:
+    """The table's files as a dataset; local ones through Arrow's own file system.
+
+    Through Delta's, which is called back in Python from Arrow's threads, 1 in 30 processes that read and then ended was
+    aborted ("terminate called without an active exception", deltalake 1.6.6 with pyarrow 26.0.1).
+    """
+    local = _local_path(table.table_uri)
+    if local is None:
+        return table.to_pyarrow_dataset()
+    return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(str(local), pafs.LocalFileSystem()))
+
+
 def _known_keys(table: DeltaTable, keys: pa.ChunkedArray) -> pa.ChunkedArray:
     condition = pads.field("row_key").isin(keys.combine_chunks())
-    return table.to_pyarrow_dataset().to_table(columns=["row_key"], filter=condition)["row_key"]
+    return _arrow_dataset(table).to_table(columns=["row_key"], filter=condition)["row_key"]
 
 
 def _visible(found: pa.Table, schema: TableSchema) -> pa.Table:

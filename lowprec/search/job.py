@@ -80,15 +80,16 @@ class Job:
             confidence=self.config.search.confidence,
             batches_per_task=self.config.evaluation.batches_per_task,
             batches=batches,
+            max_bad_fraction=self.config.traffic.max_bad_fraction,
             on_progress=on_progress,
         )
         if evaluation.bad_rows:
             kept = quarantine / f"{name}.parquet"
             write_quarantine(evaluation.bad_rows, kept)
             check_bad_rows(
-                len(evaluation.bad_rows),
-                evaluation.num_rows_read,
-                self.config.traffic.max_bad_fraction,
+                evaluation.rows.num_bad,
+                evaluation.rows.num_read,
+                self.config.traffic.max_bad_fraction if evaluation.is_complete else 0.0,
                 first=evaluation.bad_rows[0],
                 quarantine_path=kept,
             )

@@ -14,6 +14,7 @@ import numpy as np
 from lowprec.config import Config
 from lowprec.errors import LowprecError
 from lowprec.evaluation.confidence import Verdict
+from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Plan, PlanFile, write_plan
@@ -43,7 +44,7 @@ class SearchOutcome:
     front: tuple[Trial, ...]
     num_trials: int
     fp32_bytes: int
-    num_bad_rows: int
+    rows: dict[str, RowAccount]
     plan_path: Path
     windows: dict[str, str]
     seconds: float
@@ -72,7 +73,7 @@ class SearchOutcome:
             ],
             "windows": self.windows,
             "num_trials": self.num_trials,
-            "num_bad_rows": self.num_bad_rows,
+            "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),
         }
@@ -118,7 +119,7 @@ class _Search:
     def __init__(self, job: Job, record: SearchRecord, workers: Workers, progress: Progress) -> None:
         self._job, self._record, self._workers, self._progress = job, record, workers, progress
         self._began = time.monotonic()
-        self._num_bad_rows: dict[str, int] = {}
+        self._rows: dict[str, RowAccount] = {}
         progress.note(f"run {record.run_id}")
 
     def run(self) -> SearchOutcome:
@@ -138,7 +139,7 @@ class _Search:
             front=tuple(pareto_front(trials)),
             num_trials=len(trials),
             fp32_bytes=self._job.space.fp32_bytes,
-            num_bad_rows=sum(self._num_bad_rows.values()),
+            rows=self._rows,
             plan_path=self._record.artifacts / "plan.json",
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
             seconds=time.monotonic() - self._began,
@@ -244,7 +245,8 @@ class _Search:
             batches=batches,
             on_progress=on_progress,
         )
-        self._num_bad_rows[name] = max(self._num_bad_rows.get(name, 0), len(evaluation.bad_rows))
+        if batches is None:
+            self._rows[name] = evaluation.rows
         return evaluation.metrics
 
     def _trial(self, name: str, number: int, wave: int, kind: str, plan: Plan, metrics: PlanMetrics) -> Trial:

@@ -10,6 +10,7 @@ from typing import Any
 from lowprec.config import Config
 from lowprec.errors import LowprecError
 from lowprec.evaluation.confidence import Verdict
+from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.plan import Plan, read_plan
 from lowprec.progress import Progress, Silent
@@ -32,7 +33,7 @@ class Verification:
     budget_pct: float
     verdict: Verdict
     window: str
-    num_bad_rows: int
+    rows: RowAccount
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Verification:
             "fp32_bytes": self.fp32_bytes,
             "bytes_ratio": self.size_bytes / self.fp32_bytes,
             **self.metrics.to_dict(),
-            "num_bad_rows": self.num_bad_rows,
+            "rows": self.rows.to_dict(),
             "seconds": round(self.seconds, 1),
         }
 
@@ -98,7 +99,7 @@ def verify_plan(
         budget_pct=config.search.budget,
         verdict=verdict,
         window=job.window_text(window),
-        num_bad_rows=len(evaluation.bad_rows),
+        rows=evaluation.rows,
         seconds=time.monotonic() - began,
     )
     record.state("done", verdict=verdict, recommended_trial_key=key, message=f"plan {plan_path} on {outcome.window}")

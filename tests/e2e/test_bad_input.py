@@ -74,7 +74,7 @@ def test_bad_rows_are_kept_whether_they_stop_the_run_or_not(lowprec, config_file
     went_on = lowprec(
         "search", config_file(traffic__path=path, traffic__max_bad_fraction=0.01), "--json", "--max-trials", 3
     )
-    assert went_on.code in (0, 2, 4) and went_on.document["num_bad_rows"] == 1
+    assert went_on.code in (0, 2, 4) and went_on.document["rows"]["search"]["num_bad"] == 1
 
 
 def test_a_truncated_parquet_file(lowprec, config_file, one_sentence, traffic, tmp_path):

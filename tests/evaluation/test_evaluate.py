@@ -31,13 +31,13 @@ def test_every_batch_is_counted_once_and_progress_is_told(job):
     told = []
     evaluation = evaluate(job, LocalWorkers(job.spec, job.adapter), on_progress=told.append)
     window = job.window("search")
-    assert evaluation.num_rows_read == evaluation.metrics[0].num_examples == window.num_rows
+    assert evaluation.rows.num_read == evaluation.metrics[0].num_examples == window.num_rows
     assert sum(told) == window.num_batches
 
 
 def test_a_sample_of_batches(job):
     evaluation = evaluate(job, LocalWorkers(job.spec, job.adapter), batches=[4, 1])
-    assert evaluation.num_rows_read == 2 * 1024
+    assert evaluation.rows.num_read == 2 * 1024
 
 
 def test_one_two_or_no_ray_workers_give_equal_bits(job):
@@ -102,3 +102,38 @@ def test_chunks_of_a_task_do_not_depend_on_what_the_worker_did_before(job):
     list(used.run(window, [Task(tuple(plans_of(job)[::-1]), (0, 1, 2))]))
     again: Chunk = next(used.run(window, [task]))
     assert again.sums.moments.tobytes() == fresh.sums.moments.tobytes()
+
+
+def test_dropped_ids_and_unlabelled_rows_are_counted(small_config, small_folder, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(small_folder / "traffic")
+    first = table["c0"].to_pylist()
+    first[9000], first[9001] = -5, 4000
+    labels = table["label"].to_pylist()
+    labels[9002] = None
+    for name, values in (("c0", first), ("label", labels)):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, table[name].type))
+    pq.write_table(table, tmp_path / "changed.parquet")
+    job = open_job(small_config(f"traffic.path={tmp_path / 'changed.parquet'}", "traffic.bounds_check=drop"))
+    rows = evaluate(job, LocalWorkers(job.spec, job.adapter)).rows
+    assert (rows.num_bad, rows.num_unlabelled, rows.out_of_range) == (0, 1, {"c0": 2})
+
+
+def test_a_window_that_is_nearly_all_bad_is_given_up_early(small_config, small_folder, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import lowprec.evaluation.evaluate as module
+
+    monkeypatch.setattr(module, "MAX_BAD_ROWS_HELD", 3000)
+    table = pq.read_table(small_folder / "traffic")
+    bad = pa.array([7] * len(table), pa.int8())
+    table = table.set_column(table.column_names.index("label"), "label", bad)
+    pq.write_table(table, tmp_path / "changed.parquet")
+    job = open_job(small_config(f"traffic.path={tmp_path / 'changed.parquet'}"))
+    workers = LocalWorkers(job.spec, job.adapter)
+    with pytest.raises(TrafficError, match="4096 of 4096 rows are bad"):
+        job.evaluate(workers, "search", job.window("search"), plans_of(job), quarantine=tmp_path / "q")
+    assert pq.read_metadata(tmp_path / "q" / "search.parquet").num_rows == 4096

@@ -281,3 +281,12 @@ def test_sigkill_loses_nothing_acknowledged_and_a_repetition_completes(row, tmp_
         rows = [row("trials", f"w-{i}-{j}") for i in range(last + 2) for j in range(3)]
         assert again.append("trials", rows) == 3
         assert again.dataset("trials").count_rows() == len(rows)
+
+
+def test_local_tables_are_read_without_python_in_arrows_threads(root, row):
+    """Delta's own file system calls back into Python, which aborted some processes that ended right after reading."""
+    import pyarrow.fs as pafs
+
+    store = ResultsStore(root)
+    store.append("trials", [row("trials", "a")])
+    assert not isinstance(store.dataset("trials").filesystem, pafs.PyFileSystem)
