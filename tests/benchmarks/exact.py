@@ -2,8 +2,8 @@
 
 In process, one thread, the demo model on its search window. Prints one JSON object as its last line:
 `shared_speedup` (one by one / together, nothing shared between single evaluations but the loaded model),
-`shared_speedup_warm` (single evaluations that find all rows quantized by an earlier one), `over_floor` (together / dense
-passes). Everything is timed in turn, round by round; ratios are medians over rounds.
+`shared_speedup_warm` (single evaluations that find all rows quantized by an earlier one), `over_floor` (together / the
+dense passes). Everything is timed in turn, round by round; ratios are medians over rounds.
 """
 
 import json

@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -139,3 +142,26 @@ def test_help_is_quick_and_knows_no_torch(lowprec):
     assert done.code == 0
     for command in ("demo", "generate", "convert", "train", "search", "verify", "results"):
         assert command in done.out
+
+
+def test_jobs_do_what_the_commands_do(searched):
+    folder, done = searched
+    job = Path(__file__).parents[2] / "jobs" / "verify.py"
+    command = [
+        sys.executable,
+        job,
+        "job.yaml",
+        "--plan",
+        done.document["plan_path"],
+        "--set",
+        "evaluation.num_workers=0",
+    ]
+    verified = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert verified.returncode == done.code, verified.stderr
+    assert json.loads(verified.stdout)["gap_pct"] == done.document["confirm"]["gap_pct"]
+    job = job.with_name("search.py")
+    command = [sys.executable, job, "job.yaml", "--set", "search.max_trials=3", "--set", "evaluation.num_workers=0"]
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert json.loads(again.stdout)["num_trials"] == 3
+    wrong = subprocess.run([*command, "--set", "search.budget=0"], cwd=folder, capture_output=True, text=True)
+    assert wrong.returncode == 64 and json.loads(wrong.stdout)["error"]["exit_code"] == 64

@@ -26,40 +26,51 @@ def only_run(root):
 
 @pytest.fixture
 def undisturbed(lowprec, config_file, tmp_path):
-    """A whole run, and how long it took."""
+    """A whole run in process, and how long it took."""
     began = time.monotonic()
     done = lowprec("search", config_file(results__root=str(tmp_path / "alone")), "--json")
     assert done.code in (0, 2, 4), done.err
     return done, time.monotonic() - began
 
 
-def test_killed_at_five_random_moments(lowprec, config_file, tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("num_workers", "num_kills", "extra_s"), [(0, 5, 0.0), (2, 2, 8.0)], ids=["in-process", "ray-workers"]
+)
+def test_killed_at_random_moments(config_file, tmp_path, undisturbed, num_workers, num_kills, extra_s):
+    """The trials must be those of a run without kills and without Ray; `extra_s` is what starting Ray takes, about.
+
+    A run that ends before its kill comes is compared as it is, and another one is begun for the kills still to come.
+    """
     done, seconds = undisturbed
     expected = trials(tmp_path / "alone", done.document["run_id"])
     rng = random.Random(7)
-    root = tmp_path / "killed"
-    config = config_file(results__root=str(root))
-    command = [str(Path(sys.executable).with_name("lowprec")), "search", str(config), "--json"]
+    command = [str(Path(sys.executable).with_name("lowprec")), "search", "--json"]
     resume: list[str] = []
-    kills = 0
-    while kills < 5:
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        # From the start of the imports to just before the end of an undisturbed run.
-        time.sleep(rng.uniform(0.1, 0.95) * seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        if not resume and root.joinpath("runs").exists() and len(only_run(root)):
-            resume = ["--resume", only_run(root)[0]]
-        if process.returncode >= 0:
-            break  # it had ended before the signal came; the rest of the test still holds
-    finished = subprocess.run([*command, *resume], capture_output=True, text=True)
-    assert finished.returncode == done.code, finished.stderr
-    document = json.loads(finished.stdout)
-    assert trials(root, document["run_id"]) == expected
-    for key in ("plan", "bytes", "search", "confirm", "front", "verdict"):
-        assert document[key] == done.document[key]
-    assert kills == 5
+    kills = finished = 0
+    while kills < num_kills or not finished:
+        root = tmp_path / f"killed-{finished}"
+        config = config_file(results__root=str(root), evaluation__num_workers=num_workers)
+        process = subprocess.Popen(
+            [*command, str(config), *resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if kills < num_kills:
+            # From the start of the imports to just before the end of an undisturbed run.
+            time.sleep(rng.uniform(0.1, 0.95) * seconds + extra_s * rng.random())
+            process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+            if root.joinpath("runs", "_delta_log").exists() and len(only_run(root)):
+                resume = ["--resume", only_run(root)[0]]
+            continue
+        assert process.returncode == done.code, err
+        document = json.loads(out)
+        assert trials(root, document["run_id"]) == expected
+        for key in ("plan", "bytes", "search", "confirm", "front", "verdict"):
+            assert document[key] == done.document[key]
+        finished += 1
+        resume = []
+    assert kills == num_kills
 
 
 def test_resuming_a_finished_run_changes_nothing(lowprec, config_file, tmp_path, undisturbed):
