@@ -38,7 +38,7 @@ class ExactEvaluator:
         self.adapter = adapter
         weights = adapter.weights
         total = sum(w.numel() for w in weights.values())
-        self._shards = {
+        self.shards = {
             name: TableShard(name, w, cache_bytes=cache_bytes * w.numel() // total) for name, w in weights.items()
         }
 
@@ -59,10 +59,10 @@ class ExactEvaluator:
             return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
         inputs = inputs_of(batch)
         reference = self.adapter.reference(inputs)
-        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self._shards}
+        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.shards}
         with torch.inference_mode():
             pooled: list[Mapping[Precision, Tensor]] = [
-                self._shards[call.table].pooled(call, sorted(needed[call.table])) for call in reference.calls
+                self.shards[call.table].pooled(call, sorted(needed[call.table])) for call in reference.calls
             ]
         logits = np.empty((len(plans), batch.num_rows), dtype=np.float32)
         for row, plan in zip(logits, plans, strict=True):

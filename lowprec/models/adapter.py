@@ -114,6 +114,34 @@ class ModelAdapter:
             logits = self._logits(inputs)
         return ReferencePass(logits, tuple(calls))
 
+    def differentiated(self, inputs: ModelInputs) -> tuple[ReferencePass, tuple[Tensor, ...]]:
+        """The reference pass, and d logit / d output of every call: float32[B, dim] each, row i of logit i alone.
+
+        Rows must not touch each other inside the model, which holds for anything that serves one example at a time.
+        A call that the logits do not depend on has a gradient of zero.
+        """
+        calls: list[BagCall] = []
+        leaves: list[Tensor] = []
+
+        def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def recorded(
+                ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+            ) -> Tensor:
+                _check_ids(name, bag, ids)
+                with torch.no_grad():
+                    output = forward(ids, offsets, per_sample_weights)
+                calls.append(_normalised(f"table:{name}", bag, ids, offsets, per_sample_weights, output))
+                leaves.append(output.detach().clone().requires_grad_())
+                return leaves[-1]
+
+            return recorded
+
+        with torch.enable_grad(), self._forwards(record):
+            logits = self._logits(inputs)
+            gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+        filled = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
+        return ReferencePass(logits.detach(), tuple(calls)), tuple(filled)
+
     def substituted(self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor]) -> Tensor:
         """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim])."""
         position = 0

@@ -40,7 +40,7 @@ def dense_seconds(job: Job, plans: list[Plan]) -> float:
     for batch in job.window("search").batches():
         inputs = inputs_of(batch)
         reference = job.adapter.reference(inputs)
-        pooled = [evaluator._shards[call.table].pooled(call, list(Precision)) for call in reference.calls]
+        pooled = [evaluator.shards[call.table].pooled(call, list(Precision)) for call in reference.calls]
         outputs = [[p[plan[c.table]] for p, c in zip(pooled, reference.calls, strict=True)] for plan in plans]
         began = time.perf_counter()
         for chosen in outputs:

@@ -216,3 +216,21 @@ def test_calls_that_depend_on_outputs_are_refused():
     reference = adapter.reference(inputs)
     with pytest.raises(ModelError, match="out of order"):
         adapter.substituted(inputs, reference, [torch.full((2, 4), 1e9), torch.zeros(2, 4)])
+
+
+def test_gradients_are_those_of_each_row(model, inputs):
+    """Moving one output by a small step in a random direction moves the logits as the gradient says."""
+    adapter = ModelAdapter(model.double())
+    double = ModelInputs(
+        inputs.dense.double(),
+        {k: tuple(t.double() if t.is_floating_point() else t for t in v) for k, v in inputs.sparse.items()},
+    )
+    reference, gradients = adapter.differentiated(double)
+    torch.testing.assert_close(reference.logits, adapter.reference(double).logits)
+    outputs = [c.output for c in reference.calls]
+    for k, gradient in enumerate(gradients):
+        step = 1e-6 * torch.randn_like(outputs[k])
+        moved = [o + step if j == k else o for j, o in enumerate(outputs)]
+        change = adapter.substituted(double, reference, moved) - reference.logits
+        torch.testing.assert_close(change, (gradient * step).sum(1), rtol=1e-3, atol=1e-12)
+    assert not any("forward" in m.__dict__ for m in model.modules())
