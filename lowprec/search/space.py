@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lowprec.config import SpaceConfig
-from lowprec.cost import DominatedChoice, plan_bytes, undominated
+from lowprec.cost import DominatedChoice, plan_bytes, undominated, unit_bytes
 from lowprec.errors import ConfigError
 from lowprec.plan import Plan, Precision, Unit
 
@@ -89,6 +89,10 @@ class SearchSpace:
     def size_bytes(self, plan: Mapping[str, Precision]) -> int:
         """Bytes of a plan."""
         return plan_bytes(self.units, plan, self.row_alignment)
+
+    def size_of(self, unit: str, precision: Precision) -> int:
+        """Bytes of one unit at a precision."""
+        return unit_bytes(next(u for u in self.units if u.name == unit), precision, self.row_alignment)
 
     @property
     def fp32_bytes(self) -> int:
