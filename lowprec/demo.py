@@ -7,7 +7,7 @@ from pathlib import Path
 from lowprec.config import Config, load_config
 from lowprec.errors import ConfigError
 from lowprec.progress import Progress
-from lowprec.search.run import SearchOutcome, run_search
+from lowprec.search import SearchOutcome, run_search
 
 __all__ = ["DEMO_CONFIG", "generate_traffic", "run_demo"]
 

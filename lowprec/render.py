@@ -66,7 +66,7 @@ def render_dry_run(document: Mapping[str, Any]) -> None:
             f"{item['by']} is more exact at {bytes_text(item['by_bytes'])}"
         )
     stdout.print(
-        f"plans: {document['num_plans']:.4g}; fp32 {bytes_text(document['fp32_bytes'])}, "
+        f"plans: {_count_text(document['log10_num_plans'])}; fp32 {bytes_text(document['fp32_bytes'])}, "
         f"cheapest {bytes_text(document['cheapest_bytes'])} at row alignment {document['row_alignment']}"
     )
     for window in document["windows"]:
@@ -122,13 +122,14 @@ def render_search(document: Mapping[str, Any]) -> None:
         ]
     )
     _render_plan(document)
-    stdout.print(f"search:  gap {gap_text(document['search'])}, {document['because']}")
+    stdout.print(f"search:  {_evidence(document['search'], document['windows']['search'])}")
+    stdout.print(f"         {document['because']}")
     stdout.print(f"confirm: {_evidence(document['confirm'], document['windows']['confirm'])}")
     for other in document["finalists"]:
         if other["trial_key"] != document["trial_key"]:
             stdout.print(
                 f"also confirmed: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32), "
-                f"gap {gap_text(other)}: {other['verdict']}"
+                f"{_evidence(other, document['windows']['confirm'])}: {other['verdict']}"
             )
     _render_quality(document["confirm"])
     for name, rows in document["rows"].items():
@@ -206,10 +207,16 @@ def _render_rows(name: str, rows: Mapping[str, Any]) -> None:
     parts += [f"{count:,} ids of {feature} out of range" for feature, count in rows["out_of_range"].items()]
     if parts:
         stdout.print(f"{name} window, of {rows['num_read']:,} rows: {', '.join(parts)}")
+    if rows["never_looked_up"]:
+        stdout.print(f"{name} window: no row was looked up of {', '.join(rows['never_looked_up'])}")
 
 
 def _render_verdict(verdict: str, budget_pct: float) -> None:
     stdout.print(f"[{VERDICT_STYLE[verdict]}]{verdict}[/] against a budget of {budget_pct} %")
+
+
+def _count_text(log10: float) -> str:
+    return f"{round(10**log10):,}" if log10 < 6 else f"{10 ** (log10 % 1):.2f}e{int(log10)}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowprec.evaluation.metrics import PlanMetrics, Sums
 from lowprec.evaluation.worker import Task, Workers
-from lowprec.plan import Plan
+from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["Evaluation", "RowAccount", "evaluate_plans"]
@@ -22,17 +22,28 @@ MAX_BAD_ROWS_HELD = 100_000
 class RowAccount:
     """Where the rows of a window went: `num_read` is bad, unlabelled and used ones together.
 
-    `out_of_range` counts ids that `bounds_check` dropped or replaced, by feature.
+    `out_of_range` counts ids that `bounds_check` dropped or replaced, by feature. `never_looked_up` names the tables of
+    which the window used no row: it says nothing about their precision.
     """
 
     num_read: int
     num_bad: int
     num_unlabelled: int
     out_of_range: Mapping[str, int]
+    never_looked_up: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
-        return {**vars(self), "out_of_range": dict(self.out_of_range)}
+        return {
+            **vars(self),
+            "out_of_range": dict(self.out_of_range),
+            "never_looked_up": list(self.never_looked_up),
+        }
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, Any]) -> RowAccount:
+        """The inverse of `to_dict`."""
+        return cls(**{**flat, "never_looked_up": tuple(flat["never_looked_up"])})
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ def evaluate_plans(
     num_read = num_bad = 0
     bad_rows: list[BadRow] = []
     out_of_range: Counter[str] = Counter()
+    lookups: Counter[str] = Counter()
     tasks = [Task(tuple(plans), piece) for piece in pieces]
     is_complete = True
     for piece, chunk in zip(pieces, workers.run(window, tasks), strict=True):
@@ -81,12 +93,17 @@ def evaluate_plans(
         num_bad += len(chunk.bad_rows)
         bad_rows.extend(chunk.bad_rows)
         out_of_range.update(chunk.out_of_range)
+        lookups.update(chunk.lookups)
         if on_progress:
             on_progress(len(piece))
         if num_bad > max(MAX_BAD_ROWS_HELD, max_bad_fraction * window.num_rows):
             is_complete = False
             break
     assert total is not None, "a window has at least one batch"
-    metrics = tuple(total.metrics(k, confidence=confidence) for k in range(len(plans)))
-    rows = RowAccount(num_read, num_bad, total.num_unlabelled, dict(out_of_range))
+    metrics = tuple(
+        total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32})
+        for k, plan in enumerate(plans)
+    )
+    never = tuple(name for name, count in lookups.items() if count == 0)
+    rows = RowAccount(num_read, num_bad, total.num_unlabelled, dict(out_of_range), never)
     return Evaluation(tuple(plans), metrics, total, rows, tuple(bad_rows), is_complete)

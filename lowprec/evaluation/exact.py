@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lowprec.errors import ModelError
 from lowprec.evaluation.metrics import Sums, sums_of_batch
-from lowprec.models.adapter import ModelAdapter, inputs_of
+from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.plan import Plan, Precision
 from lowprec.shards import TableShard
 from lowprec.traffic.batch import Batch
@@ -41,6 +43,9 @@ class ExactEvaluator:
         self.shards = {
             name: TableShard(name, w, cache_bytes=cache_bytes * w.numel() // total) for name, w in weights.items()
         }
+        # How many ids each table was asked for since this evaluator exists.
+        self.lookups: Counter[str] = Counter(dict.fromkeys(weights, 0))
+        self._is_checked = False
 
     def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:
         """The sums of the reference and of `plans` over the batch."""
@@ -54,11 +59,16 @@ class ExactEvaluator:
         )
 
     def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
-        """The logits of the reference and of `plans` on the batch."""
+        """The logits of the reference and of `plans` on the batch.
+
+        Raises `ModelError` when the model cannot be evaluated so (checked on the first batch), when it does not call a
+        table that a plan makes low-precision, or when its own logits are not finite.
+        """
         if batch.num_rows == 0:  # every row was bad
             return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
         inputs = inputs_of(batch)
         reference = self.adapter.reference(inputs)
+        self._check(inputs, reference, plans, batch.index)
         needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.shards}
         with torch.inference_mode():
             pooled: list[Mapping[Precision, Tensor]] = [
@@ -68,4 +78,26 @@ class ExactEvaluator:
         for row, plan in zip(logits, plans, strict=True):
             outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
             row[:] = self.adapter.substituted(inputs, reference, outputs).numpy()
+        for call in reference.calls:
+            self.lookups[call.table] += len(call.indices)
         return BatchLogits(reference.logits.numpy(), logits)
+
+    def _check(self, inputs: ModelInputs, reference: ReferencePass, plans: Sequence[Plan], index: int) -> None:
+        if not torch.isfinite(reference.logits).all():
+            for call in reference.calls:
+                self.shards[call.table].check_finite(call)
+            raise ModelError(
+                f"batch {index}: the fp32 model gives a logit that is not finite; a weight of its dense part "
+                "is not, or its inputs are too large for it"
+            )
+        if not self._is_checked:
+            self.adapter.check(inputs, reference)
+            self._is_checked = True
+        called = {call.table for call in reference.calls}
+        for name in self.shards.keys() - called:
+            low = {plan[name] for plan in plans} - {Precision.FP32}
+            if low:
+                raise ModelError(
+                    f'"{name}" was to be {", ".join(sorted(low))}, but the model did not call it on batch {index}, so '
+                    "what that does cannot be measured; call it through its module, or fix it to fp32 in space.units"
+                )

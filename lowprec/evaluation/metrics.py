@@ -47,7 +47,7 @@ class Sums:
     Model 0 is the reference, models 1 to P are the plans. With w the weight, y the label, l the loss and p the
     prediction of an example: `weight` is the sum of w, `label` of w y, `loss` float64[P + 1] of w l, `prediction`
     float64[P + 1] of w p, `histogram` float64[P + 1, 2, AUC_BINS] of w by label and logit. `moments`
-    float64[P, 8] holds what `_row_moments` says where rows are the units of evidence; where groups are, it is zero and
+    float64[P, 10] holds what `_row_moments` says where rows are the units of evidence; where groups are, it is zero and
     `groups` has the sums of each.
 
     Adding is associative up to rounding; for bit-equal results add in the order of batches.
@@ -83,10 +83,17 @@ class Sums:
         """How many plans these sums are about."""
         return len(self.loss) - 1
 
-    def metrics(self, plan: int, *, confidence: float) -> PlanMetrics:
-        """The metrics of one plan (counted from 0) with intervals at `confidence`."""
+    def metrics(self, plan: int, *, confidence: float, is_reference: bool = False) -> PlanMetrics:
+        """The metrics of one plan (counted from 0) with intervals at `confidence`.
+
+        `is_reference` says that the plan is the reference itself: its gap is 0 by definition, not by evidence.
+        """
         gap, kl = self._evidence(plan)
         alpha = 1 - confidence
+
+        def interval(moments: RatioMoments) -> Interval:
+            return Interval(0.0, 0.0) if is_reference else _percent(ratio_interval(moments, alpha))
+
         entropy = _entropy(self.label / self.weight) if self.weight else math.nan
         auc_ref, error_ref = _auc(self.histogram[0])
         auc_plan, error_plan = _auc(self.histogram[plan + 1])
@@ -101,9 +108,9 @@ class Sums:
             num_examples=self.num_rows,
             num_units=gap.num_units,
             gap_pct=100 * gap.ratio,
-            gap_interval_pct=_percent(ratio_interval(gap, alpha)),
+            gap_interval_pct=interval(gap),
             kl_pct=100 * kl.ratio,
-            kl_interval_pct=_percent(ratio_interval(kl, alpha)),
+            kl_interval_pct=interval(kl),
             ne_ref=ne(0),
             ne_plan=ne(plan + 1),
             auc_ref=auc_ref,
@@ -117,14 +124,15 @@ class Sums:
     def _evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
         """Moments of (loss change, reference loss) and of (KL, reference loss) over the units of evidence."""
         if self.groups is None:
-            x, xx, xy, k, kk, ky, y, yy = map(float, self.moments[plan])
+            x, xx, xy, x4, k, kk, ky, k4, y, yy = map(float, self.moments[plan])
             n = self.num_rows
         else:
             gx, gk, gy = self.groups.values[plan], self.groups.values[self.num_plans + plan], self.groups.values[-1]
             n = len(gy)
-            x, xx, xy, k, kk, ky = (float(v.sum()) for v in (gx, gx * gx, gx * gy, gk, gk * gk, gk * gy))
+            terms = (gx, gx**2, gx * gy, gx**4, gk, gk**2, gk * gy, gk**4)
+            x, xx, xy, x4, k, kk, ky, k4 = (float(v.sum()) for v in terms)
             y, yy = float(gy.sum()), float((gy * gy).sum())
-        return RatioMoments(n, x, y, xx, xy, yy), RatioMoments(n, k, y, kk, ky, yy)
+        return RatioMoments(n, x, y, xx, xy, yy, x4), RatioMoments(n, k, y, kk, ky, yy, k4)
 
 
 @dataclass(frozen=True)
@@ -207,14 +215,18 @@ def sums_of_batch(
         loss=loss.sum(axis=1),
         prediction=(prediction * w).sum(axis=1),
         histogram=_histogram(logits, labels, w),
-        moments=_row_moments(x, kl, y) if groups is None else np.zeros((len(plans), 8)),
+        moments=_row_moments(x, kl, y) if groups is None else np.zeros((len(plans), 10)),
         groups=None if groups is None else _group_sums(x, kl, y, groups),
     )
 
 
 def _row_moments(x: Float, kl: Float, y: Float) -> Float:
-    """float64[P, 8]: sums over rows of x, x^2, x y, k, k^2, k y, y, y^2 (x loss change, k KL, y reference loss)."""
-    columns = [x, x * x, x * y, kl, kl * kl, kl * y]
+    """float64[P, 10]: sums over rows of x, x^2, x y, x^4, k, k^2, k y, k^4, y, y^2.
+
+    x is the loss change of a plan, k its KL divergence from the reference, y the reference loss.
+    """
+    xx, kk = x * x, kl * kl
+    columns = [x, xx, x * y, xx * xx, kl, kk, kl * y, kk * kk]
     constant = np.broadcast_to([y.sum(), (y * y).sum()], (len(x), 2))
     return np.concatenate([np.stack([c.sum(axis=1) for c in columns], axis=1), constant], axis=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,12 +44,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a task gives back: sums, and what was wrong with the rows."""
+    """What a task gives back: sums, what was wrong with the rows, and how many ids each table was asked for."""
 
     sums: Sums
     num_rows_read: int
     bad_rows: tuple[BadRow, ...] = ()
     out_of_range: dict[str, int] = field(default_factory=dict)
+    lookups: dict[str, int] = field(default_factory=dict)
 
 
 class Workers(Protocol):
@@ -86,17 +88,18 @@ class Worker:
         torch.set_num_threads(self._threads)
         sums: Sums | None = None
         bad_rows: list[BadRow] = []
-        out_of_range: dict[str, int] = {}
+        out_of_range: Counter[str] = Counter()
+        lookups_before = dict(self._evaluator.lookups)
         num_rows_read = 0
         for batch in map(window.batch, task.batches):
             batch_sums = self._evaluator.sums(batch, task.plans)
             sums = batch_sums if sums is None else sums + batch_sums
             bad_rows.extend(batch.bad_rows)
             num_rows_read += batch.num_rows + len(batch.bad_rows)
-            for name, count in batch.out_of_range.items():
-                out_of_range[name] = out_of_range.get(name, 0) + count
+            out_of_range.update(batch.out_of_range)
         assert sums is not None, "a task has at least one batch"
-        return Chunk(sums, num_rows_read, tuple(bad_rows), out_of_range)
+        lookups = {name: count - lookups_before[name] for name, count in self._evaluator.lookups.items()}
+        return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups)
 
 
 class LocalWorkers:

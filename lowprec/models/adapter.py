@@ -77,6 +77,7 @@ class ModelAdapter:
                 f"model {type(model).__name__}: no nn.EmbeddingBag inside; lowprec gives precisions to nn.EmbeddingBag "
                 "tables, called through their module (TorchScript and compiled models hide them)"
             )
+        _check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
         names = _short_names([found[0][0] for found in paths.values()])
         self._bags = {name: [bag for _, bag in found] for name, found in zip(names, paths.values(), strict=True)}
 
@@ -160,7 +161,41 @@ class ModelAdapter:
             return replayed
 
         with torch.inference_mode(), self._forwards(replay):
-            return self._logits(inputs)
+            logits = self._logits(inputs)
+        if position != len(outputs):
+            raise ModelError(
+                f"model {type(self.model).__name__}: called its tables {len(outputs)} times at first and {position} "
+                "times in a second pass over the same batch; the calls of tables must not depend on their outputs"
+            )
+        return logits
+
+    def check(self, inputs: ModelInputs, reference: ReferencePass) -> None:
+        """Raise `ModelError` unless replaced outputs give what a low-precision model would.
+
+        That needs two things: every call of a table returns the plain embedding bag of its weight, and the model run
+        again on the same batch with the same outputs gives the same bits.
+        """
+        for call in reference.calls:
+            plain = nn.functional.embedding_bag(
+                call.indices,
+                self.weights[call.table],
+                call.offsets,
+                mode=call.mode,
+                per_sample_weights=call.weights,
+                include_last_offset=True,
+            )
+            if plain.shape != call.output.shape or not torch.allclose(plain, call.output, rtol=1e-4, atol=1e-6):
+                raise ModelError(
+                    f'"{call.table}": its module returns something else than the embedding bag of its weight (a '
+                    "forward of its own, or a wrapper); do that outside of the table"
+                )
+        outputs = [call.output for call in reference.calls]
+        for _ in range(2):  # what changes its input once and for all shows in the first, what goes on changing in both
+            if not torch.equal(self.substituted(inputs, reference, outputs), reference.logits):
+                raise ModelError(
+                    f"model {type(self.model).__name__}: gives other logits when it runs again on the same batch: it "
+                    "changes its inputs in place, or draws random numbers; plans could not be compared with it"
+                )
 
     def tables_of_features(self, schema: Schema) -> dict[str, str]:
         """Which table (unit name) each feature's ids reach unchanged; features where none is seen to are left out.
@@ -215,9 +250,23 @@ class ModelAdapter:
                     bag.__dict__["forward"] = forward
 
 
+def _check_not_shared(model: nn.Module, tables: Mapping[int, str]) -> None:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in tables and not isinstance(module, nn.EmbeddingBag):
+                raise ModelError(
+                    f'model: the weight of table "{tables[id(parameter)]}" is also {path}.{name} of a '
+                    f"{type(module).__name__}, which would stay fp32; give the table a weight of its own"
+                )
+
+
 def _check_supported(path: str, bag: nn.EmbeddingBag) -> None:
     if bag.mode not in ("sum", "mean"):
         raise ModelError(f'model: table "{path}" pools by "{bag.mode}"; low-precision serving has sum and mean')
+    if bag.weight.dtype != torch.float32 or bag.weight.device.type not in ("cpu", "meta"):
+        raise ModelError(
+            f'model: table "{path}" is {bag.weight.dtype} on {bag.weight.device}; the reference must be fp32 on the CPU'
+        )
     if bag.max_norm is not None:
         raise ModelError(
             f'model: table "{path}" has max_norm={bag.max_norm}, which rewrites rows while reading; bake it in'

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowprec.evaluation.confidence import Verdict
+from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.search.trial import Trial
 
@@ -31,15 +33,17 @@ class Confirmed:
     choice: Choice
     metrics: PlanMetrics
     verdict: Verdict
+    rows: RowAccount
 
 
 def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
-    """The plans worth confirming, safest first; empty without trials.
+    """The plans worth confirming, safest first; empty without trials that have a finite gap.
 
     Each is the cheapest plan whose risk is within a share of the budget. The risk of a plan is the upper end of its
     interval, or of one as wide around its KL gap where that is higher: choosing by the estimate would pick the plans
     that noise favours. Without such a plan it is the cheapest whose estimate is within budget, else the most accurate.
     """
+    trials = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
     chosen: dict[int, Choice] = {}
     for share in LADDER:
         safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lowprec.cost import unit_bytes
 from lowprec.plan import Precision
 from lowprec.search.job import Job
 
-__all__ = ["describe_job"]
+__all__ = ["describe_job", "notes_on"]
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def describe_job(job: Job) -> dict[str, Any]:
         "name": job.config.name,
         "dry_run": True,
         "units": units,
-        "num_plans": space.num_plans,
+        # Of thousands of tables no JSON reader could hold the number.
+        "num_plans": space.num_plans if space.num_plans < 2**53 else None,
+        "log10_num_plans": sum(math.log10(len(d.choices)) for d in space.decisions),
         "fp32_bytes": space.fp32_bytes,
         "cheapest_bytes": space.size_bytes(space.cheapest),
         "row_alignment": space.row_alignment,
@@ -60,11 +63,12 @@ def describe_job(job: Job) -> dict[str, Any]:
             for d in space.dominated
         ],
         "windows": windows,
-        "notes": _notes(job),
+        "notes": notes_on(job),
     }
 
 
-def _notes(job: Job) -> list[str]:
+def notes_on(job: Job) -> list[str]:
+    """What a reader should know before a search: what is not searched, what is not checked."""
     notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
     sparse = job.config.traffic.schema_of_columns().sparse
     unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]

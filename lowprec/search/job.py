@@ -56,10 +56,11 @@ class Job:
         """The bounds of a window for people and results."""
         return format_window(_window(self.config, name, self.reader), self.reader.time_unit)
 
-    def evaluated_on(self, name: str) -> list[object]:
-        """All that decides which examples a window gives, for the keys of trials."""
-        traffic = self.config.traffic
-        return [self.window_text(name), traffic.batch_size, traffic.bounds_check, traffic.missing_dense]
+    def evaluated_on(self, name: str, window: TrafficWindow) -> list[object]:
+        """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
+        columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
+        model = self.config.model.model_dump(exclude={"checkpoint"})
+        return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment]
 
     def evaluate(
         self,
@@ -70,26 +71,30 @@ class Job:
         *,
         quarantine: Path,
         batches: Sequence[int] | None = None,
+        confidence: float | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
-        """Evaluate plans on a window; bad rows are written to `quarantine`, and too many of them stop the job."""
+        """Evaluate plans on a window; bad rows are written to `quarantine`, and too many of them stop the job.
+
+        A sample of batches is not judged for its bad rows: what is allowed is a share of the window.
+        """
         evaluation = evaluate_plans(
             workers,
             window,
             plans,
-            confidence=self.config.search.confidence,
+            confidence=confidence or self.config.search.confidence,
             batches_per_task=self.config.evaluation.batches_per_task,
             batches=batches,
             max_bad_fraction=self.config.traffic.max_bad_fraction,
             on_progress=on_progress,
         )
-        if evaluation.bad_rows:
+        if evaluation.bad_rows and batches is None:
             kept = quarantine / f"{name}.parquet"
             write_quarantine(evaluation.bad_rows, kept)
             check_bad_rows(
                 evaluation.rows.num_bad,
                 evaluation.rows.num_read,
-                self.config.traffic.max_bad_fraction if evaluation.is_complete else 0.0,
+                self.config.traffic.max_bad_fraction,
                 first=evaluation.bad_rows[0],
                 quarantine_path=kept,
             )
@@ -116,7 +121,7 @@ def open_job(config: Config) -> Job:
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
     return Job(
         config=config,
-        reader=open_traffic(config.traffic.path, schema, batch_size=config.traffic.batch_size),
+        reader=reader.with_schema(schema),
         adapter=adapter,
         space=build_space(adapter.units, config.space),
         spec=spec,

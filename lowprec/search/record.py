@@ -1,4 +1,4 @@
-"""A search's memory: everything that must outlive its process, in the results store."""
+"""A run's memory: everything that must outlive its process, in the results store."""
 
 from __future__ import annotations
 
@@ -18,13 +18,23 @@ from lowprec.search.greedy import Sensitivity
 from lowprec.search.job import Job
 from lowprec.search.trial import Trial
 
-__all__ = ["SearchRecord"]
+__all__ = ["RunRecord"]
 
 # Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
-FREE_TO_CHANGE = ("name", "search.max_trials", "search.timeout_s", "evaluation", "results", "train")
+# (How batches are grouped and how many threads compute them changes the last bits, so those must stay.)
+FREE_TO_CHANGE = (
+    "name",
+    "search.max_trials",
+    "search.timeout_s",
+    "evaluation.num_workers",
+    "evaluation.cache_bytes",
+    "evaluation.address",
+    "results",
+    "train",
+)
 
 
-class SearchRecord:
+class RunRecord:
     """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes."""
 
     def __init__(self, job: Job, run_id: str | None, *, command: str = "search") -> None:
@@ -36,6 +46,7 @@ class SearchRecord:
             now = datetime.now(UTC)
             self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
             self._started_at, self._version = now, 0
+            self._kept: dict[str, Any] = {"verdict": None, "recommended_trial_key": None, "summary_json": None}
         else:
             before = self._run(run_id)
             _check_same(json.loads(before["config_json"]), json.loads(job.config.to_json()), run_id)
@@ -46,6 +57,8 @@ class SearchRecord:
                 )
             self.run_id = run_id
             self._started_at, self._version = before["started_at"], before["version"] + 1
+            # What the run had found stays visible until it finds something else.
+            self._kept = {key: before[key] for key in ("verdict", "recommended_trial_key", "summary_json")}
 
     @property
     def artifacts(self) -> Path:
@@ -67,11 +80,10 @@ class SearchRecord:
             "checkpoint_sha256": self._job.checkpoint_sha256,
             "lowprec_version": __version__,
             "budget_pct": config.search.budget,
-            "verdict": None,
-            "recommended_trial_key": None,
             "message": message,
-            "summary_json": None,
-        } | known
+            **self._kept,
+            **known,
+        }
         self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
         self._version += 1
 
@@ -108,10 +120,10 @@ class SearchRecord:
             )
         self._store.append("sensitivities", rows)
 
-    def trials(self) -> list[Trial]:
-        """The exact trials of the run on its search window, in order."""
-        rows = self._store.read("trials", run_id=self.run_id).to_pylist()
-        return sorted((Trial.from_row(r) for r in rows if r["evaluation"] == "exact"), key=lambda t: t.number)
+    def trials(self, evaluation: str) -> list[Trial]:
+        """The trials of the run of one kind of evaluation (exact, confirm), in order."""
+        rows = self._store.read("trials", run_id=self.run_id, evaluation=evaluation).to_pylist()
+        return sorted((Trial.from_row(r) for r in rows), key=lambda t: t.number)
 
     def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
         """Commit a wave at once: after a kill it is there whole or not at all."""
@@ -133,6 +145,10 @@ class SearchRecord:
             ],
         )
 
+    def changed(self, what: str) -> ConfigError:
+        """The error that refuses to go on with this run."""
+        return ConfigError(f"--resume {self.run_id}: {what}")
+
     def _run(self, run_id: str) -> dict[str, Any]:
         rows: list[dict[str, Any]] = self._store.read("runs", run_id=run_id).to_pylist()
         if not rows:
@@ -145,7 +161,11 @@ class SearchRecord:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_id: str) -> None:
-    changed = [key for key in _differences(before, now) if not key.startswith(FREE_TO_CHANGE)]
+    changed = [
+        key
+        for key in _differences(before, now)
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    ]
     if changed:
         raise ConfigError(
             f"--resume {run_id}: that run had another config: {', '.join(changed)} differ; begin a new run, or undo "

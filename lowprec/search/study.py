@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ from lowprec.search.trial import Trial, pareto_front
 
 __all__ = ["propose"]
 
-# Proposals that were evaluated before are dropped; after this many in a row the wave is filled from the front instead.
+# Proposals that were evaluated before are dropped; after this many in a row the wave is filled with other plans.
 MAX_REPEATS = 8
+# Spaces up to this size are listed when plans run out, so that none is missed.
+MAX_ENUMERATED = 20_000
 
 
 def propose(space: SearchSpace, trials: Sequence[Trial], *, count: int, budget_pct: float, seed: int) -> list[Plan]:
@@ -47,7 +50,7 @@ def propose(space: SearchSpace, trials: Sequence[Trial], *, count: int, budget_p
                 repeats = 0
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return proposals + _neighbours(space, trials, known, count - len(proposals), random.Random(seed))
+    return proposals + _others(space, trials, known, count - len(proposals), seed)
 
 
 def _study(
@@ -73,14 +76,20 @@ def _study(
     return study
 
 
-def _neighbours(
-    space: SearchSpace, trials: Sequence[Trial], known: set[Plan], count: int, rng: random.Random
-) -> list[Plan]:
-    """Plans one decision away from the front; every plan of a space so small that few are left."""
+def _others(space: SearchSpace, trials: Sequence[Trial], known: set[Plan], count: int, seed: int) -> list[Plan]:
+    """Plans not known yet: any of a small space, else those one decision away from the front or from other trials."""
     if count <= 0:
         return []
-    front = [trial.plan for trial in pareto_front(trials)] or [space.most_exact]
-    moves = [plan.replace(dict.fromkeys(d.units, p)) for plan in front for d in space.free for p in d.choices]
-    fresh = [plan for plan in dict.fromkeys(moves) if plan not in known]
-    rng.shuffle(fresh)
-    return fresh[:count]
+    rng = random.Random(seed)
+    if space.num_plans <= MAX_ENUMERATED:
+        names = [d.name for d in space.decisions]
+        every = itertools.product(*(d.choices for d in space.decisions))
+        fresh = [p for p in (space.plan(dict(zip(names, choices, strict=True))) for choices in every) if p not in known]
+        return rng.sample(fresh, min(count, len(fresh)))
+    found: dict[Plan, None] = {}
+    front = [trial.plan for trial in pareto_front(trials)]
+    for plans in (front, [trial.plan for trial in trials], [space.most_exact]):
+        moves = [plan.replace(dict.fromkeys(d.units, p)) for plan in plans for d in space.free for p in d.choices]
+        fresh = [plan for plan in dict.fromkeys(moves) if plan not in known and plan not in found]
+        found.update(dict.fromkeys(rng.sample(fresh, min(count - len(found), len(fresh)))))
+    return list(found)

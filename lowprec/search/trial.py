@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.plan import Plan, Precision
 
@@ -28,6 +30,7 @@ class Trial:
     plan: Plan
     size_bytes: int
     metrics: PlanMetrics
+    rows: RowAccount
 
     def to_row(self) -> dict[str, Any]:
         """The columns of the `trials` table that come from the trial itself."""
@@ -39,7 +42,7 @@ class Trial:
             "kind": self.kind,
             "plan_json": json.dumps({name: str(p) for name, p in self.plan.items()}),
             "size_bytes": self.size_bytes,
-            "metrics_json": json.dumps(flat),
+            "metrics_json": json.dumps({**flat, "rows": self.rows.to_dict()}),
             **{k: flat[k] for k in _METRIC_COLUMNS},
         }
 
@@ -47,8 +50,9 @@ class Trial:
     def from_row(cls, row: dict[str, Any]) -> Trial:
         """The inverse of `to_row`."""
         plan = Plan({name: Precision(p) for name, p in json.loads(row["plan_json"]).items()})
-        metrics = PlanMetrics.from_dict(json.loads(row["metrics_json"]))
-        return cls(row["trial_key"], row["number"], row["wave"], row["kind"], plan, row["size_bytes"], metrics)
+        flat = json.loads(row["metrics_json"])
+        metrics, rows = PlanMetrics.from_dict(flat), RowAccount.from_dict(flat["rows"])
+        return cls(row["trial_key"], row["number"], row["wave"], row["kind"], plan, row["size_bytes"], metrics, rows)
 
 
 _METRIC_COLUMNS = (
@@ -77,9 +81,10 @@ def plan_key(checkpoint_sha256: str, evaluated_on: Sequence[object], plan: Plan)
 
 
 def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that no other one beats in both bytes and gap, cheapest first."""
+    """The trials that no other one beats in both bytes and gap, cheapest first; those without a finite gap left out."""
     front: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: (t.size_bytes, t.metrics.gap_pct, t.number)):
+    known = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
+    for trial in sorted(known, key=lambda t: (t.size_bytes, t.metrics.gap_pct, t.number)):
         if not front or trial.metrics.gap_pct < front[-1].metrics.gap_pct:
             front.append(trial)
     return front

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.config import Config
-from lowprec.errors import LowprecError
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.plan import Plan, read_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.job import open_job, open_workers
-from lowprec.search.record import SearchRecord
+from lowprec.search.record import RunRecord
 from lowprec.search.trial import Trial, plan_key
 
 __all__ = ["Verification", "verify_plan"]
@@ -66,7 +65,7 @@ def verify_plan(
     file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
     size_bytes = job.space.size_bytes(file.plan)
     traffic_window = job.window(window)
-    record = SearchRecord(job, None, command="verify")
+    record = RunRecord(job, None, command="verify")
     record.state("running")
     listener.stage("verify", traffic_window.num_batches)
     try:
@@ -79,14 +78,14 @@ def verify_plan(
                 quarantine=record.artifacts / "quarantine",
                 on_progress=listener.advance,
             )
-    except LowprecError as error:
+    except Exception as error:
         record.state("failed", message=str(error))
         raise
     metrics = evaluation.metrics[0]
     verdict = metrics.verdict(config.search.budget)
-    key = plan_key(job.checkpoint_sha256, job.evaluated_on(window), file.plan)
+    key = plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan)
     record.add_trials(
-        [Trial(key, 0, 0, "verify", file.plan, size_bytes, metrics)],
+        [Trial(key, 0, 0, "verify", file.plan, size_bytes, metrics, evaluation.rows)],
         evaluation="verify",
         window=job.window_text(window),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class TableShard:
         """Bytes of low-precision rows held now."""
         return sum(store.nbytes for store in self._quantized.values())
 
-    def pooled(self, call: BagCall, precisions: Iterable[Precision]) -> dict[Precision, Tensor]:
+    def pooled(self, call: BagCall, precisions: Sequence[Precision]) -> dict[Precision, Tensor]:
         """What `call` returns, float32[B, dim], when this table has each of `precisions`; fp32 is what it did return.
 
         Raises `WeightError` for a touched row that has no low-precision form.
@@ -66,6 +66,16 @@ class TableShard:
                 weights=call.weights,
             )
         return outputs
+
+    def check_finite(self, call: BagCall) -> None:
+        """Raise `WeightError` naming the first row of the call that holds NaN or Inf."""
+        rows = np.unique(call.indices.numpy())
+        wrong = ~np.isfinite(self._rows[rows]).all(axis=1)
+        if wrong.any():
+            row = int(rows[np.argmax(wrong)])
+            column = int(np.argmax(~np.isfinite(self._rows[row])))
+            value = self._rows[row, column]
+            raise WeightError(f'"{self.name}": row {row}, column {column} is {value}; repair the checkpoint')
 
     def _slots(self, ids: NDArray[np.int64], precisions: list[Precision]) -> NDArray[np.int64]:
         """The slot of every id, after making those that are missing."""
@@ -125,12 +135,12 @@ class TableShard:
         try:
             ops.quantize_gathered(self._rows, ids, precision, out=out)
         except WeightError as error:
-            raise WeightError(f'table "{self.name}": {error}; repair the checkpoint') from None
+            raise WeightError(f'"{self.name}": {error}; repair the checkpoint') from None
         overflowed = ops.first_overflow(out, precision)
         if overflowed >= 0:
             row = int(ids[overflowed])
             values = self._rows[row]
             raise WeightError(
-                f'table "{self.name}": row {row} spans {values.min():g} to {values.max():g}, which {precision} cannot '
+                f'"{self.name}": row {row} spans {values.min():g} to {values.max():g}, which {precision} cannot '
                 "hold (its fp16 parts overflow); repair the checkpoint, or leave this table more exact in space.units"
             )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,15 +84,68 @@ def test_resuming_a_finished_run_changes_nothing(lowprec, config_file, tmp_path,
     assert trials(root, run) == before
 
 
-def test_more_trials_continue_where_fewer_ended(lowprec, config_file, tmp_path, undisturbed):
-    done, _ = undisturbed
+@pytest.mark.parametrize("cut", [3, 7, 11])
+def test_more_trials_continue_where_fewer_ended(lowprec, config_file, tmp_path, undisturbed, cut):
+    """Also where the limit cut a wave in two: the trials in the end are those of a run without the limit."""
+    _, _ = undisturbed
     root = tmp_path / "short"
     config = config_file(results__root=str(root))
-    short = lowprec("search", config, "--json", "--max-trials", 11)
+    short = lowprec("search", config, "--json", "--max-trials", cut)
     run = short.document["run_id"]
-    assert short.document["num_trials"] == 11
+    assert short.document["num_trials"] == cut
     full = lowprec("search", config, "--json", "--resume", run)
-    assert full.document["num_trials"] == done.document["num_trials"]
+    exact = "SELECT plan_json, metrics_json, kind, wave FROM trials WHERE evaluation = 'exact' ORDER BY number"
+    continued, alone = (package.query(exact, root=str(r)).to_dict("list") for r in (root, tmp_path / "alone"))
+    assert continued == alone
+    # Plans that were not confirmed the first time are held to a stricter level on the same window.
+    confidences = {f["trial_key"]: f["confidence"] for f in full.document["finalists"]}
+    again = {f["trial_key"] for f in short.document["finalists"]}
+    assert all((c == 0.95) == (key in again) for key, c in confidences.items())
+
+
+def test_traffic_that_changed_is_noticed(lowprec, config_file, one_sentence, small_folder, tmp_path):
+    shutil.copytree(small_folder / "traffic", tmp_path / "traffic")
+    config = config_file(traffic__path=str(tmp_path / "traffic"))
+    done = lowprec("search", config, "--json", "--max-trials", 3)
+    file = next((tmp_path / "traffic").glob("*.parquet"))
+    shutil.copy(file, file.with_name("part-99999.parquet"))
+    changed = lowprec("search", config, "--resume", done.document["run_id"])
+    one_sentence(changed, 64, ["windows.search", "begin a new run"])
+
+
+def test_a_finished_run_keeps_its_verdict_while_it_is_resumed(lowprec, config_file, tmp_path, undisturbed):
+    done, _ = undisturbed
+    root = str(tmp_path / "alone")
+    command = [str(Path(sys.executable).with_name("lowprec")), "search", str(config_file(results__root=root))]
+    process = subprocess.Popen([*command, "--resume", done.document["run_id"], "--max-trials", "4000"])
+    deadline = time.monotonic() + 60
+    while package.query("SELECT status FROM runs", root=root).status[0] != "running":
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    run = package.query("SELECT verdict, recommended_trial_key FROM runs", root=root).iloc[0]
+    assert (run.verdict, run.recommended_trial_key) == (done.document["verdict"], done.document["trial_key"])
+
+
+def test_the_best_plan_so_far_is_always_there(lowprec, config_file, tmp_path):
+    """A search that cannot confirm leaves a plan that verifies elsewhere."""
+    config = config_file(search__max_trials=5)
+    broken = lowprec("search", config, "--set", "windows.confirm={start: 2030-01-01}")
+    assert broken.code == 3
+    command = [str(Path(sys.executable).with_name("lowprec")), "search", str(config_file(search__max_trials=4000))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    plans = tmp_path / "runs" / "artifacts"
+    deadline = time.monotonic() + 60
+    while not list(plans.glob("*/plan.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    (plan,) = plans.glob("*/plan.json")
+    evidence = json.loads(plan.read_text())["evidence"]
+    assert evidence["kind"] == "exact" and evidence["verdict"] is None
+    assert lowprec("verify", config_file(), "--plan", plan).code in (0, 2, 4)
 
 
 def test_a_run_is_resumed_with_its_own_config_only(lowprec, config_file, one_sentence, tmp_path, undisturbed):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowprec import ops
+from lowprec.errors import ModelError, WeightError
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import Plan, Precision
@@ -82,3 +83,46 @@ def test_a_batch_whose_rows_were_all_bad_adds_nothing(job, batch):
     evaluator = ExactEvaluator(job.adapter)
     some = evaluator.sums(batch, plans)
     assert (some + evaluator.sums(empty, plans)).metrics(0, confidence=0.9) == some.metrics(0, confidence=0.9)
+
+
+def test_a_table_that_the_model_reads_past_its_module_is_not_measured_as_harmless(job, batch):
+    """The model looks c5 up by itself: low precision there cannot be seen, and must not look harmless."""
+    model = job.adapter.model
+    table = model.tables["c5"]
+
+    class Past(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tables = torch.nn.ModuleDict({"c4": model.tables["c4"], "c5": table})
+
+        def forward(self, dense, sparse):
+            seen = self.tables["c4"](*sparse["c4"])
+            ids, offsets = sparse["c5"]
+            unseen = torch.nn.functional.embedding_bag(
+                ids, self.tables["c5"].weight, offsets, mode="sum", include_last_offset=True
+            )
+            return (seen + unseen).sum(1)
+
+    from lowprec.models.adapter import ModelAdapter
+
+    evaluator = ExactEvaluator(ModelAdapter(Past()))
+    units = evaluator.adapter.units
+    evaluator.logits(batch, [Plan({"table:c4": Precision.INT2, "table:c5": Precision.FP32})])
+    with pytest.raises(ModelError, match='"table:c5" was to be int2, but the model did not call it'):
+        evaluator.logits(batch, [Plan.uniform(units, Precision.INT2)])
+
+
+def test_a_weight_that_is_not_finite_is_named_although_its_table_stays_fp32(job, batch):
+    evaluator = ExactEvaluator(job.adapter)
+    row = int(batch.sparse["c1"].values[0])
+    with torch.no_grad():
+        job.adapter.model.tables["c1"].weight[row, 3] = float("nan")
+    with pytest.raises(WeightError, match=f'"table:c1": row {row}, column 3 is nan'):
+        evaluator.logits(batch, [Plan.uniform(job.units, Precision.FP32)])
+
+
+def test_dense_weights_that_overflow_are_said_to(job, batch):
+    with torch.no_grad():
+        job.adapter.model.top[0].weight.fill_(3e38)
+    with pytest.raises(ModelError, match="a logit that is not finite"):
+        ExactEvaluator(job.adapter).logits(batch, [])

@@ -220,7 +220,8 @@ def test_calls_that_depend_on_outputs_are_refused():
 
 def test_gradients_are_those_of_each_row(model, inputs):
     """Moving one output by a small step in a random direction moves the logits as the gradient says."""
-    adapter = ModelAdapter(model.double())
+    adapter = ModelAdapter(model)
+    model.double()
     double = ModelInputs(
         inputs.dense.double(),
         {k: tuple(t.double() if t.is_floating_point() else t for t in v) for k, v in inputs.sparse.items()},
@@ -234,3 +235,69 @@ def test_gradients_are_those_of_each_row(model, inputs):
         change = adapter.substituted(double, reference, moved) - reference.logits
         torch.testing.assert_close(change, (gradient * step).sum(1), rtol=1e-3, atol=1e-12)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+class OneTable(nn.Module):
+    def __init__(self, bag=None, before=lambda dense: dense, after=lambda pooled: pooled):
+        super().__init__()
+        self.table = bag or nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+        self.before, self.after = before, after
+
+    def forward(self, dense, sparse):
+        return self.after(self.table(*sparse["x"])).sum(1) + self.before(dense).sum(1)
+
+
+class Scaled(nn.EmbeddingBag):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (OneTable(before=lambda dense: dense.clamp_(min=0).log1p_()), "changes its inputs in place"),
+        (OneTable(after=lambda pooled: nn.functional.dropout(pooled, 0.5)), "draws random numbers"),
+        (OneTable(Scaled(9, 4, mode="sum", include_last_offset=True)), "something else than the embedding bag"),
+    ],
+    ids=["in-place", "dropout", "own-forward"],
+)
+def test_models_that_cannot_be_replayed_are_refused(model, said):
+    torch.manual_seed(0)
+    adapter = ModelAdapter(model)
+    inputs = ModelInputs(torch.rand(64, 2) + 0.5, {"x": (torch.arange(64) % 9, torch.arange(65))})
+    with pytest.raises(ModelError, match=said):
+        adapter.check(inputs, adapter.reference(inputs))
+
+
+def test_well_behaved_models_pass_the_check(model, inputs):
+    adapter = ModelAdapter(model)
+    adapter.check(inputs, adapter.reference(inputs))
+
+
+def test_fewer_calls_in_a_second_pass_are_refused():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.EmbeddingBag(9, 4, mode="sum", include_last_offset=True)
+
+        def forward(self, dense, sparse):
+            first = self.a(*sparse["x"])
+            return (first + self.a(*sparse["x"]) if first.sum() < 1e6 else first).sum(1)
+
+    adapter = ModelAdapter(Lazy())
+    inputs = ModelInputs(torch.zeros(2, 0), {"x": (torch.tensor([1]), torch.tensor([0, 1, 1]))})
+    with pytest.raises(ModelError, match="2 times at first and 1 times"):
+        adapter.substituted(inputs, adapter.reference(inputs), [torch.full((2, 4), 1e9)] * 2)
+
+
+def test_a_weight_that_another_module_uses_too_is_refused():
+    model = OneTable()
+    model.linear = nn.Linear(4, 9, bias=False)
+    model.linear.weight = model.table.weight
+    with pytest.raises(ModelError, match='table "table" is also linear.weight of a Linear'):
+        ModelAdapter(model)
+
+
+def test_tables_of_another_type_are_refused():
+    with pytest.raises(ModelError, match="bfloat16"):
+        ModelAdapter(OneTable().bfloat16())

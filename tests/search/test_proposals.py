@@ -7,6 +7,7 @@ import pytest
 
 from lowprec.config import SpaceConfig
 from lowprec.evaluation.confidence import Interval
+from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.plan import Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended
@@ -21,6 +22,9 @@ ERROR = dict(zip(Precision, (0.0, 1e-6, 1e-4, 1e-2, 0.3), strict=True))
 FRAGILITY = {u.name: 10.0 ** (k % 3) for k, u in enumerate(UNITS)}
 
 
+ROWS = RowAccount(1000, 0, 0, {})
+
+
 def true_gap(plan):
     return sum(ERROR[p] * FRAGILITY[name] for name, p in plan.items())
 
@@ -33,7 +37,9 @@ def metrics(gap, half_width=0.0, kl=None):
 
 
 def trial(plan, number=0, wave=0, half_width=0.0, space=SPACE):
-    return Trial(f"k{number}", number, wave, "t", plan, space.size_bytes(plan), metrics(true_gap(plan), half_width))
+    return Trial(
+        f"k{number}", number, wave, "t", plan, space.size_bytes(plan), metrics(true_gap(plan), half_width), ROWS
+    )
 
 
 def sensitivities(space=SPACE):
@@ -120,9 +126,9 @@ def test_proposals_respect_groups_and_fixed_units():
 
 
 def test_a_small_space_is_exhausted_and_then_nothing_is_proposed():
-    space = build_space(UNITS[:2], SpaceConfig.model_validate({"precisions": ["fp32", "int8", "int4"]}))
+    space = build_space(UNITS[:4], SpaceConfig.model_validate({"precisions": ["fp32", "int8", "int4"]}))
     trials = [trial(space.most_exact, 0, space=space)]
-    while plans := propose(space, trials, count=4, budget_pct=0.1, seed=len(trials)):
+    while plans := propose(space, trials, count=16, budget_pct=0.1, seed=len(trials)):
         trials += [trial(p, len(trials) + k, space=space) for k, p in enumerate(plans)]
     assert len({t.plan for t in trials}) == len(trials) == space.num_plans
     everything_fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
@@ -130,12 +136,15 @@ def test_a_small_space_is_exhausted_and_then_nothing_is_proposed():
 
 
 def test_a_trial_without_a_finite_gap_does_not_disturb_the_study():
-    broken = Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan))
+    broken = Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan), ROWS)
     assert len(propose(SPACE, [*seeds(), broken], count=4, budget_pct=0.1, seed=0)) == 4
 
 
 def test_pareto_front():
     trials = seeds()
+    trials.append(Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan), ROWS))  # cheapest of all, but unknown
+    front = pareto_front(trials)
+    assert len(front) > 3 and trials.pop() not in front
     front = pareto_front(trials)
     assert [t.size_bytes for t in front] == sorted({t.size_bytes for t in front})
     for t in trials:
@@ -145,7 +154,7 @@ def test_pareto_front():
 
 
 def with_gap(number, size_bytes, gap, half_width=0.0, kl=None):
-    return Trial(f"k{number}", number, 0, "t", SPACE.most_exact, size_bytes, metrics(gap, half_width, kl))
+    return Trial(f"k{number}", number, 0, "t", SPACE.most_exact, size_bytes, metrics(gap, half_width, kl), ROWS)
 
 
 def test_finalists_go_from_the_safest_to_the_boldest():
@@ -165,7 +174,7 @@ def test_without_a_sure_plan_the_likely_one_and_without_that_the_best_one_is_tri
     none = finalists([with_gap(0, 500, 0.5), with_gap(1, 300, 0.3)], 0.1)
     assert [c.trial.number for c in none] == [1] and not none[0].meets_budget
     assert "no plan meets the budget" in none[0].because
-    assert finalists([], 0.1) == []
+    assert finalists([], 0.1) == [] == finalists([with_gap(0, 1, math.nan)], 0.1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,7 @@ def test_without_a_sure_plan_the_likely_one_and_without_that_the_best_one_is_tri
 )
 def test_recommended_is_the_last_before_the_first_that_is_not_certified(verdicts, expected):
     choices = [Choice(with_gap(n, 100, 0.0), True, "") for n in range(len(verdicts))]
-    confirmed = [Confirmed(c, c.trial.metrics, v) for c, v in zip(choices, verdicts, strict=True)]
+    confirmed = [Confirmed(c, c.trial.metrics, v, ROWS) for c, v in zip(choices, verdicts, strict=True)]
     assert recommended(confirmed) is confirmed[expected]
 
 
@@ -197,7 +206,7 @@ def test_confirming_several_finalists_certifies_no_more_falsely_than_confirming_
             d = x - 0.001 * y
             certified.append(d.mean() + 0.8416 * d.std() / np.sqrt(n) < 0)
         choices = [
-            Confirmed(Choice(with_gap(k, 1, 0.0), True, ""), metrics(0.0), "certified" if c else "inconclusive")
+            Confirmed(Choice(with_gap(k, 1, 0.0), True, ""), metrics(0.0), "certified" if c else "inconclusive", ROWS)
             for k, c in enumerate(certified)
         ]
         wrong += recommended(choices).verdict == "certified"

@@ -68,9 +68,9 @@ def test_fp32_is_the_output_of_the_model_itself():
 @pytest.mark.parametrize(
     ("value", "precision", "said"),
     [
-        (float("nan"), Precision.INT4, 'table "table:t": .*row 3'),
-        (float("inf"), Precision.FP16, 'table "table:t": .*row 3'),
-        (-1e6, Precision.INT8, 'table "table:t": row 3 spans -1e\\+06 to .* int8 cannot hold'),
+        (float("nan"), Precision.INT4, '"table:t": .*row 3'),
+        (float("inf"), Precision.FP16, '"table:t": .*row 3'),
+        (-1e6, Precision.INT8, '"table:t": row 3 spans -1e\\+06 to .* int8 cannot hold'),
         (1e6, Precision.FP16, "row 3 spans .* fp16 cannot hold"),
     ],
 )
