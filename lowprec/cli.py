@@ -41,16 +41,17 @@ def _command(name: str, *, config: bool = True) -> Callable[[Command], Command]:
     def decorate(function: Command) -> Command:
         @functools.wraps(function)
         def run(as_json: bool, debug: bool, **options: Any) -> int:
-            try:
-                if config:
-                    options["config"] = _load(options.pop("config"), options.pop("overrides"))
-                return function(as_json=as_json, **options) or 0
-            except (KeyboardInterrupt, click.ClickException):
-                raise
-            except Exception as error:
-                from lowprec.console import report_error
+            from lowprec import console
 
-                return report_error(error, command=name, as_json=as_json, debug=debug)
+            with console.own_stdout():
+                try:
+                    if config:
+                        options["config"] = _load(options.pop("config"), options.pop("overrides"))
+                    return function(as_json=as_json, **options) or 0
+                except (KeyboardInterrupt, BrokenPipeError, click.ClickException):
+                    raise
+                except Exception as error:
+                    return console.report_error(error, command=name, as_json=as_json, debug=debug)
 
         decorated: Any = run
         decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(decorated)
@@ -190,8 +191,11 @@ def main() -> None:
         error.show()
         code = EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; a search goes on with lowprec search CONFIG --resume RUN", err=True)
+        click.echo("interrupted", err=True)
         code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 

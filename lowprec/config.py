@@ -18,6 +18,18 @@ __all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
 TimeBound = int | str | None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without repeated keys: of two budgets the last would win, and nobody would know."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -126,7 +138,7 @@ class TrainConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0003
     patience: Annotated[int, Field(gt=0)] = 2
     evaluations_per_epoch: Annotated[int, Field(gt=0)] = 2
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class UnitRule(_Section):
@@ -157,13 +169,13 @@ class SpaceConfig(_Section):
 class SearchConfig(_Section):
     """How long and how hard to search, and what to accept. `budget` is the largest gap accepted, in percent."""
 
-    budget: Annotated[float, Field(gt=0)] = 0.02
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     max_trials: Annotated[int, Field(gt=0)] = 96
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     wave_size: Annotated[int, Field(gt=0)] = 16
     sensitivity_batches: Annotated[int, Field(gt=0)] = 8
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class EvaluationConfig(_Section):
@@ -212,8 +224,10 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"config {path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path}: is no text file; expected YAML in UTF-8") from None
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
@@ -244,7 +258,11 @@ def _validated(document: dict[str, Any], where: str) -> Config:
         # JSON mode reads lists as tuples and names as precisions; the detour through JSON makes YAML dates text.
         return Config.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
-        raise ConfigError(f"config {where}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+        problems = error.errors()
+        # Where an item of a list is wrong, pydantic also complains of the list being too short without it.
+        items = {e["loc"][:-1] for e in problems if e["loc"] and isinstance(e["loc"][-1], int)}
+        sentences = [_sentence(e) for e in problems if not (e["type"] == "too_short" and e["loc"] in items)]
+        raise ConfigError(f"config {where}: {'; '.join(sentences)}") from None
 
 
 def _sentence(error: Any) -> str:
@@ -253,7 +271,7 @@ def _sentence(error: Any) -> str:
         return f"{key}: no such key{_closest(key)}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("object", "mapping")
     return f"{key}: {message[0].lower()}{message[1:]}; got {json.dumps(error['input'], default=str)}"
 
 

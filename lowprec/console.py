@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lowprec.errors import LowprecError
 
-__all__ = ["EXIT_CODES", "Bars", "json_document", "print_document", "report_error", "stderr", "stdout"]
+__all__ = [
+    "EXIT_CODES",
+    "Bars",
+    "document_stream",
+    "json_document",
+    "own_stdout",
+    "print_document",
+    "report_error",
+    "stderr",
+    "stdout",
+]
 
 SCHEMA_VERSION = 1
 EXIT_CODES = {"certified": 0, "rejected": 2, "inconclusive": 4}
@@ -23,6 +34,29 @@ EXIT_CODES = {"certified": 0, "rejected": 2, "inconclusive": 4}
 # Away from a terminal tables are as wide as they need to be: whoever reads a pipe can scroll.
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def own_stdout() -> Iterator[None]:
+    """Keep the real stdout for what this module prints; whatever else is printed meanwhile goes to stderr.
+
+    Models print, and Ray prints: the document of a command must not have that in it.
+    """
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as real:
+        os.dup2(2, 1)
+        stdout.file = _document_stream[0] = real
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            real.flush()
+            os.dup2(real.fileno(), 1)
+            stdout.file = _document_stream[0] = sys.stdout
+
+
+# Where documents go: stdout, or what `own_stdout` keeps of it.
+_document_stream: list[TextIO] = [sys.stdout]
 
 
 class Bars:
@@ -54,6 +88,11 @@ class Bars:
         stderr.print(escape(text), style="dim")
 
 
+def document_stream() -> TextIO:
+    """Where the output of a command goes."""
+    return _document_stream[0]
+
+
 def json_document(command: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The document that `--json` prints: `content` with its schema version and command."""
     return {"schema_version": SCHEMA_VERSION, "command": command, **content}
@@ -61,7 +100,7 @@ def json_document(command: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_document(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+    _document_stream[0].write(json.dumps(document, indent=2, default=str) + "\n")
 
 
 def report_error(error: BaseException, *, command: str, as_json: bool, debug: bool) -> int:

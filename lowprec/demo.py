@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lowprec.config import Config, load_config
@@ -23,9 +24,9 @@ def run_demo(root: Path, *, progress: Progress) -> SearchOutcome:
     config = load_config(
         DEMO_CONFIG,
         (
-            f"traffic.path={root / 'demo' / 'traffic'}",
-            f"model.checkpoint={root / 'demo' / 'model.safetensors'}",
-            f"results.root={root}",
+            f"traffic.path={json.dumps(str(root / 'demo' / 'traffic'))}",
+            f"model.checkpoint={json.dumps(str(root / 'demo' / 'model.safetensors'))}",
+            f"results.root={json.dumps(str(root))}",
         ),
     )
     num_rows = generate_traffic(config, progress=progress)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowprec.errors import PlanError
+from lowprec.errors import PlanError, ResultsError
 
 __all__ = ["Plan", "PlanFile", "Precision", "Unit", "precision_counts", "read_plan", "write_plan"]
 
@@ -78,17 +79,9 @@ class Plan(Mapping[str, Precision]):
         missing = [name for name in names if name not in precisions]
         unknown = [name for name in precisions if name not in set(names)]
         if missing or unknown:
-            parts = [
-                f"{label}: {', '.join(found)}"
-                for label, found in (("misses", missing), ("does not know", unknown))
-                if found
-            ]
-            raise PlanError(
-                f"plan does not fit the model, which has {len(names)} units ({_preview(names)}): "
-                + "; ".join(parts)
-                .replace("misses:", "the plan misses")
-                .replace("does not know:", "the model does not know")
-            )
+            wrong = [f"the plan misses {', '.join(missing)}"] * bool(missing)
+            wrong += [f"the model does not know {', '.join(unknown)}"] * bool(unknown)
+            raise PlanError(f"plan does not fit the model ({len(names)} units: {_preview(names)}): {'; '.join(wrong)}")
         return cls({name: precisions[name] for name in names})
 
     @classmethod
@@ -113,7 +106,7 @@ class Plan(Mapping[str, Precision]):
         return len(self.precisions)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.precisions.items()))
+        return hash(frozenset(self.precisions.items()))
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ class PlanFile:
 
 
 def write_plan(file: PlanFile, path: Path) -> None:
-    """Write `plan.json`, whole or not at all."""
+    """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
     document = {
         "schema_version": PLAN_SCHEMA_VERSION,
         "model": file.model,
@@ -142,10 +135,17 @@ def write_plan(file: PlanFile, path: Path) -> None:
         "bytes": file.size_bytes,
         "evidence": dict(file.evidence),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w") as out:
+            out.write(json.dumps(document, indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ResultsError(f"plan {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
 def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
@@ -163,9 +163,11 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
     if not isinstance(document, dict) or document.get("schema_version") != PLAN_SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None
         raise PlanError(f"plan {path}: schema_version must be {PLAN_SCHEMA_VERSION}; got {version!r}")
-    absent = [key for key in ("units", "checkpoint_sha256", "bytes") if key not in document]
-    if absent or not isinstance(document["units"], dict):
-        raise PlanError(f"plan {path}: misses {', '.join(absent) or 'a mapping of units'}")
+    kinds = {"units": dict, "checkpoint_sha256": str, "bytes": int, "row_alignment": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(document.get(key), kind)]
+    if wrong:
+        expected = ", ".join(f"{key} ({kinds[key].__name__})" for key in wrong)
+        raise PlanError(f"plan {path}: misses {expected}, or has another type there")
     made_for = document["checkpoint_sha256"]
     if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
         raise PlanError(
@@ -181,8 +183,8 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
         plan=plan,
         model=str(document.get("model", "")),
         checkpoint_sha256=made_for,
-        size_bytes=int(document["bytes"]),
-        row_alignment=int(document.get("row_alignment", 1)),
+        size_bytes=document["bytes"],
+        row_alignment=document["row_alignment"],
         evidence=document.get("evidence", {}),
     )
 

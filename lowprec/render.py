@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lowprec.console import stdout
@@ -87,10 +88,12 @@ def render_front(rows: Sequence[Mapping[str, Any]]) -> None:
         f"of {rows[0]['window']}",
         title_justify="left",
     )
-    for name in ("", "bytes", "of fp32", "gap", "KL gap", "precisions", "trial"):
+    # What does not fit a narrow terminal is left out from the right, rather than squeezed until nothing can be read.
+    num_columns = 7 if stdout.width >= 126 else 6 if stdout.width >= 107 else 5
+    for name in ("", "bytes", "of fp32", "gap", "KL gap", "precisions", "trial")[:num_columns]:
         table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(
+        cells = (
             "*" if row["recommended"] else "",
             bytes_text(row["size_bytes"]),
             f"{row['bytes_ratio']:.3f}",
@@ -98,8 +101,8 @@ def render_front(rows: Sequence[Mapping[str, Any]]) -> None:
             _number(row["kl_pct"], "{:.4f} %"),
             row["precisions"],
             row["trial_key"],
-            style="bold" if row["recommended"] else None,
         )
+        table.add_row(*cells[:num_columns], style="bold" if row["recommended"] else None)
     stdout.print(table)
 
 
@@ -128,13 +131,16 @@ def render_search(document: Mapping[str, Any]) -> None:
     for other in document["finalists"]:
         if other["trial_key"] != document["trial_key"]:
             stdout.print(
-                f"also confirmed: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32), "
+                f"also confirmed: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32, "
+                f"{precision_counts(other['plan'].values())}), "
                 f"{_evidence(other, document['windows']['confirm'])}: {other['verdict']}"
             )
     _render_quality(document["confirm"])
     for name, rows in document["rows"].items():
         _render_rows(name, rows)
     stdout.print(f"plan written to {document['plan_path']}; {document['num_trials']} trials in {document['seconds']} s")
+    for warning in document["warnings"]:
+        stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     _render_verdict(document["verdict"], document["budget_pct"])
 
 
@@ -144,6 +150,8 @@ def render_verify(document: Mapping[str, Any]) -> None:
     stdout.print(_evidence(document, document["window"]))
     _render_quality(document)
     _render_rows("verified", document["rows"])
+    for warning in document["warnings"]:
+        stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     _render_verdict(document["verdict"], document["budget_pct"])
 
 
@@ -160,17 +168,21 @@ def render_train(document: Mapping[str, Any]) -> None:
             _number(q["calibration"], "{:.4f}"),
         )
     stdout.print(table)
+    num_read = document["num_rows"] + document["num_unlabelled"] + document["num_bad"]
+    _render_rows("train", {**document, "num_read": num_read, "never_looked_up": []})
+    num_read = document["num_rows"] + document["num_unlabelled"] + document["num_bad"]
+    _render_rows("train", {**document, "num_read": num_read, "never_looked_up": []})
     stdout.print(
         f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
     )
     stdout.print(f"checkpoint written to {document['checkpoint']} (sha256 {document['checkpoint_sha256'][:12]})")
 
 
-def render_frame(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
-    """Rows of a query as a table."""
-    table = Table(*columns, title=title)
+def render_frame(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Cells of a query as a table."""
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(*map(escape, row))
     stdout.print(table)
 
 
@@ -194,14 +206,14 @@ def _render_quality(metrics: Mapping[str, Any]) -> None:
     for name, side in (("reference", "ref"), ("plan", "plan")):
         ne, auc, calibration = (_number(metrics[f"{m}_{side}"], "{:.5f}") for m in ("ne", "auc", "calibration"))
         error = _number(metrics["auc_error"], "{:.5f}")
-        stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (+-{error}), calibration {calibration}")
+        stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (binned, within {error}), calibration {calibration}")
 
 
 def _render_rows(name: str, rows: Mapping[str, Any]) -> None:
     """What did not count as an example; nothing where every row did."""
     parts = []
     if rows["num_bad"]:
-        parts.append(f"{rows['num_bad']:,} bad rows (kept in the run's quarantine folder)")
+        parts.append(f"{rows['num_bad']:,} bad rows (kept in quarantine)")
     if rows["num_unlabelled"]:
         parts.append(f"{rows['num_unlabelled']:,} rows without a label")
     parts += [f"{count:,} ids of {feature} out of range" for feature, count in rows["out_of_range"].items()]

@@ -66,6 +66,8 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d["units"].update({"table:a": "int4"}), "needs"),
         (lambda d: d.update(schema_version=9), "schema_version must be 1"),
         (lambda d: d.pop("bytes"), "misses bytes"),
+        (lambda d: d.update(bytes="abc"), r"misses bytes \(int\), or has another type"),
+        (lambda d: d.update(checkpoint_sha256=None), r"checkpoint_sha256 \(str\)"),
         (lambda d: d.update(checkpoint_sha256="cd" * 32), "was made for checkpoint cdcdcdcdcdcd"),
     ],
 )

@@ -25,6 +25,8 @@ TASKS_IN_FLIGHT = 2
 TASKS_AHEAD = 8
 
 CONNECT_TIMEOUT_S = 10.0
+# A cluster that grows by itself takes minutes; one that is too small would let tasks wait for ever.
+START_TIMEOUT_S = float(os.environ.get("LOWPREC_START_TIMEOUT_S", "300"))
 
 
 class _WorkerActor:
@@ -62,6 +64,15 @@ class RayWorkers:
             _WorkerActor
         )
         self._actors: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
+        started = [a.process_id.remote() for a in self._actors]
+        ready, pending = ray.wait(started, num_returns=num_workers, timeout=START_TIMEOUT_S)
+        if pending:
+            free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+            self.close()
+            raise WorkerError(
+                f"Ray started {len(ready)} of {num_workers} workers in {START_TIMEOUT_S:.0f} s, each on {spec.threads} "
+                f"CPU, and has {free:g} CPU left; lower evaluation.num_workers or make the cluster larger"
+            )
 
     def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
         """The chunk of every task, in order; a task goes to whichever worker is free."""
@@ -110,6 +121,11 @@ def _result(reference: Any, task: Task) -> Chunk:
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise WorkerError(f"evaluation of {where}: the worker failed: {error.cause!r}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerError(
+            f"evaluation of {where}: {type(error).__name__}: {str(error).splitlines()[0]}; resume the run when the "
+            "cluster is well, with fewer workers where memory ran out (evaluation.num_workers, evaluation.cache_bytes)"
+        ) from error
     if isinstance(result, LowprecError):
         raise result
     return result

@@ -161,6 +161,18 @@ class PlanMetrics:
         """Whether the plan is within the budget (percent)."""
         return verdict(self.gap_interval_pct, budget_pct)
 
+    def warnings(self) -> list[str]:
+        """What a reader must know before trusting these numbers."""
+        found = []
+        if not math.isfinite(self.ne_ref):
+            found.append("all examples have the same label, so NE, AUC and calibration are not defined")
+        elif self.ne_ref >= 1:
+            found.append(
+                f"the reference model is no better than predicting the label rate (NE {self.ne_ref:.3f}): check its "
+                "features, its checkpoint, and that it returns logits and not probabilities"
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers under flat names; an infinite end of an interval is None."""
         ends = {

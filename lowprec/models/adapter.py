@@ -7,6 +7,7 @@ assumed about how the model gets from its inputs to its tables.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ModelError
+from lowprec.errors import LowprecError, ModelError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Unit
 from lowprec.traffic.batch import Batch
@@ -219,12 +220,20 @@ class ModelAdapter:
         try:
             with torch.inference_mode(), self._forwards(watch):
                 self.model(torch.zeros(2, len(schema.dense)), features)
-        except Exception:  # a model may refuse made-up rows; what it was seen to do until then is true all the same
+        except (
+            Exception,
+            SystemExit,
+        ):  # a model may refuse made-up rows; what it was seen to do until then is true all the same
             pass
         return {name: reached[ids.data_ptr()] for name, (ids, *_) in features.items() if ids.data_ptr() in reached}
 
     def _logits(self, inputs: ModelInputs) -> Tensor:
-        logits = self.model(inputs.dense, dict(inputs.sparse))
+        try:
+            logits = self.model(inputs.dense, dict(inputs.sparse))
+        except LowprecError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise ModelError(f"model {type(self.model).__name__}: {_what_went_wrong(error)}") from error
         num_rows = inputs.dense.shape[0]
         if not isinstance(logits, Tensor) or logits.numel() != num_rows or not logits.is_floating_point():
             got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -248,6 +257,14 @@ class ModelAdapter:
                     bag.__dict__.pop("forward", None)
                 else:
                     bag.__dict__["forward"] = forward
+
+
+def _what_went_wrong(error: BaseException) -> str:
+    """The error and where it was raised; a missing feature is the most frequent one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    hint = "; is it in traffic.sparse?" if isinstance(error, KeyError) else ""
+    return f"its forward raised {type(error).__name__}: {' '.join(str(error).split())}{where}{hint}"
 
 
 def _check_not_shared(model: nn.Module, tables: Mapping[int, str]) -> None:

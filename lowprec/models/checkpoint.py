@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,8 +43,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
     Inf outside the embedding tables (tables are checked row by row where they are quantized).
     """
     path = Path(path)
-    source = open_tensors(path)
     expected = model.state_dict(keep_vars=True)
+    source = open_tensors(path, expected)
     tied = _tied(expected, source)
     _check_fit(expected, tied, source, path)
     tables = _table_weights(model)
@@ -76,7 +77,7 @@ def read_rows(path: str | Path, tensor_name: str, start: int, stop: int) -> NDAr
 
     A `torch.distributed.checkpoint` folder is read by whole chunks: those that the range touches, one at a time.
     """
-    source = open_tensors(Path(path))
+    source = open_tensors(Path(path), [tensor_name])
     shape = source.shapes.get(tensor_name)
     if shape is None:
         raise CheckpointError(f'checkpoint {path}: has no tensor "{tensor_name}"; it has {_preview(source.shapes)}')
@@ -103,8 +104,9 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, s
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"checkpoint {path}: cannot be written: {reason}") from None
     finally:
         partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
 

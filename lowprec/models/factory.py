@@ -30,7 +30,7 @@ def load_factory(name: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         raise ModelError(
             f'model.factory "{name}": cannot import {module_name} from {os.getcwd()}: {_what(error)}'
         ) from error
@@ -57,7 +57,7 @@ def build_model(factory: str, args: Mapping[str, Any], schema: Schema) -> nn.Mod
         model = function(**arguments)
     except LowprecError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(f'model.factory "{factory}": failed with {_what(error)}') from error
     if not isinstance(model, nn.Module):
         raise ModelError(f'model.factory "{factory}": must return a torch.nn.Module; got {type(model).__name__}')
@@ -91,6 +91,6 @@ def _nothing() -> None:
     """What `reset_parameters` does meanwhile."""
 
 
-def _what(error: Exception) -> str:
+def _what(error: BaseException) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

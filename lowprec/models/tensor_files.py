@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,12 +39,16 @@ class TensorSource(Protocol):
         """Rows [start, stop) of a tensor, without reading the others."""
 
 
-def open_tensors(path: Path) -> TensorSource:
-    """The tensors of a checkpoint, in whatever known format it is; raises `CheckpointError` where it is in none."""
+def open_tensors(path: Path, wanted: Collection[str] = ()) -> TensorSource:
+    """The tensors of a checkpoint, in whatever known format it is; raises `CheckpointError` where it is in none.
+
+    A `torch.distributed.checkpoint` whose names all begin with "model." may hold {"model": ...} or a model whose only
+    child is called so: names in `wanted` tell.
+    """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path}: no such file or folder; train a model, or set model.checkpoint")
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, wanted)
     if path.name.endswith(".index.json"):
         return _Safetensors(path.parent, _read_index(path), extra_files=(path,))
     if path.suffix == ".safetensors":
@@ -54,9 +58,9 @@ def open_tensors(path: Path) -> TensorSource:
     raise CheckpointError(f"checkpoint {path}: unknown format; known: {_SUFFIXES}")
 
 
-def _open_folder(path: Path) -> TensorSource:
+def _open_folder(path: Path, wanted: Collection[str]) -> TensorSource:
     if (path / ".metadata").exists():
-        return _DistributedFolder(path)
+        return _DistributedFolder(path, wanted)
     indexes = sorted(path.glob("*.index.json"))
     if len(indexes) == 1:
         return open_tensors(indexes[0])
@@ -120,7 +124,7 @@ class _TorchFile:
 class _DistributedFolder:
     """What `torch.distributed.checkpoint.save` wrote, read by whole chunks: `rows` reads those that it touches."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wanted: Collection[str]) -> None:
         self.root = path
         self._metadata = _read_metadata(path)
         self._entries = {
@@ -128,7 +132,8 @@ class _DistributedFolder:
             for name, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._prefix = next((f"{k}." for k in _NESTING_KEYS if all(n.startswith(f"{k}.") for n in self._entries)), "")
+        nested = next((f"{k}." for k in _NESTING_KEYS if all(n.startswith(f"{k}.") for n in self._entries)), "")
+        self._prefix = "" if wanted and all(name in self._entries for name in wanted) else nested
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name.removeprefix(self._prefix): tuple(entry.size) for name, entry in self._entries.items()
         }

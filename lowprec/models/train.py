@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ _SAVED_SECTIONS: Any = {
 class TrainReport:
     """What was trained: the quality of the saved weights, what was read, where they are.
 
-    `num_rows` is what one epoch trains on: rows that are neither bad nor without a label. `epochs` counts how many
+    `num_rows` is what one epoch trains on: rows that are neither bad nor without a label. Bad and unlabelled rows, and
+    ids that `bounds_check` dropped or replaced, are counted over the train and the validation window. `epochs` counts
+    how many
     were done when the patience ended, `best_epoch` how many lie behind the saved weights.
     """
 
@@ -59,6 +62,7 @@ class TrainReport:
     num_rows: int
     num_unlabelled: int
     num_bad: int
+    out_of_range: dict[str, int]
     seconds: float
 
 
@@ -102,6 +106,7 @@ def train(config: Config, *, progress: Progress | None = None) -> TrainReport:
         num_rows=source.num_rows,
         num_unlabelled=source.num_unlabelled,
         num_bad=len(source.bad_rows),
+        out_of_range=dict(source.out_of_range),
         seconds=time.monotonic() - started,
     )
 
@@ -114,31 +119,35 @@ class _Source:
         self._num_batches = num_batches
         self._validation = validation
         self._first_held_out = first_held_out
-        self.num_rows = self.num_unlabelled = 0
+        self.num_rows = self.num_unlabelled = self.num_read = 0
         self.bad_rows: list[BadRow] = []
+        self.out_of_range: Counter[str] = Counter()
         num_positive = weight = weighted_positive = 0.0
         sums: NDArray[np.float64] | float = 0.0
         squares: NDArray[np.float64] | float = 0.0
         for batch in self.in_order():
+            self._account(batch)
             rows = labelled(batch)
             self.num_rows += rows.num_rows
-            self.num_unlabelled += batch.num_rows - rows.num_rows
-            self.bad_rows += batch.bad_rows
             num_positive += float(rows.labels.sum(dtype=np.float64))
             weights = np.ones(rows.num_rows) if rows.weights is None else rows.weights
             weight += float(weights.sum())
             weighted_positive += float((weights * rows.labels).sum())
             dense = rows.dense.astype(np.float64)
             sums, squares = sums + dense.sum(axis=0), squares + (dense**2).sum(axis=0)
-        if not 0 < num_positive < self.num_rows:
-            raise TrafficError(
-                f"train: windows.train needs rows of both labels; {self.num_rows} labelled rows, "
-                f"{num_positive:.0f} of them positive; choose a longer window"
-            )
-        self.mean_weight = weight / self.num_rows
-        self.label_rate = min(max(weighted_positive / weight, 1e-6), 1 - 1e-6)
-        self.dense_mean = np.asarray(sums / self.num_rows)
-        self.dense_std = np.sqrt(np.maximum(squares / self.num_rows - self.dense_mean**2, 0.0))
+        for batch in self.held_out():
+            self._account(batch)
+        self.has_both_labels = 0 < num_positive < self.num_rows
+        self.mean_weight = weight / max(self.num_rows, 1)
+        self.label_rate = min(max(weighted_positive / max(weight, 1e-300), 1e-6), 1 - 1e-6)
+        self.dense_mean = np.asarray(sums / max(self.num_rows, 1))
+        self.dense_std = np.sqrt(np.maximum(squares / max(self.num_rows, 1) - self.dense_mean**2, 0.0))
+
+    def _account(self, batch: Batch) -> None:
+        self.num_read += batch.num_rows + len(batch.bad_rows)
+        self.num_unlabelled += int(np.isnan(batch.labels).sum())
+        self.bad_rows += batch.bad_rows
+        self.out_of_range.update(batch.out_of_range)
 
     def in_order(self) -> Iterator[Batch]:
         return self._train.batches(0, self._num_batches)
@@ -166,6 +175,11 @@ def _open_source(config: Config) -> _Source:
             )
         source = _Source(train_window, num_batches, train_window, num_batches)
     _keep_bad_rows(source, config)
+    if not source.has_both_labels:
+        raise TrafficError(
+            f"train: windows.train needs rows of both labels; its {source.num_rows} labelled rows have one; "
+            "choose a longer window"
+        )
     return source
 
 
@@ -179,9 +193,8 @@ def _keep_bad_rows(source: _Source, config: Config) -> None:
         checkpoint = Path(config.model.checkpoint)
         kept = checkpoint.with_name(checkpoint.name + ".quarantine.parquet")
         write_quarantine(source.bad_rows, kept)
-        num_rows = len(source.bad_rows) + source.num_unlabelled + source.num_rows
         fraction = config.traffic.max_bad_fraction
-        check_bad_rows(len(source.bad_rows), num_rows, fraction, first=source.bad_rows[0], quarantine_path=kept)
+        check_bad_rows(len(source.bad_rows), source.num_read, fraction, first=source.bad_rows[0], quarantine_path=kept)
 
 
 @contextmanager

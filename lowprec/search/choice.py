@@ -49,7 +49,7 @@ def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
         safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]
         if safe:
             trial = min(safe, key=_cheapest_first)
-            because = f"cheapest plan whose risk on the search window is within {share:.0%} of the budget"
+            because = f"cheapest plan whose gap on the search window is at worst {share:.0%} of the budget"
             chosen.setdefault(trial.number, Choice(trial, True, because))
     if chosen:
         return sorted(chosen.values(), key=lambda c: _cheapest_first(c.trial), reverse=True)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lowprec.cost import unit_bytes
+from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.plan import Precision
 from lowprec.search.job import Job
 
@@ -31,6 +32,8 @@ def describe_job(job: Job) -> dict[str, Any]:
         }
         for unit in space.units
     ]
+    # One batch through the model finds what reading the config cannot.
+    ExactEvaluator(job.adapter).logits(job.window("search").batch(0), [])
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lowprec.config import Config, WindowConfig
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_adapter
 from lowprec.models.adapter import ModelAdapter
@@ -97,6 +97,12 @@ class Job:
                 self.config.traffic.max_bad_fraction,
                 first=evaluation.bad_rows[0],
                 quarantine_path=kept,
+            )
+        rows = evaluation.rows
+        if evaluation.sums.num_rows == 0:
+            raise TrafficError(
+                f"windows.{name}: none of the {rows.num_read} rows read has a usable label ({rows.num_bad} are bad, "
+                f"{rows.num_unlabelled} have none), so no gap can be measured; choose a window whose labels are known"
             )
         return evaluation
 

@@ -57,6 +57,7 @@ class SearchOutcome:
             ],
             "windows": self.windows,
             "num_trials": self.num_trials,
+            "warnings": self.best.metrics.warnings(),
             "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),

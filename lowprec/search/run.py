@@ -48,6 +48,7 @@ def run_search(config: Config, *, resume: str | None = None, progress: Progress 
             outcome = _Search(job, record, workers, listener).run()
     except KeyboardInterrupt:
         record.state("stopped", message="interrupted")
+        listener.note(f"interrupted; go on with: lowprec search CONFIG --resume {record.run_id}")
         raise
     except Exception as error:
         record.state("failed", message=str(error))

@@ -33,6 +33,7 @@ class Verification:
     verdict: Verdict
     window: str
     rows: RowAccount
+    notes: tuple[str, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,6 +48,7 @@ class Verification:
             "fp32_bytes": self.fp32_bytes,
             "bytes_ratio": self.size_bytes / self.fp32_bytes,
             **self.metrics.to_dict(),
+            "warnings": [*self.metrics.warnings(), *self.notes],
             "rows": self.rows.to_dict(),
             "seconds": round(self.seconds, 1),
         }
@@ -64,6 +66,12 @@ def verify_plan(
     job = open_job(config)
     file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
     size_bytes = job.space.size_bytes(file.plan)
+    notes: tuple[str, ...] = ()
+    if file.row_alignment != job.space.row_alignment:
+        notes = (
+            f"the plan was made for row alignment {file.row_alignment}, the config has {job.space.row_alignment}: "
+            "bytes are those of the config",
+        )
     traffic_window = job.window(window)
     record = RunRecord(job, None, command="verify")
     record.state("running")
@@ -99,6 +107,7 @@ def verify_plan(
         verdict=verdict,
         window=job.window_text(window),
         rows=evaluation.rows,
+        notes=notes,
         seconds=time.monotonic() - began,
     )
     record.state("done", verdict=verdict, recommended_trial_key=key, message=f"plan {plan_path} on {outcome.window}")

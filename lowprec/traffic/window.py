@@ -51,21 +51,28 @@ def format_time(time: int, unit: TimeUnit | None) -> str:
     """The time as a reader wants it: `1537799250 (2018-09-24T14:27:30Z)`, or `row 17` where unit is None."""
     if unit is None:
         return f"row {time}"
+    moment = _moment(time, unit)
+    return f"{time} ({moment})" if moment else str(time)
+
+
+def format_window(window: Window, unit: TimeUnit | None) -> str:
+    """The window as a reader wants it: `[START, END)` in ISO 8601 where times are a clock's, open ends as `..`."""
+    bounds = (window.start, window.end)
+    start, end = (".." if t is None else (unit and _moment(t, unit)) or str(t) for t in bounds)
+    return f"[{start}, {end})"
+
+
+def _moment(time: int, unit: TimeUnit) -> str | None:
+    """A time in ISO 8601, None where it is a counter and no clock."""
     seconds, fraction = divmod(time, UNITS_PER_SECOND[unit])
     try:
         moment = _EPOCH + timedelta(seconds=seconds)
     except OverflowError:
-        return str(time)
+        return None
     if moment.year not in _CLOCK_YEARS:
-        return str(time)
+        return None
     digits = f".{fraction:0{len(str(UNITS_PER_SECOND[unit])) - 1}d}" if fraction else ""
-    return f"{time} ({moment:%Y-%m-%dT%H:%M:%S}{digits}Z)"
-
-
-def format_window(window: Window, unit: TimeUnit | None) -> str:
-    """The window as a reader wants it: `[START, END)`, open ends as `..`."""
-    start, end = (".." if t is None else format_time(t, unit) for t in (window.start, window.end))
-    return f"[{start}, {end})"
+    return f"{moment:%Y-%m-%dT%H:%M:%S}{digits}Z"
 
 
 def _parse_bound(bound: int | str | None, unit: TimeUnit | None, key: str) -> int | None:

@@ -189,3 +189,24 @@ def test_an_error_as_json_is_one_document(lowprec, config_file):
 def test_debug_shows_the_traceback(lowprec, config_file):
     done = lowprec("search", config_file(), "--debug", "--set", "search.budget=0")
     assert done.code == USAGE and "Traceback" in done.err
+
+
+def test_a_window_without_labels_and_one_with_a_single_class(lowprec, config_file, one_sentence, traffic):
+    nothing = with_column("label", lambda c: pa.array([None] * len(c), pa.int8()))
+    done = lowprec("search", config_file(traffic__path=traffic(nothing)))
+    one_sentence(done, ERROR, ["none of the", "have none", "labels are known"])
+
+
+def test_one_class_is_said_beside_the_verdict(lowprec, config_file, traffic):
+    only_zero = with_column("label", lambda c: pa.array([0] * len(c), pa.int8()))
+    done = lowprec("search", config_file(traffic__path=traffic(only_zero)), "--json", "--max-trials", 3)
+    assert done.code in (0, 2, 4)
+    assert "same label" in done.document["warnings"][0]
+
+
+def test_a_config_with_a_key_twice_or_no_text(lowprec, one_sentence, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nsearch: {budget: 0.5}\nsearch: {budget: 50}\n")
+    one_sentence(lowprec("search", path), USAGE, ['"search" is there twice', "line 3"])
+    path.write_bytes(b"\xff\xfe\x00PAR1")
+    one_sentence(lowprec("search", path), USAGE, ["is no text file"])

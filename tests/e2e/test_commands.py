@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +166,77 @@ def test_jobs_do_what_the_commands_do(searched):
     assert json.loads(again.stdout)["num_trials"] == 3
     wrong = subprocess.run([*command, "--set", "search.budget=0"], cwd=folder, capture_output=True, text=True)
     assert wrong.returncode == 64 and json.loads(wrong.stdout)["error"]["exit_code"] == 64
+
+
+def test_what_a_model_prints_does_not_spoil_the_document(lowprec, trained):
+    folder, _ = trained
+    (folder / "loud.py").write_text(
+        """
+from lowprec.models.dlrm import build as quiet
+print("hello on import")
+
+
+def build(schema, **args):
+    model = quiet(schema, **args)
+    model.register_forward_pre_hook(lambda *_: print("hello on every pass", flush=True))
+    return model
+"""
+    )
+    settings = ("--set", "model.factory=loud:build", "--set", "results.root=loud", "--max-trials", 3)
+    for num_workers in (0, 1):
+        workers = ("--set", f"evaluation.num_workers={num_workers}")
+        done = lowprec("search", "job.yaml", "--json", *settings, *workers, cwd=folder)
+        assert done.document["num_trials"] == 3, done.err
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        ("raise ValueError('no way')", "its forward raised ValueError: no way .*broken.py, line"),
+        ("raise SystemExit(0)", "its forward raised SystemExit"),
+        ("return self.table(*sparse['nosuch']).sum(1)", "KeyError: 'nosuch' .*is it in traffic.sparse"),
+        ("return self.table(*sparse['c0']).sum(1) * float('nan')", "a logit that is not finite"),
+    ],
+    ids=["raises", "exits", "missing-feature", "nan"],
+)
+@pytest.mark.parametrize("how", ["--dry-run", "--json"])
+def test_models_that_fail_are_named(lowprec, trained, forward, said, how):
+    import torch
+    from safetensors.torch import save_file
+
+    folder, _ = trained
+    save_file({"table.weight": torch.zeros(50, 4)}, folder / "broken.safetensors")
+    (folder / "broken.py").write_text(
+        f"""
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.EmbeddingBag(50, 4, mode="sum", include_last_offset=True)
+
+    def forward(self, dense, sparse):
+        {forward}
+
+
+def build():
+    return Model()
+"""
+    )
+    model = "{factory: 'broken:build', checkpoint: broken.safetensors}"
+    settings = ("--set", f"model={model}", "--set", "evaluation.num_workers=0")
+    done = lowprec("search", "job.yaml", how, *settings, cwd=folder)
+    assert done.code == 3 and "Traceback" not in done.err
+    assert re.search(said, done.err), done.err
+
+
+def test_a_reader_that_stops_early_is_no_error(searched):
+    folder, _ = searched
+    lowprec = Path(sys.executable).with_name("lowprec")
+    sql = "SELECT * FROM trials, range(2000)"
+    done = subprocess.run(
+        f"{lowprec} results '{sql}' --format csv | head -1", shell=True, cwd=folder, capture_output=True
+    )
+    assert done.stdout.startswith(b"run_id") or b"row_key" in done.stdout
+    assert done.stderr == b""

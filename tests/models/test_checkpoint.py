@@ -365,7 +365,7 @@ def test_distributed_chunks_are_put_together(tmp_path, monkeypatch):
 
     whole = torch.arange(60.0).reshape(10, 6)
     pieces = {f"{r}.{c}": whole[r : r + 5, c : c + 3].clone() for r in (0, 5) for c in (0, 3)}
-    source = _DistributedFolder(write_distributed({"t": whole, **pieces}, tmp_path))
+    source = _DistributedFolder(write_distributed({"t": whole, **pieces}, tmp_path), ())
     entry, stored = source._entries["t"], source._metadata.storage_data
     entry.chunks = [
         ChunkStorageMetadata(torch.Size((r, c)), torch.Size((5, 3))) for r, c in ((0, 0), (0, 3), (5, 0), (5, 3))
@@ -384,3 +384,16 @@ def test_writing_to_a_loaded_weight_leaves_the_file_alone(tmp_path):
     load_checkpoint(model, path)
     model.tables["c3"].weight.fill_(7.0)
     assert path.read_bytes() == before
+
+
+def test_a_model_whose_only_child_is_called_model_is_not_taken_for_a_nested_checkpoint(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(2, 3)
+
+    saved, loaded = Wrapped(), Wrapped()
+    folder = write_distributed(dict(saved.state_dict()), tmp_path)
+    load_checkpoint(loaded, folder)
+    torch.testing.assert_close(loaded.model.weight, saved.model.weight, check_stride=False)
+    np.testing.assert_array_equal(read_rows(folder, "model.weight", 1, 2), saved.model.weight[1:2].detach().numpy())

