@@ -78,6 +78,9 @@ def query_arrow(sql: str, root: str | Path = "runs", storage_options: Mapping[st
         except (duckdb.IOException, pa.ArrowException) as error:
             raise ResultsError(f"results root {root}: cannot be read: {_first_line(error)}") from None
         except duckdb.Error as error:
+            if "reading the stream" in str(error):  # DuckDB wraps what Arrow says of a missing or broken file
+                reason = " ".join(str(error).split())
+                raise ResultsError(f"results root {root}: a data file cannot be read: {reason}") from None
             raise QueryError(f"lowprec results: {_first_line(error)}; {_available(sql)}") from None
 
 

@@ -177,6 +177,14 @@ def test_a_corrupt_file_is_no_traceback(root):
     assert "\n" not in str(raised.value)
 
 
+def test_a_missing_data_file_is_no_fault_of_the_query(root):
+    for file in (root / "trials").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(ResultsError, match="a data file cannot be read") as raised:
+        query("SELECT count(gap_pct) FROM trials", root)
+    assert "\n" not in str(raised.value)
+
+
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
