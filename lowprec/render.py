@@ -131,7 +131,7 @@ def render_search(document: Mapping[str, Any]) -> None:
     for other in document["finalists"]:
         if other["trial_key"] != document["trial_key"]:
             stdout.print(
-                f"also confirmed: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32, "
+                f"also tried: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32, "
                 f"{precision_counts(other['plan'].values())}), "
                 f"{_evidence(other, document['windows']['confirm'])}: {other['verdict']}"
             )
