@@ -26,7 +26,7 @@ TASKS_AHEAD = 8
 
 CONNECT_TIMEOUT_S = 10.0
 # A cluster that grows by itself takes minutes; one that is too small would let tasks wait for ever.
-START_TIMEOUT_S = float(os.environ.get("LOWPREC_START_TIMEOUT_S", "300"))
+START_TIMEOUT_S = 300.0
 
 
 class _WorkerActor:

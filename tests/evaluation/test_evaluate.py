@@ -137,3 +137,34 @@ def test_a_window_that_is_nearly_all_bad_is_given_up_early(small_config, small_f
     with pytest.raises(TrafficError, match="4096 of 4096 rows are bad"):
         job.evaluate(workers, "search", job.window("search"), plans_of(job), quarantine=tmp_path / "q")
     assert pq.read_metadata(tmp_path / "q" / "search.parquet").num_rows == 4096
+
+
+def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(job, monkeypatch):
+    import ray
+
+    import lowprec.evaluation.cluster as module
+
+    monkeypatch.setattr(module, "START_TIMEOUT_S", 4.0)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(WorkerError, match="started 1 of 2 workers .* lower evaluation.num_workers"):
+            RayWorkers(job.spec, num_workers=2, address=None)
+    finally:
+        ray.shutdown()
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_run(job, monkeypatch):
+    workers = RayWorkers(job.spec, num_workers=1, address=None)
+
+    def kill(_):
+        for pid in workers.process_ids():
+            os.kill(pid, signal.SIGKILL)
+
+    try:
+        with pytest.raises(WorkerError, match="the worker died .* resume"):
+            window = job.window("search")
+            for _ in range(10):
+                for _ in workers.run(window, [Task(tuple(plans_of(job)), (0,))]):
+                    kill(None)
+    finally:
+        workers.close()
