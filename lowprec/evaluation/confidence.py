@@ -25,8 +25,8 @@ Verdict = Literal["certified", "rejected", "inconclusive"]
 
 # Below this many units of evidence, or fewer that carry most of the change, the normal approximation is not worth an
 # interval: every answer is inconclusive. A change that touches few examples shows none of its variance before it shows
-# itself: without the second rule up to 47 percent of plans right at the budget were certified, with it under 1 percent
-# (simulated at 95 percent confidence with 1 to 1,000 changed examples of 200 to 20,000).
+# itself: without the second rule more than 30 percent of plans right at the budget were certified where one example in
+# a window is changed on average (tests/evaluation/test_confidence.py simulates both).
 MIN_UNITS = 100
 MIN_EFFECTIVE_UNITS = 30
 

@@ -180,8 +180,8 @@ class ResultsStore:
 def _arrow_dataset(table: DeltaTable) -> pads.Dataset:
     """The table's files as a dataset; local ones through Arrow's own file system.
 
-    Through Delta's, which is called back in Python from Arrow's threads, 1 in 30 processes that read and then ended was
-    aborted ("terminate called without an active exception", deltalake 1.6.6 with pyarrow 26.0.1).
+    Through Delta's, which is called back in Python from Arrow's threads, processes that read and then ended were
+    aborted now and then ("terminate called without an active exception", deltalake 1.6.6 with pyarrow 26.0.1).
     """
     local = _local_path(table.table_uri)
     if local is None:

@@ -18,7 +18,7 @@ __all__ = ["ProxyFront", "ProxyModel", "ProxyPoint", "build_proxy", "solve_front
 Float = NDArray[np.float64]
 Picks = NDArray[np.int64]
 
-# Up to here every plan is scored: 2 s at the least of the speeds measured.
+# Up to here every plan is scored.
 MAX_EXHAUSTIVE = 200_000
 NUM_PRICES = 160
 CHUNK = 65_536
