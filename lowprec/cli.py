@@ -126,8 +126,15 @@ def train(config: Config, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
 @click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
 @click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
 def search(
-    config: Config, resume: str | None, dry_run: bool, timeout: str | None, max_trials: int | None, as_json: bool
+    config: Config,
+    resume: str | None,
+    dry_run: bool,
+    timeout: str | None,
+    max_trials: int | None,
+    profile: Path | None,
+    as_json: bool,
 ) -> int:
     """Find the cheapest plan within budget and confirm it on a later window."""
     from lowprec import console, render
@@ -144,7 +151,7 @@ def search(
     from lowprec.search.run import run_search
 
     with console.Bars().shown() as bars:
-        outcome = run_search(config, resume=resume, progress=bars)
+        outcome = run_search(config, resume=resume, profile=profile, progress=bars)
     _show(console.json_document("search", outcome.to_dict()), as_json, render.render_search)
     return console.EXIT_CODES[outcome.verdict]
 
@@ -152,15 +159,53 @@ def search(
 @_command("verify")
 @click.option("--plan", required=True, type=click.Path(path_type=Path), help="The plan.json to evaluate.")
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-def verify(config: Config, plan: Path, window: str, as_json: bool) -> int:
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
+def verify(config: Config, plan: Path, window: str, budget: float | None, as_json: bool) -> int:
     """Evaluate one plan exactly against its budget."""
     from lowprec import console, render
     from lowprec.search.verify import verify_plan
 
     with console.Bars().shown() as bars:
-        outcome = verify_plan(config, plan, window=window, progress=bars)
+        outcome = verify_plan(config, plan, window=window, budget_pct=budget, progress=bars)
     _show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
     return console.EXIT_CODES[outcome.verdict]
+
+
+@_command("calibrate", config=False)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/calibration.json"),
+    show_default=True,
+    help="The file to write.",
+)
+@click.option("--dim", "dims", type=click.IntRange(min=1), multiple=True, help="Measure this dim; may be repeated.")
+@click.option("--quick", is_flag=True, help="A small grid and few repetitions: seconds instead of a minute.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the ids that are looked up.")
+@click.option("--threads", "num_threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--memory-mb",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Leave out tables that are larger (in MiB).",
+)
+def calibrate(
+    out: Path, dims: tuple[int, ...], quick: bool, seed: int, num_threads: int, memory_mb: int, as_json: bool
+) -> None:
+    """Measure FBGEMM's lookup times on this machine, by precision, dim, rows and ids in a bag."""
+    from lowprec import console, render
+    from lowprec.calibration import calibrate as measure
+    from lowprec.calibration import calibration_document, check_writable, write_calibration
+    from lowprec.ops.timing import default_grid
+
+    check_writable(out)
+    grid = default_grid(quick=quick, dims=dims, memory_limit_bytes=memory_mb * 2**20)
+    with console.Bars().shown() as bars:
+        calibration = measure(grid, seed=seed, num_threads=num_threads, progress=bars)
+    write_calibration(calibration, out)
+    content = {"path": str(out), **calibration_document(calibration, grid)}
+    _show(console.json_document("calibrate", content), as_json, render.render_calibration)
 
 
 @_command("results", config=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,8 @@ from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeat
 __all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
 
 TimeBound = int | str | None
+
+DEFAULT_BUDGET = 0.02
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -129,13 +131,14 @@ class ModelConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """How `lowprec train` fits the built-in DLRM."""
+    """How `lowprec train` fits the built-in DLRM. `decay: linear` lowers both learning rates to 0 over the epochs."""
 
     epochs: Annotated[int, Field(gt=0)] = 4
     batch_size: Annotated[int, Field(gt=0)] = 512
     learning_rate: Annotated[float, Field(gt=0)] = 0.002
     embedding_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     weight_decay: Annotated[float, Field(ge=0)] = 0.0003
+    decay: Literal["none", "linear"] = "none"
     patience: Annotated[int, Field(gt=0)] = 2
     evaluations_per_epoch: Annotated[int, Field(gt=0)] = 2
     seed: Annotated[int, Field(ge=0)] = 0
@@ -166,16 +169,51 @@ class SpaceConfig(_Section):
     groups: tuple[tuple[str, ...], ...] = ()
 
 
-class SearchConfig(_Section):
-    """How long and how hard to search, and what to accept. `budget` is the largest gap accepted, in percent."""
+class CostConfig(_Section):
+    """What a plan costs, bytes or serving latency (by a file that `lowprec calibrate` wrote), and what it may cost."""
 
-    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    minimize: Literal["bytes", "latency"] = "bytes"
+    calibration: str | None = None
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    max_latency_ns: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _latency_is_calibrated(self) -> CostConfig:
+        if self.calibration is None and (self.minimize == "latency" or self.max_latency_ns is not None):
+            raise ValueError("latency needs calibration: a file that lowprec calibrate wrote")
+        return self
+
+
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SearchConfig(_Section):
+    """How long and how hard to search, and what to accept.
+
+    `budget` is the largest gap accepted, in percent; `budgets` asks for a plan for each of several.
+    """
+
+    budget: Budget | None = None
+    budgets: tuple[Budget, ...] = ()
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    max_trials: Annotated[int, Field(gt=0)] = 96
+    max_trials: Annotated[int, Field(gt=0)] = 48
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     wave_size: Annotated[int, Field(gt=0)] = 16
-    sensitivity_batches: Annotated[int, Field(gt=0)] = 8
+    sensitivity_examples: Annotated[int, Field(gt=0)] = 2048
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> SearchConfig:
+        if self.budget is not None and self.budgets:
+            raise ValueError("give either budget or budgets")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError("budgets must differ from each other")
+        return self
+
+    @property
+    def all_budgets(self) -> tuple[float, ...]:
+        """The budgets to find plans for, tightest first."""
+        return tuple(sorted(self.budgets)) or (DEFAULT_BUDGET if self.budget is None else self.budget,)
 
 
 class EvaluationConfig(_Section):
@@ -206,6 +244,7 @@ class Config(_Section):
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
+    cost: CostConfig = CostConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     results: ResultsConfig = ResultsConfig()

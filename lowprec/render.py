@@ -15,6 +15,7 @@ from lowprec.plan import precision_counts
 __all__ = [
     "bytes_text",
     "gap_text",
+    "render_calibration",
     "render_dry_run",
     "render_frame",
     "render_front",
@@ -176,6 +177,41 @@ def render_train(document: Mapping[str, Any]) -> None:
         f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
     )
     stdout.print(f"checkpoint written to {document['checkpoint']} (sha256 {document['checkpoint_sha256'][:12]})")
+
+
+def render_calibration(document: Mapping[str, Any]) -> None:
+    """Times at the fewest and the most ids in a bag, and what was left out."""
+    points, machine = document["points"], document["machine"]
+    dims, precisions = sorted({p["dim"] for p in points}), list(dict.fromkeys(p["precision"] for p in points))
+    most_rows = [
+        max(p["rows"] for p in points if (p["precision"], p["dim"]) == (q, d)) for q in precisions for d in dims
+    ]
+    num_rows = min(most_rows)  # the most that every column has
+    times = {(p["precision"], p["dim"], p["pooling"]): p["ns_per_bag"] for p in points if p["rows"] == num_rows}
+    poolings = sorted({p["pooling"] for p in points})
+    for pooling in dict.fromkeys((poolings[0], poolings[-1])):
+        title = f"ns per bag of {pooling:g} {'id' if pooling == 1 else 'ids'}, {num_rows:,} rows"
+        table = Table("precision", title=title, title_justify="left")
+        for dim in dims:
+            table.add_column(f"dim {dim}", justify="right", no_wrap=True)
+        for precision in precisions:
+            table.add_row(precision, *(f"{times[precision, dim, pooling]:,.1f}" for dim in dims))
+        stdout.print(table)
+    spreads = sorted(p["spread"] for p in points)
+    stdout.print(
+        f"{len(points)} points on {escape(str(machine['cpu']))}, threads: {machine['num_threads']}; spread of "
+        f"{machine['num_repeats']} repetitions (interquartile range / median): {spreads[len(spreads) // 2]:.0%} at "
+        f"half of the points, {spreads[-1]:.0%} at worst"
+    )
+    left_out: dict[tuple[int, str], list[str]] = {}
+    for item in document["left_out"]:
+        left_out.setdefault((item["rows"], item["precision"]), []).append(str(item["dim"]))
+    for (rows, precision), left_out_dims in left_out.items():
+        stdout.print(
+            f"left out: {rows:,} rows of {precision} at dim {', '.join(left_out_dims)}, "
+            f"over the memory limit of {document['memory_limit_bytes'] / 2**20:,.0f} MiB (--memory-mb)"
+        )
+    stdout.print(f"written to {escape(document['path'])}")
 
 
 def render_frame(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "progress"},
     {"plan", "console", "render"},
     {"ops"},
-    {"traffic", "models", "shards", "results", "config", "cost"},
+    {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},
     {"search", "monitor", "debug", "export"},
     {"cli", "demo", "report"},

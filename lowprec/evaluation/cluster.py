@@ -6,15 +6,17 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from lowprec.errors import LowprecError, WorkerError
-from lowprec.evaluation.worker import Chunk, Task, Worker, WorkerSpec
+from lowprec.evaluation.worker import Chunk, Summable, Task, Worker, WorkerSpec
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["RayWorkers"]
+
+T = TypeVar("T", bound=Summable)
 
 MAX_RESTARTS = 3
 MAX_TASK_RETRIES = 3
@@ -37,7 +39,7 @@ class _WorkerActor:
         self._worker: Worker | None = None
         self._window: tuple[Any, TrafficWindow] | None = None
 
-    def run(self, window: list[Any], task: Task) -> Chunk | LowprecError:
+    def run(self, window: list[Any], task: Task[Any]) -> Chunk[Any] | LowprecError:
         """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off."""
         try:
             self._worker = self._worker or Worker(self._spec)
@@ -74,12 +76,12 @@ class RayWorkers:
                 f"CPU, and has {free:g} CPU left; lower evaluation.num_workers or make the cluster larger"
             )
 
-    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+    def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order; a task goes to whichever worker is free."""
         shared_window = [ray.put(window)]
         free = self._actors * TASKS_IN_FLIGHT
         in_flight: dict[Any, tuple[int, Any]] = {}
-        done: dict[int, Chunk] = {}
+        done: dict[int, Chunk[T]] = {}
         given = 0
         try:
             for wanted in range(len(tasks)):
@@ -110,10 +112,10 @@ class RayWorkers:
             ray.shutdown()
 
 
-def _result(reference: Any, task: Task) -> Chunk:
+def _result(reference: Any, task: Task[T]) -> Chunk[T]:
     where = f"batches {task.batches[0]} to {task.batches[-1]}"
     try:
-        result: Chunk | LowprecError = ray.get(reference)
+        result: Chunk[T] | LowprecError = ray.get(reference)
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
             f"evaluation of {where}: the worker died {MAX_RESTARTS + 1} times, most often for want of memory; lower "

@@ -2,55 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lowprec.evaluation.metrics import PlanMetrics, Sums
-from lowprec.evaluation.worker import Task, Workers
+import numpy as np
+
+from lowprec.evaluation.metrics import Float, PlanMetrics, Sums
+from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
+from lowprec.evaluation.worker import ExactTask, Workers
 from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 
-__all__ = ["Evaluation", "RowAccount", "evaluate_plans"]
+__all__ = ["Evaluation", "evaluate_plans", "pieces_of"]
 
-# Bad rows are kept in memory until they are written; a window that is nearly all bad is given up after so many.
-MAX_BAD_ROWS_HELD = 100_000
-
-
-@dataclass(frozen=True)
-class RowAccount:
-    """Where the rows of a window went: `num_read` is bad, unlabelled and used ones together.
-
-    `out_of_range` counts ids that `bounds_check` dropped or replaced, by feature. `never_looked_up` names the tables of
-    which the window used no row: it says nothing about their precision.
-    """
-
-    num_read: int
-    num_bad: int
-    num_unlabelled: int
-    out_of_range: Mapping[str, int]
-    never_looked_up: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON."""
-        return {
-            **vars(self),
-            "out_of_range": dict(self.out_of_range),
-            "never_looked_up": list(self.never_looked_up),
-        }
-
-    @classmethod
-    def from_dict(cls, flat: Mapping[str, Any]) -> RowAccount:
-        """The inverse of `to_dict`."""
-        return cls(**{**flat, "never_looked_up": tuple(flat["never_looked_up"])})
+# Time blocks over which sums are compared, at most; fewer where the window is split into fewer tasks.
+NUM_BLOCKS = 20
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The metrics of every plan over the same examples, and what happened to the rows on the way.
 
-    `is_complete` is False where the evaluation was given up for its bad rows; metrics are then of a part of the window.
+    `use` says how the window uses each table. `is_complete` is False where the evaluation was given up for its bad rows;
+    metrics are then of a part of the window.
     """
 
     plans: tuple[Plan, ...]
@@ -58,6 +32,7 @@ class Evaluation:
     sums: Sums
     rows: RowAccount
     bad_rows: tuple[BadRow, ...]
+    use: Mapping[str, TableUse]
     is_complete: bool = True
 
 
@@ -78,32 +53,32 @@ def evaluate_plans(
     any number of workers. `on_progress` is told of every few batches done. What to do about bad rows is the caller's;
     here they only end an evaluation that is bound to fail for them.
     """
-    order = tuple(range(window.num_batches)) if batches is None else tuple(sorted(batches))
-    pieces = [order[i : i + batches_per_task] for i in range(0, len(order), batches_per_task)]
+    pieces = pieces_of(window, batches, batches_per_task)
+    counter = RowCounter(window, max_bad_fraction)
     total: Sums | None = None
-    num_read = num_bad = 0
-    bad_rows: list[BadRow] = []
-    out_of_range: Counter[str] = Counter()
-    lookups: Counter[str] = Counter()
-    tasks = [Task(tuple(plans), piece) for piece in pieces]
+    totals: list[Float] = []
     is_complete = True
+    tasks = [ExactTask(tuple(plans), piece) for piece in pieces]
     for piece, chunk in zip(pieces, workers.run(window, tasks), strict=True):
         total = chunk.sums if total is None else total + chunk.sums
-        num_read += chunk.num_rows_read
-        num_bad += len(chunk.bad_rows)
-        bad_rows.extend(chunk.bad_rows)
-        out_of_range.update(chunk.out_of_range)
-        lookups.update(chunk.lookups)
+        totals.append(chunk.sums.totals())
+        counter.add(chunk)
         if on_progress:
             on_progress(len(piece))
-        if num_bad > max(MAX_BAD_ROWS_HELD, max_bad_fraction * window.num_rows):
+        if counter.is_hopeless:
             is_complete = False
             break
     assert total is not None, "a window has at least one batch"
+    blocks = np.stack([np.sum(part, axis=0) for part in np.array_split(totals, min(NUM_BLOCKS, len(totals)))])
     metrics = tuple(
-        total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32})
+        total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32}, blocks=blocks)
         for k, plan in enumerate(plans)
     )
-    never = tuple(name for name, count in lookups.items() if count == 0)
-    rows = RowAccount(num_read, num_bad, total.num_unlabelled, dict(out_of_range), never)
-    return Evaluation(tuple(plans), metrics, total, rows, tuple(bad_rows), is_complete)
+    rows = counter.account(total.num_unlabelled)
+    return Evaluation(tuple(plans), metrics, total, rows, tuple(counter.bad_rows), counter.use(), is_complete)
+
+
+def pieces_of(window: TrafficWindow, batches: Sequence[int] | None, batches_per_task: int) -> list[tuple[int, ...]]:
+    """The batches of the window, or those given, in rising order and cut into tasks."""
+    order = tuple(range(window.num_batches)) if batches is None else tuple(sorted(batches))
+    return [order[i : i + batches_per_task] for i in range(0, len(order), batches_per_task)]

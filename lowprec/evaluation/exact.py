@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowprec.errors import ModelError
+from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.plan import Plan, Precision
@@ -19,6 +20,8 @@ from lowprec.shards import TableShard
 from lowprec.traffic.batch import Batch
 
 __all__ = ["BatchLogits", "ExactEvaluator"]
+
+KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class ExactEvaluator:
         self.shards = {
             name: TableShard(name, w, cache_bytes=cache_bytes * w.numel() // total) for name, w in weights.items()
         }
-        # How many ids each table was asked for since this evaluator exists.
+        # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(weights, 0))
+        self.bags: Counter[str] = Counter(dict.fromkeys(weights, 0))
+        # For tasks that come back to the same batches.
+        self.kept = Kept(KEPT_BYTES)
         self._is_checked = False
 
     def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:
@@ -66,10 +72,10 @@ class ExactEvaluator:
         """
         if batch.num_rows == 0:  # every row was bad
             return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
+        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.shards}
         inputs = inputs_of(batch)
         reference = self.adapter.reference(inputs)
-        self._check(inputs, reference, plans, batch.index)
-        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.shards}
+        self._check(inputs, reference, needed, batch.index)
         with torch.inference_mode():
             pooled: list[Mapping[Precision, Tensor]] = [
                 self.shards[call.table].pooled(call, sorted(needed[call.table])) for call in reference.calls
@@ -78,11 +84,24 @@ class ExactEvaluator:
         for row, plan in zip(logits, plans, strict=True):
             outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
             row[:] = self.adapter.substituted(inputs, reference, outputs).numpy()
-        for call in reference.calls:
-            self.lookups[call.table] += len(call.indices)
         return BatchLogits(reference.logits.numpy(), logits)
 
-    def _check(self, inputs: ModelInputs, reference: ReferencePass, plans: Sequence[Plan], index: int) -> None:
+    def differentiated(
+        self, batch: Batch, needed: Mapping[str, Collection[Precision]]
+    ) -> tuple[ReferencePass, tuple[Tensor, ...]]:
+        """The reference pass and the gradient of every call, checked as `logits` checks them.
+
+        `needed` says which precisions of which tables the caller is going to look up.
+        """
+        inputs = inputs_of(batch)
+        reference, gradients = self.adapter.differentiated(inputs)
+        self._check(inputs, reference, needed, batch.index)
+        return reference, gradients
+
+    def _check(
+        self, inputs: ModelInputs, reference: ReferencePass, needed: Mapping[str, Collection[Precision]], index: int
+    ) -> None:
+        """Refuse what cannot be evaluated, and count the lookups of the rest."""
         if not torch.isfinite(reference.logits).all():
             for call in reference.calls:
                 self.shards[call.table].check_finite(call)
@@ -95,9 +114,12 @@ class ExactEvaluator:
             self._is_checked = True
         called = {call.table for call in reference.calls}
         for name in self.shards.keys() - called:
-            low = {plan[name] for plan in plans} - {Precision.FP32}
+            low = set(needed.get(name, ())) - {Precision.FP32}
             if low:
                 raise ModelError(
                     f'"{name}" was to be {", ".join(sorted(low))}, but the model did not call it on batch {index}, so '
                     "what that does cannot be measured; call it through its module, or fix it to fp32 in space.units"
                 )
+        for call in reference.calls:
+            self.lookups[call.table] += len(call.indices)
+            self.bags[call.table] += len(call.offsets) - 1

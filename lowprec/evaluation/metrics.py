@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.confidence import Interval, RatioMoments, Verdict, ratio_interval, verdict
+from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, Verdict, ratio_interval, verdict
+from lowprec.evaluation.second_moment import mixed
 
 __all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "sums_of_batch"]
 
@@ -78,21 +79,50 @@ class Sums:
             groups=self.groups + other.groups if self.groups and other.groups else None,
         )
 
+    def only(self, plans: Sequence[int]) -> Sums:
+        """The sums of some of the plans, counted from 0."""
+        kept = np.asarray(plans, dtype=np.int64)
+        models = np.concatenate([[0], kept + 1])
+        groups = None
+        if self.groups is not None:
+            rows = np.concatenate([kept, self.num_plans + kept, [2 * self.num_plans]])
+            groups = GroupSums(self.groups.buckets, self.groups.values[rows])
+        return replace(
+            self,
+            loss=self.loss[models],
+            prediction=self.prediction[models],
+            histogram=self.histogram[models],
+            moments=self.moments[kept],
+            groups=groups,
+        )
+
     @property
     def num_plans(self) -> int:
         """How many plans these sums are about."""
         return len(self.loss) - 1
 
-    def metrics(self, plan: int, *, confidence: float, is_reference: bool = False) -> PlanMetrics:
+    def totals(self) -> Float:
+        """The sums of loss change and of KL of every plan, and the reference loss in the last row: float64[2 P + 1]."""
+        kl = self.moments[:, 4] if self.groups is None else self.groups.values[self.num_plans : -1].sum(axis=1)
+        return np.concatenate([self.loss[1:] - self.loss[0], kl, self.loss[:1]])
+
+    def metrics(
+        self, plan: int, *, confidence: float, is_reference: bool = False, blocks: Float | None = None
+    ) -> PlanMetrics:
         """The metrics of one plan (counted from 0) with intervals at `confidence`.
 
         `is_reference` says that the plan is the reference itself: its gap is 0 by definition, not by evidence.
+        blocks: float64[num_blocks, 2 P + 1], the `totals` of time blocks that make up these sums; where blocks vary
+        more than independent units would, intervals are widened.
         """
-        gap, kl = self._evidence(plan)
+        gap, kl = self.evidence(plan)
         alpha = 1 - confidence
 
-        def interval(moments: RatioMoments) -> Interval:
-            return Interval(0.0, 0.0) if is_reference else _percent(ratio_interval(moments, alpha))
+        def interval(moments: RatioMoments, column: int) -> Interval:
+            if is_reference:
+                return Interval(0.0, 0.0)
+            over_time = None if blocks is None else Blocks(blocks[:, column], blocks[:, -1])
+            return _percent(ratio_interval(moments, alpha, blocks=over_time))
 
         entropy = _entropy(self.label / self.weight) if self.weight else math.nan
         auc_ref, error_ref = _auc(self.histogram[0])
@@ -106,11 +136,12 @@ class Sums:
 
         return PlanMetrics(
             num_examples=self.num_rows,
+            num_exact=self.num_rows,
             num_units=gap.num_units,
             gap_pct=100 * gap.ratio,
-            gap_interval_pct=interval(gap),
+            gap_interval_pct=interval(gap, plan),
             kl_pct=100 * kl.ratio,
-            kl_interval_pct=interval(kl),
+            kl_interval_pct=interval(kl, self.num_plans + plan),
             ne_ref=ne(0),
             ne_plan=ne(plan + 1),
             auc_ref=auc_ref,
@@ -121,7 +152,7 @@ class Sums:
             confidence=confidence,
         )
 
-    def _evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
+    def evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
         """Moments of (loss change, reference loss) and of (KL, reference loss) over the units of evidence."""
         if self.groups is None:
             x, xx, xy, x4, k, kk, ky, k4, y, yy = map(float, self.moments[plan])
@@ -139,10 +170,13 @@ class Sums:
 class PlanMetrics:
     """What is known about one plan. Gaps in percent of the reference loss; NE and AUC of both models on the same rows.
 
+    The gap is over `num_examples`, of which the plan was evaluated exactly on `num_exact`, drawn at random; the profile
+    predicts the rest, and NE is that of all of them, while AUC and the plan's calibration come from those drawn.
     `auc_error` bounds how far either AUC can be from the exact one (pairs that share a histogram bin).
     """
 
     num_examples: int
+    num_exact: int
     num_units: int
     gap_pct: float
     gap_interval_pct: Interval
@@ -156,6 +190,10 @@ class PlanMetrics:
     calibration_ref: float
     calibration_plan: float
     confidence: float
+
+    def with_gap_interval(self, interval: Interval) -> PlanMetrics:
+        """The same with another interval of the gap (percent)."""
+        return replace(self, gap_interval_pct=interval)
 
     def verdict(self, budget_pct: float) -> Verdict:
         """Whether the plan is within the budget (percent)."""
@@ -250,11 +288,8 @@ def _group_sums(x: Float, kl: Float, y: Float, groups: NDArray[np.int64]) -> Gro
 
 
 def _bucket(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """splitmix64, so that keys in sequence spread over the buckets."""
-    z = groups.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) % np.uint64(GROUP_BUCKETS)).astype(np.int64)
+    """Buckets that keys in sequence spread over."""
+    return (mixed(groups.astype(np.uint64)) % np.uint64(GROUP_BUCKETS)).astype(np.int64)
 
 
 def _histogram(logits: Float, labels: Float, weights: Float) -> Float:

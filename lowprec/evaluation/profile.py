@@ -3,6 +3,9 @@
 Let s[u,p,i] be the change of example i's logit when unit u alone goes to precision p, to first order in the unit's
 outputs. With r = p_ref - y and h = p_ref (1 - p_ref), the mean loss change of a plan with one column z per (unit,
 precision) is about a . z + 1/2 z Q z, where a = mean(w r s) and Q = mean(w h s s^T).
+
+Beside the columns two directions are kept that no plan takes: a shift of every logit by one (s = 1) and a growth of
+every logit by its own size (s = z_ref). They say how far the reference is from calibrated, and what that does to a.
 """
 
 from __future__ import annotations
@@ -14,17 +17,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowprec.models.adapter import ModelAdapter, inputs_of
+from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, ratio_interval
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.plan import Plan, Precision, Unit
-from lowprec.shards import TableShard
 from lowprec.traffic.batch import Batch
 
-__all__ = ["Column", "Profile", "ProfileSums", "Profiler", "columns_of"]
+__all__ = ["MAX_DENSE_COLUMNS", "BlockSums", "Column", "Profile", "ProfilePart", "ProfileTask", "columns_of", "swaps"]
 
 Float = NDArray[np.float64]
 
 # A unit at a precision other than fp32.
 Column = tuple[str, Precision]
+
+# Beyond so many columns Q is sketched.
+MAX_DENSE_COLUMNS = 2048
+# Rows of the sketch of Q over all blocks of a window, and of the sketch over groups: relative errors of 2.2 and 4.4
+# percent (one standard deviation).
+SKETCH_BUCKETS = 4096
+GROUP_SKETCH_BUCKETS = 1024
+
+# Directions beside the columns: the shift and the scale of the reference's logits.
+NUM_CALIBRATION_DIRECTIONS = 2
 
 
 def columns_of(units: Iterable[Unit], precisions: Iterable[Precision]) -> tuple[Column, ...]:
@@ -34,103 +48,248 @@ def columns_of(units: Iterable[Unit], precisions: Iterable[Precision]) -> tuple[
 
 
 @dataclass(frozen=True)
-class ProfileSums:
-    """Sums over the labelled examples of one block of a window; K columns.
+class BlockSums:
+    """Sums over the labelled examples of one time block; D directions: the K columns, then shift and scale.
 
-    loss: sum of w l_ref; first: float64[K], sum of w r s; second: float64[K, K], sum of w h s s^T;
-    noise: float64[K, K], sum of w^2 r^2 s s^T, the second moment of the terms of `first`.
+    weight: of w; label: of w y; prediction: of w p_ref; loss: of w l_ref; first: float64[D], of w r s; second: of
+    w h s s^T.
     """
 
     num_rows: int
+    num_unlabelled: int
     weight: float
+    label: float
+    prediction: float
     loss: float
     first: Float
-    second: Float
-    noise: Float
+    second: SecondMoment
 
-    def __add__(self, other: ProfileSums) -> ProfileSums:
-        return ProfileSums(
+    def __add__(self, other: BlockSums) -> BlockSums:
+        return BlockSums(
             self.num_rows + other.num_rows,
+            self.num_unlabelled + other.num_unlabelled,
             self.weight + other.weight,
+            self.label + other.label,
+            self.prediction + other.prediction,
             self.loss + other.loss,
             self.first + other.first,
             self.second + other.second,
-            self.noise + other.noise,
         )
 
+
+@dataclass(frozen=True)
+class ProfilePart:
+    """What some batches of one block add to a profile. `evidence` is described at `Profile`."""
+
+    block: BlockSums
+    evidence: SecondMoment
+
+    def __add__(self, other: ProfilePart) -> ProfilePart:
+        return ProfilePart(self.block + other.block, self.evidence + other.evidence)
+
     @classmethod
-    def zero(cls, num_columns: int) -> ProfileSums:
+    def zero(cls, num_columns: int, num_blocks: int, *, by_group: bool) -> ProfilePart:
         """The sums of nothing."""
-        square = np.zeros((num_columns, num_columns))
-        return cls(0, 0.0, 0.0, np.zeros(num_columns), square, square)
+        d = num_columns + NUM_CALIBRATION_DIRECTIONS
+        second: SecondMoment
+        evidence: SecondMoment
+        is_dense = num_columns <= MAX_DENSE_COLUMNS
+        second = DenseMoment.zero(d) if is_dense else SketchedMoment.zero(d, _sketch_buckets(num_blocks))
+        if by_group:
+            evidence = SketchedMoment.zero(d + 1, GROUP_SKETCH_BUCKETS, by_group=True)
+        elif is_dense:
+            evidence = DenseMoment.zero(d + 1)
+        else:
+            evidence = SketchedMoment.zero(d + 1, GROUP_SKETCH_BUCKETS)
+        return cls(BlockSums(0, 0, 0.0, 0.0, 0.0, 0.0, np.zeros(d), second), evidence)
 
 
 @dataclass(frozen=True)
 class Profile:
     """The sums of a window, block by block in time order, so that everything has a standard error.
 
-    Profiles over the same columns add: block k of the sum is block k of both.
+    `evidence` is the sum over units of evidence (examples, or groups where traffic has them) of v v^T, where v sums up
+    the terms of `first`, and in one more direction of the reference loss, over the examples of a unit: all that the
+    error of a first-order sum needs. Profiles over the same columns add: block k of the sum is block k of both.
     """
 
     columns: tuple[Column, ...]
-    blocks: tuple[ProfileSums, ...]
+    blocks: tuple[BlockSums, ...]
+    evidence: SecondMoment
 
     def __add__(self, other: Profile) -> Profile:
         if self.columns != other.columns or len(self.blocks) != len(other.blocks):
             raise ValueError("profiles add only over the same columns and number of blocks")
-        return Profile(self.columns, tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True)))
+        blocks = tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True))
+        return Profile(self.columns, blocks, self.evidence + other.evidence)
 
     @property
-    def total(self) -> ProfileSums:
-        """The sums of the whole window."""
-        return sum(self.blocks[1:], self.blocks[0])
+    def num_rows(self) -> int:
+        """Labelled examples of the window."""
+        return sum(block.num_rows for block in self.blocks)
+
+    @property
+    def loss(self) -> float:
+        """The sum of w l_ref."""
+        return float(sum(block.loss for block in self.blocks))
+
+    @property
+    def first(self) -> Float:
+        """The sum of w r s, float64[D]."""
+        return np.asarray(sum(block.first for block in self.blocks))
+
+    @property
+    def second(self) -> SecondMoment:
+        """The sum of w h s s^T over D directions; sketches of the blocks side by side, each its own examples."""
+        moments = [block.second for block in self.blocks]
+        if isinstance(moments[0], SketchedMoment):
+            sketches = [m for m in moments if isinstance(m, SketchedMoment) and m.squares is not None]
+            squares = np.sum([m.diagonal for m in sketches], axis=0)
+            return SketchedMoment(np.concatenate([m.rows for m in sketches]), squares)
+        total = moments[0]
+        for moment in moments[1:]:
+            total = total + moment
+        return total
 
     def selected(self, plans: Sequence[Plan]) -> Float:
-        """float64[P, K], 1 where a plan has the column's unit at the column's precision."""
-        return np.array([[plan[unit] is precision for unit, precision in self.columns] for plan in plans], dtype=float)
+        """float64[P, D], 1 where a plan has the column's unit at the column's precision; no plan shifts or scales."""
+        chosen = np.array(
+            [[plan[unit] is precision for unit, precision in self.columns] for plan in plans], dtype=float
+        )
+        return np.pad(chosen.reshape(len(plans), len(self.columns)), ((0, 0), (0, NUM_CALIBRATION_DIRECTIONS)))
+
+    def gaps_pct(self, z: Float, first: Float | None = None) -> tuple[Float, Float]:
+        """The proxy gap and KL gap of plans in percent, float64[P] each; z: float64[P, D].
+
+        `first` replaces the measured first-order sums, float64[D].
+        """
+        quadratic = 0.5 * self.second.quadratic(z)
+        linear = z @ (self.first if first is None else first)
+        return 100 * (linear + quadratic) / self.loss, 100 * quadratic / self.loss
+
+    def block_sums(self, z: Float) -> tuple[Float, Float]:
+        """The predicted loss change of each plan in each block, float64[P, num_blocks], and each block's loss."""
+        change = [z @ block.first + 0.5 * block.second.quadratic(z) for block in self.blocks]
+        return np.stack(change, axis=1), np.array([block.loss for block in self.blocks])
+
+    def moments(self, z: Float) -> list[RatioMoments]:
+        """Moments of (predicted loss change, reference loss) over the units of evidence, for each plan.
+
+        Their spread is that of the first order, which is nearly all of it for changes that a budget would allow. How
+        many units carry the change is not known here: all of them are taken to.
+        """
+        ahead = np.pad(z, ((0, 0), (0, 1)))
+        loss = np.zeros(ahead.shape[1])
+        loss[-1] = 1.0
+        xx, (yy,) = self.evidence.quadratic(ahead), self.evidence.quadratic(loss[None])
+        xy = (self.evidence.quadratic(ahead + loss) - self.evidence.quadratic(ahead - loss)) / 4
+        x = z @ self.first + 0.5 * self.second.quadratic(z)
+        n, y = self.num_rows, self.loss
+        return [
+            RatioMoments(n, float(a), y, max(float(b), 0.0), float(c), float(yy), xxxx=float(b) ** 2 / max(n, 1))
+            for a, b, c in zip(x, xx, xy, strict=True)
+        ]
+
+    def intervals_pct(self, z: Float, *, confidence: float) -> list[Interval]:
+        """The interval of each plan's proxy gap, in percent: how far labels and sample let it be from the truth.
+
+        It says nothing of the error of the quadratic model itself.
+        """
+        change, loss = self.block_sums(z)
+        found = [
+            ratio_interval(m, 1 - confidence, blocks=Blocks(x, loss))
+            for m, x in zip(self.moments(z), change, strict=True)
+        ]
+        return [Interval(100 * i.lower, 100 * i.upper) for i in found]
 
 
-class Profiler:
-    """Measures s of every column on a batch, with one reference pass, one backward pass and one lookup a column."""
+@dataclass(frozen=True)
+class ProfileTask:
+    """A piece of a profile: batches of one time block of a window."""
 
-    def __init__(self, adapter: ModelAdapter, shards: dict[str, TableShard], columns: Sequence[Column]) -> None:
-        """Profile `columns` of the adapter's model on the given shards."""
-        self._adapter = adapter
-        self._shards = shards
-        self._columns = tuple(columns)
-        self._rows: dict[str, dict[Precision, int]] = {}
-        for k, (unit, precision) in enumerate(columns):
-            self._rows.setdefault(unit, {})[precision] = k
+    columns: tuple[Column, ...]
+    num_blocks: int
+    batches: tuple[int, ...]
+    keep: None = None
 
-    def swaps(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The reference logits float32[B] and the first-order logit changes s, float32[K, B]."""
-        reference, gradients = self._adapter.differentiated(inputs_of(batch))
-        s = torch.zeros(len(self._columns), batch.num_rows)
-        with torch.inference_mode():
-            for call, gradient in zip(reference.calls, gradients, strict=True):
-                rows = self._rows.get(call.table, {})
-                at_reference = torch.linalg.vecdot(gradient, call.output)
-                for precision, pooled in self._shards[call.table].pooled(call, list(rows)).items():
-                    s[rows[precision]] += torch.linalg.vecdot(gradient, pooled) - at_reference
-        return reference.logits.numpy(), s.numpy()
-
-    def sums(self, batch: Batch) -> ProfileSums:
-        """The sums of one batch; rows without a label are left out."""
+    def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ProfilePart:
+        """What one batch adds; rows without a label are counted and left out."""
+        by_group = batch.groups is not None
+        zero = ProfilePart.zero(len(self.columns), self.num_blocks, by_group=by_group)
         if batch.num_rows == 0:
-            return ProfileSums.zero(len(self._columns))
-        logits, s = self.swaps(batch)
+            return zero
+        logits, s = swaps(evaluator, batch, self.columns)
         labelled = ~np.isnan(batch.labels)
-        z, y = logits[labelled].astype(np.float64), batch.labels[labelled].astype(np.float64)
-        w = np.ones(len(y)) if batch.weights is None else batch.weights[labelled]
-        s64 = s[:, labelled].astype(np.float64)
+        rows = np.flatnonzero(labelled)
+        if len(rows) < batch.num_rows:
+            s, logits = s[:, rows], logits[rows]
+        z, y = logits.astype(np.float64), batch.labels[rows].astype(np.float64)
+        w = np.ones(len(y)) if batch.weights is None else batch.weights[rows]
         softplus = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
         p = np.exp(z - softplus)
-        residual = w * (p - y)
-        return ProfileSums(
+        loss, residual, curvature = w * (softplus - y * z), w * (p - y), w * p * (1 - p)
+        directions = np.empty((len(s) + NUM_CALIBRATION_DIRECTIONS + 1, len(y)), dtype=np.float32)
+        directions[: len(s)], directions[len(s)], directions[len(s) + 1] = s, 1.0, logits
+        moved = directions[:-1]
+        keys = (np.uint64(batch.index) << np.uint64(32)) + rows.astype(np.uint64)
+        second: SecondMoment
+        if isinstance(zero.block.second, DenseMoment):
+            second = DenseMoment.of(moved, curvature)
+        else:
+            second = SketchedMoment.of(moved, curvature, keys, _sketch_buckets(self.num_blocks), by_group=False)
+        first = moved @ residual.astype(np.float32)
+        # In place: the terms of `first`, with the loss in the last direction.
+        np.multiply(moved, residual.astype(np.float32), out=moved)
+        directions[-1] = loss
+        block = BlockSums(
             num_rows=len(y),
+            num_unlabelled=int(batch.num_rows - len(y)),
             weight=float(w.sum()),
-            loss=float((w * (softplus - y * z)).sum()),
-            first=s64 @ residual,
-            second=(s64 * (w * p * (1 - p))) @ s64.T,
-            noise=(s64 * residual**2) @ s64.T,
+            label=float((w * y).sum()),
+            prediction=float((w * p).sum()),
+            loss=float(loss.sum()),
+            first=first.astype(np.float64),
+            second=second,
         )
+        return ProfilePart(block, _evidence(zero.evidence, directions, keys, batch, rows))
+
+
+def swaps(
+    evaluator: ExactEvaluator, batch: Batch, columns: Sequence[Column]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The reference logits float32[B] and the first-order logit changes s of every column, float32[K, B].
+
+    One forward and one backward pass, and one lookup a column.
+    """
+    if batch.num_rows == 0:  # every row was bad
+        return np.empty(0, np.float32), np.empty((len(columns), 0), np.float32)
+    rows: dict[str, dict[Precision, int]] = {}
+    for k, (unit, precision) in enumerate(columns):
+        rows.setdefault(unit, {})[precision] = k
+    reference, gradients = evaluator.differentiated(batch, {unit: set(found) for unit, found in rows.items()})
+    s = np.zeros((len(columns), batch.num_rows), dtype=np.float32)
+    with torch.inference_mode():
+        for call, gradient in zip(reference.calls, gradients, strict=True):
+            wanted = rows.get(call.table, {})
+            if not wanted:
+                continue
+            at_reference = torch.linalg.vecdot(gradient, call.output)
+            for precision, pooled in evaluator.shards[call.table].pooled(call, list(wanted)).items():
+                s[wanted[precision]] += (torch.linalg.vecdot(gradient, pooled) - at_reference).numpy()
+    return reference.logits.numpy(), s
+
+
+def _evidence(
+    zero: SecondMoment, v: NDArray[np.float32], keys: NDArray[np.uint64], batch: Batch, rows: NDArray[np.int64]
+) -> SecondMoment:
+    ones = np.ones(v.shape[1])
+    if isinstance(zero, DenseMoment):
+        return DenseMoment.of(v, ones)
+    by_group = batch.groups is not None
+    if batch.groups is not None:
+        keys = batch.groups[rows].astype(np.uint64)
+    return SketchedMoment.of(v, ones, keys, GROUP_SKETCH_BUCKETS, by_group=by_group)
+
+
+def _sketch_buckets(num_blocks: int) -> int:
+    return -(-SKETCH_BUCKETS // num_blocks)

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -17,8 +17,9 @@ from lowprec.models.checkpoint import load_checkpoint
 from lowprec.models.factory import build_model, without_table_init
 from lowprec.plan import Plan
 from lowprec.traffic import BadRow, Schema, TrafficWindow
+from lowprec.traffic.batch import Batch
 
-__all__ = ["Chunk", "LocalWorkers", "Task", "Worker", "WorkerSpec", "Workers", "load_adapter"]
+__all__ = ["Chunk", "ExactTask", "LocalWorkers", "Summable", "Task", "Worker", "WorkerSpec", "Workers", "load_adapter"]
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,60 @@ class WorkerSpec:
     import_paths: tuple[str, ...] = ()
 
 
+class Summable(Protocol):
+    """Sums over examples: associative up to rounding."""
+
+    def __add__(self, other: Self) -> Self: ...
+
+
+T = TypeVar("T", bound=Summable)
+T_co = TypeVar("T_co", bound=Summable, covariant=True)
+
+
+class Task(Protocol[T_co]):
+    """A piece of work, the same whoever does it: something to sum up over given batches of a window."""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batches, in the order in which they are added up."""
+
+    @property
+    def keep(self) -> str | None:
+        """A name of the window, where later tasks will come back to these batches; None where each is read once."""
+
+    def sums(self, evaluator: ExactEvaluator, batch: Batch) -> T_co:
+        """What one batch adds."""
+
+
 @dataclass(frozen=True)
-class Task:
-    """A piece of work, the same whoever does it: plans on given batches of a window, batch after batch."""
+class ExactTask:
+    """Plans, evaluated exactly on every row of the batches."""
 
     plans: tuple[Plan, ...]
     batches: tuple[int, ...]
+    keep: None = None
+
+    def sums(self, evaluator: ExactEvaluator, batch: Batch) -> Sums:
+        """The sums of the reference and of the plans over the batch."""
+        return evaluator.sums(batch, self.plans)
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What a task gives back: sums, what was wrong with the rows, and how many ids each table was asked for."""
+class Chunk(Generic[T]):
+    """What a task gives back: sums, what was wrong with the rows, how many ids and bags each table was asked for."""
 
-    sums: Sums
+    sums: T
     num_rows_read: int
     bad_rows: tuple[BadRow, ...] = ()
     out_of_range: dict[str, int] = field(default_factory=dict)
     lookups: dict[str, int] = field(default_factory=dict)
+    bags: dict[str, int] = field(default_factory=dict)
 
 
 class Workers(Protocol):
     """Somebody who does tasks. Results come in the order of tasks, whatever the order of work."""
 
-    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+    def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order."""
 
     def close(self) -> None:
@@ -83,23 +115,31 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._evaluator = ExactEvaluator(adapter or load_adapter(spec), cache_bytes=spec.cache_bytes)
 
-    def run(self, window: TrafficWindow, task: Task) -> Chunk:
+    def run(self, window: TrafficWindow, task: Task[T]) -> Chunk[T]:
         """Do one task. The same task gives the same bits in any worker with as many threads."""
         torch.set_num_threads(self._threads)
-        sums: Sums | None = None
+        evaluator = self._evaluator
+        sums: T | None = None
         bad_rows: list[BadRow] = []
         out_of_range: Counter[str] = Counter()
-        lookups_before = dict(self._evaluator.lookups)
+        before = dict(evaluator.lookups), dict(evaluator.bags)
         num_rows_read = 0
-        for batch in map(window.batch, task.batches):
-            batch_sums = self._evaluator.sums(batch, task.plans)
+        for k in task.batches:
+            batch = window.batch(k) if task.keep is None else self._kept(window, task.keep, k)
+            batch_sums = task.sums(evaluator, batch)
             sums = batch_sums if sums is None else sums + batch_sums
             bad_rows.extend(batch.bad_rows)
             num_rows_read += batch.num_rows + len(batch.bad_rows)
             out_of_range.update(batch.out_of_range)
         assert sums is not None, "a task has at least one batch"
-        lookups = {name: count - lookups_before[name] for name, count in self._evaluator.lookups.items()}
-        return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups)
+        lookups, bags = (
+            {name: count - then[name] for name, count in now.items()}
+            for now, then in zip((evaluator.lookups, evaluator.bags), before, strict=True)
+        )
+        return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups, bags)
+
+    def _kept(self, window: TrafficWindow, name: str, k: int) -> Batch:
+        return self._evaluator.kept.get((name, k), lambda: window.batch(k), lambda batch: batch.nbytes)
 
 
 class LocalWorkers:
@@ -110,7 +150,7 @@ class LocalWorkers:
         self._threads_before = torch.get_num_threads()
         self._worker = Worker(spec, adapter)
 
-    def run(self, window: TrafficWindow, tasks: Sequence[Task]) -> Iterator[Chunk]:
+    def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order."""
         return (self._worker.run(window, task) for task in tasks)
 

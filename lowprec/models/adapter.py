@@ -100,19 +100,7 @@ class ModelAdapter:
     def reference(self, inputs: ModelInputs) -> ReferencePass:
         """Run the model as it is and record the calls of its tables."""
         calls: list[BagCall] = []
-
-        def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def recorded(
-                input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-            ) -> Tensor:
-                _check_ids(name, bag, input)
-                output = forward(input, offsets, per_sample_weights)
-                calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
-                return output
-
-            return recorded
-
-        with torch.inference_mode(), self._forwards(record):
+        with torch.inference_mode(), self._forwards(_recorder(calls, lambda output: output)):
             logits = self._logits(inputs)
         return ReferencePass(logits, tuple(calls))
 
@@ -120,27 +108,25 @@ class ModelAdapter:
         """The reference pass, and d logit / d output of every call: float32[B, dim] each, row i of logit i alone.
 
         Rows must not touch each other inside the model, which holds for anything that serves one example at a time.
-        A call that the logits do not depend on has a gradient of zero.
+        A call that the logits do not depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch
+        cannot differentiate.
         """
         calls: list[BagCall] = []
         leaves: list[Tensor] = []
 
-        def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def recorded(
-                ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-            ) -> Tensor:
-                _check_ids(name, bag, ids)
-                with torch.no_grad():
-                    output = forward(ids, offsets, per_sample_weights)
-                calls.append(_normalised(f"table:{name}", bag, ids, offsets, per_sample_weights, output))
-                leaves.append(output.detach().clone().requires_grad_())
-                return leaves[-1]
+        def leaf(output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
 
-            return recorded
-
-        with torch.enable_grad(), self._forwards(record):
+        with torch.enable_grad(), self._forwards(_recorder(calls, leaf)):
             logits = self._logits(inputs)
-            gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"model {type(self.model).__name__}: cannot be differentiated with respect to its pooled "
+                    f"embeddings, which the profile needs: {' '.join(str(error).split())}"
+                ) from error
         filled = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
         return ReferencePass(logits.detach(), tuple(calls)), tuple(filled)
 
@@ -257,6 +243,24 @@ class ModelAdapter:
                     bag.__dict__.pop("forward", None)
                 else:
                     bag.__dict__["forward"] = forward
+
+
+def _recorder(
+    calls: list[BagCall], answer: Callable[[Tensor], Tensor]
+) -> Callable[[str, nn.EmbeddingBag, Callable[..., Tensor]], Callable[..., Tensor]]:
+    """A wrapper of forwards that appends every call to `calls` and gives the model `answer` of its output."""
+
+    def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+            _check_ids(name, bag, input)
+            with torch.no_grad():
+                output = forward(input, offsets, per_sample_weights)
+            calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
+            return answer(output)
+
+        return recorded
+
+    return record
 
 
 def _what_went_wrong(error: BaseException) -> str:

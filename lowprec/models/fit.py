@@ -65,6 +65,8 @@ def fit(
         rng = np.random.default_rng([settings.seed, epoch])
         next_evaluation = rows_done + interval
         for batch in shuffled_minibatches(source.in_order(), settings.batch_size, rng):
+            if settings.decay == "linear":
+                _set_learning_rates(optimizers, 1 - rows_done / (settings.epochs * source.num_rows))
             _step(model, optimizers, batch, settings.batch_size, source.mean_weight)
             rows_done += batch.num_rows
             if rows_done >= next_evaluation:
@@ -116,6 +118,13 @@ def _optimizers(model: nn.Module, settings: TrainConfig) -> list[torch.optim.Opt
     if others:
         optimizers.append(torch.optim.Adam(others, lr=settings.learning_rate, weight_decay=settings.weight_decay))
     return optimizers
+
+
+def _set_learning_rates(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Every learning rate at a share of what the settings say."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
 
 def _step(

@@ -78,13 +78,17 @@ TABLES: Mapping[str, TableSchema] = {
                 "trial_key": pa.string(),
                 "number": pa.int64(),
                 "wave": pa.int64(),
-                "kind": pa.string(),  # where the plan came from: uniform, greedy, optuna
+                "kind": pa.string(),  # where the plan came from: uniform, front, optuna, finalist
                 "evaluation": pa.string(),  # exact, confirm, verify or proxy
                 "window": pa.string(),
                 "plan_json": pa.string(),
                 "size_bytes": pa.int64(),
                 "bytes_ratio": pa.float64(),
+                "latency_ns": pa.float64(),  # of all lookups of one example, where lookups were calibrated
+                "cost": pa.float64(),  # what the search minimised: bytes or latency
+                "promised_pct": pa.float64(),  # the gap that the profile promised
                 **_INTERVALS,
+                "budget_pct": pa.float64(),  # the tightest budget that the verdict is good for, else the loosest
                 "verdict": pa.string(),
                 "ne_ref": pa.float64(),
                 "ne_plan": pa.float64(),
@@ -94,6 +98,7 @@ TABLES: Mapping[str, TableSchema] = {
                 "calibration_ref": pa.float64(),
                 "calibration_plan": pa.float64(),
                 "num_examples": pa.int64(),
+                "num_exact": pa.int64(),  # of these, evaluated exactly; the profile predicts the rest
                 "num_units": pa.int64(),  # units of evidence: examples, or groups of them
                 "metrics_json": pa.string(),
             },
@@ -106,12 +111,17 @@ TABLES: Mapping[str, TableSchema] = {
                 "precision": pa.string(),
                 "bytes_saved": pa.int64(),
                 "window": pa.string(),
-                "gap_pct": pa.float64(),
+                "gap_pct": pa.float64(),  # predicted over the window
                 "gap_lower_pct": pa.float64(),
                 "gap_upper_pct": pa.float64(),
+                "promised_pct": pa.float64(),  # the same with its label noise shrunk away
                 "kl_pct": pa.float64(),
+                "gap_pct_per_mb": pa.float64(),  # promised gap for each megabyte saved
+                "sampled_kl_pct": pa.float64(),  # exact, on a sample
+                "predicted_kl_pct": pa.float64(),  # predicted, on the same sample
+                "linearization_error": pa.float64(),  # the former over the latter, less 1
                 "num_examples": pa.int64(),
-                "metrics_json": pa.string(),
+                "num_exact": pa.int64(),
             },
         ),
     )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lowprec.evaluation.confidence import Verdict
-from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.rows import RowAccount
+from lowprec.plan import Plan
 from lowprec.search.trial import Trial
 
-__all__ = ["Choice", "Confirmed", "finalists", "recommended"]
+__all__ = ["Choice", "Confirmed", "confidence_of_try", "finalists", "next_try", "recommended"]
 
 # Shares of the budget that a finalist's risk may use up: the first is the boldest, the others leave room for bad luck.
 LADDER = (1.0, 0.7, 0.45)
+# Shares for one more plan where every finalist failed on the confirm window, try after try.
+LATER_TRIES = (0.25, 0.1)
+# The share of the error rate that is left to all later tries together; of that the same share to all but the next.
+LEFT_TO_LATER_TRIES = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A choice, evaluated in full on the confirm window."""
+    """A choice, evaluated in full on the confirm window in one of the tries there."""
 
     choice: Choice
     metrics: PlanMetrics
     verdict: Verdict
     rows: RowAccount
+    attempt: int = 0
 
 
 def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
@@ -46,11 +52,8 @@ def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
     trials = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
     chosen: dict[int, Choice] = {}
     for share in LADDER:
-        safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]
-        if safe:
-            trial = min(safe, key=_cheapest_first)
-            because = f"cheapest plan whose gap on the search window is at worst {share:.0%} of the budget"
-            chosen.setdefault(trial.number, Choice(trial, True, because))
+        if choice := _cheapest_within(trials, budget_pct, share):
+            chosen.setdefault(choice.trial.number, choice)
     if chosen:
         return sorted(chosen.values(), key=lambda c: _cheapest_first(c.trial), reverse=True)
     likely = [t for t in trials if t.metrics.gap_pct <= budget_pct]
@@ -58,9 +61,23 @@ def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
         because = "cheapest plan whose estimated gap is within budget; no interval is narrow enough to be sure"
         return [Choice(min(likely, key=_cheapest_first), True, because)]
     if trials:
-        best = min(trials, key=lambda t: (t.metrics.gap_pct, t.size_bytes))
+        best = min(trials, key=lambda t: (t.metrics.gap_pct, t.cost))
         return [Choice(best, False, "no plan meets the budget; this is the most accurate one so far")]
     return []
+
+
+def next_try(trials: Sequence[Trial], budget_pct: float, tried: Collection[Plan], attempt: int) -> Choice | None:
+    """The plan to confirm after every plan of earlier tries failed: safer than they, and not among those `tried`."""
+    if not 0 < attempt <= len(LATER_TRIES):
+        return None
+    fresh = [t for t in trials if math.isfinite(t.metrics.gap_pct) and t.plan not in tried]
+    return _cheapest_within(fresh, budget_pct, LATER_TRIES[attempt - 1])
+
+
+def confidence_of_try(confidence: float, attempt: int) -> float:
+    """The confidence of try 0, 1, ... on one confirm window, such that all of them together keep `confidence`."""
+    share = LEFT_TO_LATER_TRIES**attempt
+    return 1 - (1 - confidence) * share * (1 - LEFT_TO_LATER_TRIES)
 
 
 def recommended(confirmed: Sequence[Confirmed]) -> Confirmed:
@@ -78,8 +95,16 @@ def recommended(confirmed: Sequence[Confirmed]) -> Confirmed:
     return best
 
 
-def _cheapest_first(trial: Trial) -> tuple[int, float, int]:
-    return trial.size_bytes, trial.metrics.gap_pct, trial.number
+def _cheapest_within(trials: Sequence[Trial], budget_pct: float, share: float) -> Choice | None:
+    safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]
+    if not safe:
+        return None
+    because = f"cheapest plan whose gap on the search window is at worst {share:.0%} of the budget"
+    return Choice(min(safe, key=_cheapest_first), True, because)
+
+
+def _cheapest_first(trial: Trial) -> tuple[float, float, int]:
+    return trial.cost, trial.metrics.gap_pct, trial.number
 
 
 def _risk_pct(metrics: PlanMetrics) -> float:

@@ -9,6 +9,7 @@ from lowprec.cost import unit_bytes
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.plan import Precision
 from lowprec.search.job import Job
+from lowprec.search.surrogate import Surrogate
 
 __all__ = ["describe_job", "notes_on"]
 
@@ -81,3 +82,19 @@ def notes_on(job: Job) -> list[str]:
             "and not while reading (num_embeddings in traffic.sparse checks it there)"
         )
     return notes
+
+
+def describe_profile(surrogate: Surrogate) -> dict[str, Any]:
+    """What the profile found of the reference, and how good its front is."""
+    first, front = surrogate.first_order, surrogate.front
+    return {
+        "num_examples": surrogate.profile.num_rows,
+        "num_columns": len(surrogate.profile.columns),
+        "second_order_error": surrogate.profile.second.relative_error,
+        "front_plans": len(front.points),
+        "front_is_exact": front.is_exact,
+        "front_worst_distance": front.worst_distance,
+        "logit_shift": first.shift,
+        "logit_scale": first.scale,
+        "first_order_kept": {"shift": first.shift_kept, "scale": first.scale_kept, "rest": first.rest_kept},
+    }

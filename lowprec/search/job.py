@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +14,17 @@ from pathlib import Path
 from lowprec.config import Config, WindowConfig
 from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
+from lowprec.evaluation.measure import MeasuredProfile, measure_profile
+from lowprec.evaluation.profile import Column, columns_of
+from lowprec.evaluation.profile_file import ProfileOrigin
+from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_adapter
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import checkpoint_sha256
-from lowprec.plan import Plan, Unit
+from lowprec.plan import Plan, Precision, Unit
 from lowprec.search.space import SearchSpace, build_space
 from lowprec.traffic import (
+    BadRow,
     TrafficReader,
     TrafficWindow,
     check_bad_rows,
@@ -62,6 +69,44 @@ class Job:
         model = self.config.model.model_dump(exclude={"checkpoint"})
         return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment]
 
+    def profile_origin(self, name: str) -> ProfileOrigin:
+        """What a profile of the window called `name` is of."""
+        window, *traffic = self.evaluated_on(name, self.window(name))
+        return ProfileOrigin(
+            checkpoint_sha256=self.checkpoint_sha256,
+            window=str(window),
+            traffic=hashlib.sha256(json.dumps(traffic, default=str).encode()).hexdigest()[:16],
+            columns=self.columns,
+        )
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Every unit at every low precision that a plan of the space may give it, in the order of units."""
+        choices = {unit: set(d.choices) for d in self.space.decisions for unit in d.units}
+        return tuple(c for c in columns_of(self.units, Precision) if c[1] in choices[c[0]])
+
+    def measure_profile(
+        self,
+        workers: Workers,
+        name: str,
+        window: TrafficWindow,
+        *,
+        quarantine: Path,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> MeasuredProfile:
+        """Profile a window; bad rows are written to `quarantine`, and too many of them stop the job."""
+        measured = measure_profile(
+            workers,
+            window,
+            self.columns,
+            by_group=self.config.traffic.group is not None,
+            batches_per_task=self.config.evaluation.batches_per_task,
+            max_bad_fraction=self.config.traffic.max_bad_fraction,
+            on_progress=on_progress,
+        )
+        self._judge_rows(name, measured.rows, measured.bad_rows, measured.profile.num_rows, quarantine)
+        return measured
+
     def evaluate(
         self,
         workers: Workers,
@@ -88,23 +133,28 @@ class Job:
             max_bad_fraction=self.config.traffic.max_bad_fraction,
             on_progress=on_progress,
         )
-        if evaluation.bad_rows and batches is None:
+        whole = evaluation.bad_rows if batches is None else ()
+        self._judge_rows(name, evaluation.rows, whole, evaluation.sums.num_rows, quarantine)
+        return evaluation
+
+    def _judge_rows(
+        self, name: str, rows: RowAccount, bad_rows: Sequence[BadRow], num_labelled: int, quarantine: Path
+    ) -> None:
+        if bad_rows:
             kept = quarantine / f"{name}.parquet"
-            write_quarantine(evaluation.bad_rows, kept)
+            write_quarantine(bad_rows, kept)
             check_bad_rows(
-                evaluation.rows.num_bad,
-                evaluation.rows.num_read,
+                rows.num_bad,
+                rows.num_read,
                 self.config.traffic.max_bad_fraction,
-                first=evaluation.bad_rows[0],
+                first=bad_rows[0],
                 quarantine_path=kept,
             )
-        rows = evaluation.rows
-        if evaluation.sums.num_rows == 0:
+        if num_labelled == 0:
             raise TrafficError(
                 f"windows.{name}: none of the {rows.num_read} rows read has a usable label ({rows.num_bad} are bad, "
                 f"{rows.num_unlabelled} have none), so no gap can be measured; choose a window whose labels are known"
             )
-        return evaluation
 
 
 def open_job(config: Config) -> Job:
@@ -129,7 +179,8 @@ def open_job(config: Config) -> Job:
         config=config,
         reader=reader.with_schema(schema),
         adapter=adapter,
-        space=build_space(adapter.units, config.space),
+        # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
+        space=build_space(adapter.units, config.space, prune=config.cost.calibration is None),
         spec=spec,
         checkpoint_sha256=checkpoint_sha256(spec.checkpoint),
         features=features,

@@ -1,16 +1,18 @@
-"""What a search found, and the plan file that it leaves."""
+"""What a search found, and the plan files that it leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowprec.evaluation.confidence import Verdict
-from lowprec.evaluation.evaluate import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import PlanFile
 from lowprec.search.choice import Confirmed
+from lowprec.search.confirm import Recommendation
 from lowprec.search.job import Job
 from lowprec.search.trial import Trial
 
@@ -19,48 +21,73 @@ __all__ = ["SearchOutcome", "plan_file"]
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What a search found: the recommended plan with its evidence, all finalists (safest first), and the front."""
+    """What a search found: a recommended plan for each budget (tightest first) with its evidence, and the front.
+
+    `plan_paths` has a file for each recommendation; `profile_path` is the profile of the search window, `profiled` says
+    what it found of the reference.
+    """
 
     run_id: str
-    best: Confirmed
-    finalists: tuple[Confirmed, ...]
-    budget_pct: float
+    recommendations: tuple[Recommendation, ...]
     front: tuple[Trial, ...]
     num_trials: int
     fp32_bytes: int
-    rows: dict[str, RowAccount]
-    plan_path: Path
-    windows: dict[str, str]
+    rows: Mapping[str, RowAccount]
+    plan_paths: tuple[Path, ...]
+    profile_path: Path
+    profiled: Mapping[str, Any]
+    windows: Mapping[str, str]
     seconds: float
 
     @property
     def verdict(self) -> Verdict:
-        """That of the recommended plan on the confirm window."""
-        return self.best.verdict
+        """That of the recommended plans on the confirm window: certified where all are, rejected where one is."""
+        verdicts = [r.best.verdict for r in self.recommendations]
+        if "rejected" in verdicts:
+            return "rejected"
+        return "certified" if set(verdicts) == {"certified"} else "inconclusive"
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document of the command."""
-        trial = self.best.choice.trial
+        """The JSON document of the command; what stands at its top is about the tightest budget."""
+        documents = [
+            self._recommendation(r, path) for r, path in zip(self.recommendations, self.plan_paths, strict=True)
+        ]
         return {
             "run_id": self.run_id,
+            **documents[0],
             "verdict": self.verdict,
-            "budget_pct": self.budget_pct,
-            "meets_budget_in_search": self.best.choice.meets_budget,
-            "because": self.best.choice.because,
-            **self._plan(trial),
+            "recommendations": documents,
             "fp32_bytes": self.fp32_bytes,
-            "plan_path": str(self.plan_path),
-            "search": trial.metrics.to_dict(),
-            "confirm": self.best.metrics.to_dict(),
-            "finalists": [
-                {**self._plan(f.choice.trial), "verdict": f.verdict, **f.metrics.to_dict()} for f in self.finalists
-            ],
-            "windows": self.windows,
+            "profile_path": str(self.profile_path),
+            "profile": dict(self.profiled),
+            "windows": dict(self.windows),
             "num_trials": self.num_trials,
-            "warnings": self.best.metrics.warnings(),
+            "warnings": list(dict.fromkeys(w for r in self.recommendations for w in r.best.metrics.warnings())),
             "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),
+        }
+
+    def _recommendation(self, recommendation: Recommendation, path: Path) -> dict[str, Any]:
+        best = recommendation.best
+        return {
+            "budget_pct": recommendation.budget_pct,
+            "verdict": best.verdict,
+            "meets_budget_in_search": best.choice.meets_budget,
+            "because": best.choice.because,
+            **self._plan(best.choice.trial),
+            "plan_path": str(path),
+            "search": best.choice.trial.metrics.to_dict(),
+            "confirm": best.metrics.to_dict(),
+            "finalists": [self._finalist(confirmed) for confirmed in recommendation.tried],
+        }
+
+    def _finalist(self, confirmed: Confirmed) -> dict[str, Any]:
+        return {
+            **self._plan(confirmed.choice.trial),
+            "try": confirmed.attempt + 1,
+            "verdict": confirmed.verdict,
+            **confirmed.metrics.to_dict(),
         }
 
     def _plan(self, trial: Trial) -> dict[str, Any]:
@@ -69,11 +96,21 @@ class SearchOutcome:
             "plan": {name: str(p) for name, p in trial.plan.items()},
             "bytes": trial.size_bytes,
             "bytes_ratio": trial.size_bytes / self.fp32_bytes,
+            "latency_ns": trial.latency_ns,
+            "promised_pct": trial.promised_pct,
         }
 
 
 def plan_file(
-    job: Job, trial: Trial, metrics: PlanMetrics, *, run_id: str, kind: str, window: str, verdict: Verdict | None
+    job: Job,
+    trial: Trial,
+    metrics: PlanMetrics,
+    *,
+    run_id: str,
+    kind: str,
+    window: str,
+    budget_pct: float,
+    verdict: Verdict | None,
 ) -> PlanFile:
     """The plan of a trial with its evidence: `kind` is `exact` for the best so far, `confirm` for the final one."""
     return PlanFile(
@@ -86,7 +123,8 @@ def plan_file(
             "run_id": run_id,
             "kind": kind,
             "verdict": verdict,
-            "budget_pct": job.config.search.budget,
+            "budget_pct": budget_pct,
+            "promised_pct": trial.promised_pct,
             "window": window,
             **metrics.to_dict(),
         },

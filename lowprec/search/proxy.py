@@ -1,91 +1,138 @@
-"""The Pareto front of the quadratic model: cheapest plans by proxy gap, without reading traffic."""
+"""The quadratic model of the gap over the plans of a space, and the form in which its Pareto front is handed on."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.profile import Profile
+from lowprec.errors import ConfigError
 from lowprec.plan import Plan, Precision
 from lowprec.search.space import SearchSpace
 
-__all__ = ["ProxyFront", "ProxyModel", "ProxyPoint", "build_proxy", "solve_front"]
+__all__ = ["Limit", "ProxyFront", "ProxyModel", "ProxyPoint", "build_proxy", "pair_gaps"]
 
 Float = NDArray[np.float64]
-Picks = NDArray[np.int64]
+Index = NDArray[np.int64]
+Matrix = NDArray[np.floating[Any]]
+UnitCost = Callable[[str, Precision], float]
 
-# Up to here every plan is scored.
-MAX_EXHAUSTIVE = 200_000
-NUM_PRICES = 160
-CHUNK = 65_536
+# `second` is kept in double precision where that fits, else in single: 10,000 choices take 400 MB.
+MAX_DOUBLE_BYTES = 400_000_000
+# Values looked up at once when plans are scored: what stays in the second-level cache.
+CHUNK = 16_384
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Plans must keep the sum over units of `cost(unit, precision)` at or below `at_most`."""
+
+    name: str
+    cost: UnitCost
+    at_most: float
+
+
+@dataclass(frozen=True, eq=False)
 class ProxyModel:
     """The quadratic model over the decisions of a space; gaps in percent of the reference loss.
 
     A plan is a row of picks, int64[D]: for each decision the index of one of its choices. Choice c of decision d is
-    entry `starts[d] + c` of `first` float64[C], `second` float64[C, C] and `cost` float64[C].
+    entry `starts[d] + c` of `first` float64[C], `second` [C, C] (symmetric, float64 or float32), `cost` float64[C] and
+    `usage` float64[L, C], which holds the cost of each choice under each of the `limits`.
     """
 
     space: SearchSpace
-    starts: Picks
+    starts: Index
     first: Float
-    second: Float
+    second: Matrix
     cost: Float
+    limits: tuple[Limit, ...]
+    usage: Float
 
-    @property
-    def num_choices(self) -> Picks:
-        """How many choices each decision has."""
+    @cached_property
+    def num_choices(self) -> Index:
+        """How many choices each decision has, int64[D]."""
         return np.diff(np.append(self.starts, len(self.first)))
 
-    def gaps(self, picks: Picks) -> Float:
-        """The proxy gap of each plan, float64[P]; picks int64[P, D]."""
-        out = np.empty(len(picks))
-        for start in range(0, len(picks), CHUNK):
-            part = picks[start : start + CHUNK] + self.starts
-            chosen = np.zeros((len(part), len(self.first)), dtype=np.float32)
-            np.put_along_axis(chosen, part, 1.0, axis=1)
-            coupled = chosen @ self.second.astype(np.float32)
-            quadratic = np.take_along_axis(coupled, part, axis=1).sum(axis=1, dtype=np.float64)
-            out[start : start + CHUNK] = self.first[part].sum(axis=1) + 0.5 * quadratic
-        return out
+    @cached_property
+    def owner(self) -> Index:
+        """The decision of each choice, int64[C]."""
+        return np.repeat(np.arange(len(self.starts)), self.num_choices)
 
-    def costs(self, picks: Picks) -> Float:
+    @cached_property
+    def own(self) -> Float:
+        """What each choice adds to the gap by itself, float64[C]."""
+        return np.asarray(self.first + 0.5 * np.diagonal(self.second))
+
+    @cached_property
+    def at_most(self) -> Float:
+        """The bound of each limit, with room for the rounding of sums, float64[L]."""
+        bounds = np.array([limit.at_most for limit in self.limits])
+        return np.asarray(bounds + 1e-9 * np.abs(bounds))
+
+    def gaps(self, picks: Index) -> Float:
+        """The proxy gap of each plan, float64[P]; picks int64[P, D]."""
+        return pair_gaps(self.own, self.second, picks + self.starts)
+
+    def costs(self, picks: Index) -> Float:
         """The cost of each plan, float64[P]."""
         return np.asarray(self.cost[picks + self.starts].sum(axis=1))
 
-    def plan(self, picks: Picks) -> Plan:
+    def usages(self, picks: Index) -> Float:
+        """What each plan takes of each limit, float64[L, P]."""
+        return np.asarray(self.usage[:, picks + self.starts].sum(axis=2))
+
+    def plan(self, picks: Sequence[int] | Index) -> Plan:
         """The plan of one row of picks."""
         chosen = zip(self.space.decisions, picks, strict=True)
         return self.space.plan({decision.name: decision.choices[k] for decision, k in chosen})
 
-    def picks(self, plan: Plan) -> Picks:
+    def picks(self, plan: Plan) -> Index:
         """The row of picks of a plan of the space."""
         choices = self.space.choices(plan)
-        return np.array([d.choices.index(choices[d.name]) for d in self.space.decisions])
+        return np.array([d.choices.index(choices[d.name]) for d in self.space.decisions], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class ProxyPoint:
-    """A plan of the front. `cost_bound` is a cost below which no plan has so small a proxy gap."""
+    """A plan of the front. No plan that keeps the limits has so small a proxy gap at a cost below `cost_bound`."""
 
-    plan: Plan
     cost: float
     gap_pct: float
     cost_bound: float
+    picks: bytes = field(repr=False)
+    model: ProxyModel = field(repr=False, compare=False)
+
+    @property
+    def distance(self) -> float:
+        """The largest part of the cost that a plan with the same gap may still save."""
+        return (self.cost - self.cost_bound) / abs(self.cost) if self.cost else 0.0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan itself, made when asked for: a front can have ten thousand points of thousands of units."""
+        return self.model.plan(tuple(self.picks))
 
 
 @dataclass(frozen=True)
 class ProxyFront:
-    """Points from cheap to exact. `is_exact` says that every plan of the space was scored."""
+    """Points from cheap to exact. `is_exact` says that every plan of the space was scored.
+
+    `infeasible` is None, or the sentence that says which limit no plan keeps; then there are no points.
+    """
 
     points: tuple[ProxyPoint, ...]
     is_exact: bool
+    infeasible: str | None = None
+
+    @property
+    def worst_distance(self) -> float:
+        """The largest `distance` of a point: how far from the optimum the front may be; 0 where it is exact."""
+        return max((p.distance for p in self.points), default=0.0)
 
     def cheapest_within(self, budget_pct: float) -> ProxyPoint | None:
         """The cheapest point with a proxy gap of at most `budget_pct`."""
@@ -93,141 +140,95 @@ class ProxyFront:
 
 
 def build_proxy(
-    profile: Profile, space: SearchSpace, *, cost: Callable[[str, Precision], float], first: Float | None = None
+    space: SearchSpace,
+    columns: Sequence[tuple[str, Precision]],
+    first: Float,
+    second: Matrix,
+    *,
+    cost: UnitCost,
+    limits: Sequence[Limit] = (),
 ) -> ProxyModel:
-    """The quadratic model of `profile` over `space`; `cost(unit, precision)` adds up over units.
+    """The model in which a plan with one column z per (unit, precision) has the gap first . z + 1/2 z second z.
 
-    `first` replaces the profile's own first-order sums, float64[K] over its columns: shrunk ones, say, or zeros.
+    Args:
+        space: The decisions.
+        columns: K of them: every unit at every precision but fp32 that the space allows, in any order; more do no harm.
+        first: float64[K], in percent of the reference loss.
+        second: float64[K, K] or float32[K, K], in the same unit; only its symmetric part counts.
+        cost: The cost of a unit at a precision; it adds up over units.
+        limits: Further costs that plans must keep.
+
+    Raises:
+        ConfigError: A column is missing, or the statistics have the wrong shape or are not finite.
     """
-    total = profile.total
-    column = {key: k for k, key in enumerate(profile.columns)}
+    if first.shape != (len(columns),) or second.shape != (len(columns),) * 2:
+        raise ConfigError(
+            f"search: {len(columns)} columns need first-order terms [{len(columns)}] and second-order terms "
+            f"[{len(columns)}, {len(columns)}]; got {list(first.shape)} and {list(second.shape)}"
+        )
+    if not (np.isfinite(first).all() and all(np.isfinite(row).all() for row in second)):
+        raise ConfigError("search: the statistics of the profile hold NaN or infinity; profile the window again")
     members = [[(unit, choice) for unit in d.units] for d in space.decisions for choice in d.choices]
-    gather = np.zeros((len(members), len(profile.columns)))
-    for row, keys in enumerate(members):
-        for key in keys:
-            if key[1] is not Precision.FP32:
-                gather[row, column[key]] = 1.0
-    scale = 100 / total.loss
-    starts = np.cumsum([0, *(len(d.choices) for d in space.decisions)])[:-1]
+    rows = _columns_of_choices(members, columns)
     return ProxyModel(
         space=space,
-        starts=starts.astype(np.int64),
-        first=gather @ (total.first if first is None else first) * scale,
-        second=gather @ total.second @ gather.T * scale,
-        cost=np.array([sum(cost(*key) for key in keys) for keys in members]),
+        starts=np.cumsum([0, *(len(d.choices) for d in space.decisions)])[:-1].astype(np.int64),
+        first=np.array([first[row].sum() for row in rows]),
+        second=_second_of_choices(rows, second),
+        cost=_costs(members, cost),
+        limits=tuple(limits),
+        usage=np.array([_costs(members, limit.cost) for limit in limits]).reshape(len(limits), len(members)),
     )
 
 
-def solve_front(model: ProxyModel) -> ProxyFront:
-    """The front over (cost, proxy gap): all plans where there are few, else a sweep of prices with local search."""
-    exhaustive = model.space.num_plans <= MAX_EXHAUSTIVE
-    picks = _all_picks(model) if exhaustive else _sweep(model)
-    costs, gaps = model.costs(picks), model.gaps(picks)
-    kept = _front(costs, gaps)
-    bounds = costs[kept] if exhaustive else _cost_bounds(model, gaps[kept])
-    points = tuple(
-        ProxyPoint(model.plan(picks[k]), float(costs[k]), float(gaps[k]), float(min(bound, costs[k])))
-        for k, bound in zip(kept, bounds, strict=True)
-    )
-    return ProxyFront(points, exhaustive)
+def pair_gaps(own: Float, second: Matrix, entries: Index) -> Float:
+    """The sum of own terms and of couplings between pairs, float64[P]; entries int64[P, D] into own and second.
 
-
-def _all_picks(model: ProxyModel) -> Picks:
-    return np.array(list(itertools.product(*(range(n) for n in model.num_choices))), dtype=np.int64)
-
-
-def _front(costs: Float, gaps: Float) -> Picks:
-    """Indices of the points that no other beats in both, cheapest first."""
-    order = np.lexsort((gaps, costs))
-    best = np.minimum.accumulate(gaps[order])
-    is_better = np.append(True, gaps[order][1:] < best[:-1])
-    return np.asarray(order[is_better])
-
-
-def _sweep(model: ProxyModel) -> Picks:
-    """Minimisers of gap + price * cost over a range of prices, and all their neighbours at one or two moves."""
-    found: dict[bytes, Picks] = {}
-    for price in _prices(model):
-        start = found[next(reversed(found))] if found else np.zeros(len(model.starts), dtype=np.int64)
-        for first in (start, model.num_choices - 1):
-            picks = _descend(model, first, float(price))
-            found[picks.tobytes()] = picks
-    supported = np.stack(list(found.values()))
-    around = [supported]
-    for picks in supported[_front(model.costs(supported), model.gaps(supported))]:
-        single = _neighbours(model, picks)
-        around.append(single)
-        # Of the single moves those that come closest to the front are moved once more.
-        score = model.gaps(single) / max(float(np.ptp(model.gaps(single))), 1e-300)
-        spread = max(float(np.ptp(model.costs(single))), 1e-300)
-        best = np.argsort(score + model.costs(single) / spread)[: len(model.starts)]
-        around += [_neighbours(model, row) for row in single[best]]
-    return np.unique(np.concatenate(around), axis=0)
-
-
-def _prices(model: ProxyModel) -> Float:
-    """Prices of a unit of cost in gap, from where the most exact plan wins to where the cheapest does."""
-    own = model.first + 0.5 * np.diag(model.second)
-    slopes = [
-        abs(own[s + j] - own[s + i]) / abs(model.cost[s + i] - model.cost[s + j])
-        for s, n in zip(model.starts, model.num_choices, strict=True)
-        for i, j in itertools.combinations(range(int(n)), 2)
-        if model.cost[s + i] != model.cost[s + j]
-    ]
-    positive = [s for s in slopes if s > 0]
-    if not positive:
-        return np.array([1.0])
-    return np.geomspace(min(positive) / 4, max(positive) * 4, NUM_PRICES)
-
-
-def _descend(model: ProxyModel, picks: Picks, price: float) -> Picks:
-    """Change one decision at a time to its best choice, the others given, until none changes."""
-    picks = picks.copy()
-    linear = model.first + price * model.cost + 0.5 * np.diag(model.second)
-    pull = model.second[:, picks + model.starts].sum(axis=1)
-    for _ in range(50):
-        changed = False
-        for d, (start, n) in enumerate(zip(model.starts, model.num_choices, strict=True)):
-            here = start + picks[d]
-            span = slice(start, start + n)
-            value = linear[span] + pull[span] - model.second[span, here]
-            best = int(np.argmin(value))
-            if value[best] < value[picks[d]] - 1e-15:
-                pull += model.second[:, start + best] - model.second[:, here]
-                picks[d] = best
-                changed = True
-        if not changed:
-            break
-    return picks
-
-
-def _neighbours(model: ProxyModel, picks: Picks) -> Picks:
-    rows = []
-    for d, n in enumerate(model.num_choices):
-        for choice in range(int(n)):
-            if choice != picks[d]:
-                row = picks.copy()
-                row[d] = choice
-                rows.append(row)
-    return np.stack(rows) if rows else picks[None]
-
-
-def _cost_bounds(model: ProxyModel, gaps: Sequence[float] | Float) -> Float:
-    """For each gap a cost that no plan with that gap or less can undercut, by Lagrangian duality.
-
-    The coupling between decisions is replaced by the least that it can be, which makes the problem separable: its dual
-    is then solved exactly, price by price.
+    Looked-up pairs add up in double precision whatever the type of `second`, so nothing is lost to the size of a plan.
     """
-    least = np.zeros(len(model.first))
-    spans = [slice(s, s + n) for s, n in zip(model.starts, model.num_choices, strict=True)]
-    for d, span in enumerate(spans):
-        for e, other in enumerate(spans):
-            if d != e:
-                least[span] += 0.5 * model.second[span, other].min(axis=1)
-    own = model.first + 0.5 * np.diag(model.second) + least
-    best = np.full(len(gaps), sum(float(model.cost[span].min()) for span in spans))
-    for price in _prices(model):
-        # min over plans of cost + (gap - budget) / price, gap at least the separable one
-        dual = sum(float((model.cost[span] + own[span] / price).min()) for span in spans)
-        best = np.maximum(best, dual - np.asarray(gaps) / price)
-    return best
+    num_plans, num_decisions = entries.shape
+    flat, out = second.reshape(-1), np.empty(num_plans)
+    rows = max(1, CHUNK // max(1, num_decisions))
+    for start in range(0, num_plans, rows):
+        part = np.ascontiguousarray(entries[start : start + rows].T)
+        total = own[part].sum(axis=0)
+        for d in range(num_decisions - 1):
+            total += flat.take(part[d] * len(own) + part[d + 1 :]).sum(axis=0, dtype=np.float64)
+        out[start : start + rows] = total
+    return out
+
+
+def _columns_of_choices(
+    members: Sequence[Sequence[tuple[str, Precision]]], columns: Sequence[tuple[str, Precision]]
+) -> list[list[int]]:
+    """For each choice the columns that it adds up."""
+    position = {key: k for k, key in enumerate(columns)}
+    missing = [key for keys in members for key in keys if key[1] is not Precision.FP32 and key not in position]
+    if missing:
+        unit, precision = missing[0]
+        raise ConfigError(
+            f"search: {unit} may be {precision}; the profile has no statistics for it ({len(missing)} missing); "
+            "profile the window again with every precision of the space, or rule it out in `space`"
+        )
+    return [[position[key] for key in keys if key[1] is not Precision.FP32] for keys in members]
+
+
+def _second_of_choices(rows: Sequence[Sequence[int]], second: Matrix) -> Matrix:
+    """`second` between choices, made symmetric; row by row and in place, so that one matrix is held."""
+    num_choices = len(rows)
+    fits = num_choices**2 * 8 <= MAX_DOUBLE_BYTES
+    out = np.zeros((num_choices, num_choices), dtype=np.float64 if fits else np.float32)
+    choice_of = np.repeat(np.arange(num_choices), [len(row) for row in rows])
+    taken = np.array([column for row in rows for column in row], dtype=np.int64)
+    for choice, row in enumerate(rows):
+        if row:
+            summed = second[row].sum(axis=0, dtype=np.float64)
+            out[choice] = np.bincount(choice_of, weights=summed[taken], minlength=num_choices)
+    for k in range(num_choices):
+        mean = 0.5 * (out[k, k:] + out[k:, k])
+        out[k, k:] = out[k:, k] = mean
+    return out
+
+
+def _costs(members: Sequence[Sequence[tuple[str, Precision]]], cost: UnitCost) -> Float:
+    return np.array([float(sum(cost(*key) for key in keys)) for keys in members])

@@ -11,11 +11,9 @@ from typing import Any
 
 from lowprec import __version__
 from lowprec.errors import ConfigError
-from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.plan import Precision
 from lowprec.results import ResultsStore
-from lowprec.search.greedy import Sensitivity
 from lowprec.search.job import Job
+from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial
 
 __all__ = ["RunRecord"]
@@ -79,7 +77,7 @@ class RunRecord:
             "config_json": config.to_json(),
             "checkpoint_sha256": self._job.checkpoint_sha256,
             "lowprec_version": __version__,
-            "budget_pct": config.search.budget,
+            "budget_pct": config.search.all_budgets[0],
             "message": message,
             **self._kept,
             **known,
@@ -87,38 +85,24 @@ class RunRecord:
         self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
         self._version += 1
 
-    def sensitivities(self, evaluated_on: str) -> list[Sensitivity]:
-        """The sensitivities of the run on that window; empty when they were not measured yet."""
-        rows = self._store.read("sensitivities", run_id=self.run_id).to_pylist()
-        return [
-            Sensitivity(
-                r["unit"],
-                Precision(r["precision"]),
-                r["bytes_saved"],
-                PlanMetrics.from_dict(json.loads(r["metrics_json"])),
-            )
-            for r in rows
-            if r["window"] == evaluated_on
-        ]
+    def has_sensitivities(self, window: str) -> bool:
+        """Whether the sensitivities of that window are there; they are committed all at once."""
+        return window in self._store.read("sensitivities", run_id=self.run_id).column("window").to_pylist()
 
-    def add_sensitivities(self, found: Sequence[Sensitivity], evaluated_on: str) -> None:
+    def add_sensitivities(self, found: Sequence[Sensitivity], window: str) -> None:
         """Commit all sensitivities of a window at once."""
-        rows = []
-        for s in found:
-            flat = s.metrics.to_dict()
-            rows.append(
+        self._store.append(
+            "sensitivities",
+            [
                 {
-                    "row_key": f"{self.run_id}/{evaluated_on}/{s.decision}/{s.precision}",
+                    "row_key": f"{self.run_id}/{window}/{s.decision}/{s.precision}",
                     "run_id": self.run_id,
-                    "unit": s.decision,
-                    "precision": str(s.precision),
-                    "bytes_saved": s.bytes_saved,
-                    "window": evaluated_on,
-                    "metrics_json": json.dumps(flat),
-                    **{k: flat[k] for k in ("kl_pct", "gap_pct", "gap_lower_pct", "gap_upper_pct", "num_examples")},
+                    "window": window,
+                    **s.to_row(),
                 }
-            )
-        self._store.append("sensitivities", rows)
+                for s in found
+            ],
+        )
 
     def trials(self, evaluation: str) -> list[Trial]:
         """The trials of the run of one kind of evaluation (exact, confirm), in order."""
@@ -128,7 +112,6 @@ class RunRecord:
     def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
         """Commit a wave at once: after a kill it is there whole or not at all."""
         fp32 = self._job.space.fp32_bytes
-        budget = self._job.config.search.budget
         self._store.append(
             "trials",
             [
@@ -138,12 +121,19 @@ class RunRecord:
                     "evaluation": evaluation,
                     "window": window,
                     "bytes_ratio": trial.size_bytes / fp32,
-                    "verdict": trial.metrics.verdict(budget),
+                    **self._verdict(trial),
                     **trial.to_row(),
                 }
                 for trial in trials
             ],
         )
+
+    def _verdict(self, trial: Trial) -> dict[str, Any]:
+        """The tightest budget that the trial is certified for, else the loosest with what is known of it."""
+        budgets = self._job.config.search.all_budgets
+        certified = [b for b in budgets if trial.metrics.verdict(b) == "certified"]
+        budget = (certified or budgets[-1:])[0]
+        return {"budget_pct": budget, "verdict": trial.metrics.verdict(budget)}
 
     def changed(self, what: str) -> ConfigError:
         """The error that refuses to go on with this run."""

@@ -1,49 +1,67 @@
-"""The search: sensitivities, then waves of plans, then the best of them confirmed on a later window."""
+"""The search: profile the window once, search its quadratic model, race a few plans exactly, confirm the best."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from lowprec.config import Config
-from lowprec.errors import ModelError
-from lowprec.evaluation.evaluate import Evaluation
+from lowprec.errors import ConfigError
+from lowprec.evaluation.confidence import Interval
+from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.profile_file import read_profile, write_profile
+from lowprec.evaluation.race import RaceSums, RaceTask
+from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Plan, write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.search.choice import Choice, Confirmed, finalists, recommended
-from lowprec.search.describe import notes_on
-from lowprec.search.greedy import Sensitivity, greedy_path, plans_around_budget, single_swaps, uniform_plans
+from lowprec.search.choice import Confirmed, finalists
+from lowprec.search.confirm import Recommendation, confirm
+from lowprec.search.costs import open_costs
+from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.outcome import SearchOutcome, plan_file
+from lowprec.search.racing import race
 from lowprec.search.record import RunRecord
-from lowprec.search.study import propose
+from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
+from lowprec.search.study import Known, propose
+from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
-from lowprec.traffic import TrafficWindow
 
 __all__ = ["run_search"]
 
-# Plans evaluated together while sensitivities are measured; more would only hold more logits in memory.
+# Swaps raced together while sensitivities are sampled; more would only hold more logits in memory.
 SWAPS_AT_ONCE = 64
+# Examples of a slice, about, and slices that a worker does at once.
+SLICE_EXAMPLES = 1024
+SLICES_PER_TASK = 4
 
 
-def run_search(config: Config, *, resume: str | None = None, progress: Progress | None = None) -> SearchOutcome:
-    """Search as the config says and confirm the best plan; `resume` continues a run that was stopped or killed.
+def run_search(
+    config: Config, *, resume: str | None = None, profile: Path | None = None, progress: Progress | None = None
+) -> SearchOutcome:
+    """Search as the config says and confirm the best plans; `resume` continues a run that was stopped or killed.
 
-    Every wave is committed before the next begins, and a wave is a function of the trials before it: a resumed run does
-    the same trials as one left alone. The best plan so far is always in the run's `plan.json`. `search.timeout_s` stops
-    the waves; the confirmation still runs.
+    `profile` is the file of a profile of the same checkpoint, window and space, which then is not measured again.
+    Every wave is committed before the next begins, and a wave is a function of the profile and the trials before it: a
+    resumed run does the same trials as one left alone. The best plan so far is always in the run's `plan.json`.
+    `search.timeout_s` stops the waves; the confirmation still runs.
     """
     job = open_job(config)
     listener = progress or Silent()
     for note in notes_on(job):
         listener.note(note)
+    # Read before the run begins: a profile of something else must leave no trace.
+    given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     record = RunRecord(job, resume)
     record.state("running")
     try:
+        if given is not None:
+            write_profile(given, job.profile_origin("search"), record.artifacts / "profile.npz")
         with open_workers(job) as workers:
             outcome = _Search(job, record, workers, listener).run()
     except KeyboardInterrupt:
@@ -53,11 +71,12 @@ def run_search(config: Config, *, resume: str | None = None, progress: Progress 
     except Exception as error:
         record.state("failed", message=str(error))
         raise
+    best = outcome.recommendations[0].best
     record.state(
         "done",
-        message=outcome.best.choice.because,
+        message=best.choice.because,
         verdict=outcome.verdict,
-        recommended_trial_key=outcome.best.choice.trial.key,
+        recommended_trial_key=best.choice.trial.key,
         summary_json=json.dumps(outcome.to_dict()),
     )
     return outcome
@@ -66,76 +85,109 @@ def run_search(config: Config, *, resume: str | None = None, progress: Progress 
 class _Search:
     def __init__(self, job: Job, record: RunRecord, workers: Workers, progress: Progress) -> None:
         self._job, self._record, self._workers, self._progress = job, record, workers, progress
+        self._settings = job.config.search
+        self._budgets = job.config.search.all_budgets
         self._began = time.monotonic()
         self._window = job.window("search")
         self._confirm_window = job.window("confirm")  # opened first: an empty window must not cost a search
-        self._plan_path = record.artifacts / "plan.json"
+        self._num_parts = max(1, self._window.batch_size // SLICE_EXAMPLES)
+        # The one random order in which slices are raced: plans of different waves meet on the same slices.
+        num_slices = self._window.num_batches * self._num_parts
+        self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(num_slices)]
         progress.note(f"run {record.run_id}")
 
     def run(self) -> SearchOutcome:
-        trials = self._waves(self._sensitivities())
-        choices = finalists(trials, self._job.config.search.budget)
-        if not choices:
-            raise ModelError("search: no plan gives finite logits; look for huge weights in the checkpoint")
-        if not choices[0].meets_budget:
-            self._progress.note(f"no plan meets the budget of {self._job.config.search.budget} percent")
-        confirmed = self._confirm(choices)
-        best = recommended(confirmed)
-        rows = {"search": trials[-1].rows, "confirm": confirmed[0].rows}
+        surrogate = self._surrogate()
+        self._sensitivities(surrogate)
+        trials = self._waves(surrogate)
+        recommendations = confirm(
+            trials,
+            self._budgets,
+            found=self._record.trials("confirm"),
+            confidence=self._settings.confidence,
+            evaluate=lambda chosen, confidence, attempt: self._confirm(surrogate, chosen, confidence, attempt),
+            note=self._progress.note,
+        )
+        rows = {"search": surrogate.measured.rows, "confirm": recommendations[0].best.rows}
         for name in rows["confirm"].never_looked_up:
             self._progress.note(
                 f"{name}: no row of it was looked up in the confirm window, which says nothing about it"
             )
-        self._save(best.choice.trial, best)
         return SearchOutcome(
             run_id=self._record.run_id,
-            best=best,
-            finalists=tuple(confirmed),
-            budget_pct=self._job.config.search.budget,
+            recommendations=tuple(recommendations),
             front=tuple(pareto_front(trials)),
             num_trials=len(trials),
             fp32_bytes=self._job.space.fp32_bytes,
             rows=rows,
-            plan_path=self._plan_path,
+            plan_paths=tuple(self._save_recommended(r) for r in recommendations),
+            profile_path=self._record.artifacts / "profile.npz",
+            profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
             seconds=time.monotonic() - self._began,
         )
 
-    def _sensitivities(self) -> list[Sensitivity]:
-        """Single swaps on a random sample of batches, or what the run measured before."""
-        search = self._job.config.search
-        evaluated_on = self._job.window_text("search")
-        known = self._record.sensitivities(evaluated_on)
+    def _surrogate(self) -> Surrogate:
+        """The profile of the search window, measured or as the run has it, and its solved model."""
+        path = self._record.artifacts / "profile.npz"
+        origin = self._job.profile_origin("search")
+        if path.exists():
+            measured = read_profile(path, origin)
+        else:
+            self._progress.stage("profile", self._window.num_batches)
+            measured = self._job.measure_profile(
+                self._workers,
+                "search",
+                self._window,
+                quarantine=self._record.artifacts / "quarantine",
+                on_progress=self._progress.advance,
+            )
+            write_profile(measured, origin, path)
+        costs = open_costs(self._job.config.cost, self._job.space, measured.use)
+        for note in costs.notes:
+            self._progress.note(note)
+        surrogate = build_surrogate(
+            measured, self._job.space, costs, budgets=self._budgets, confidence=self._settings.confidence
+        )
+        if surrogate.front.infeasible:
+            raise ConfigError(f"search: {surrogate.front.infeasible}")
+        return surrogate
+
+    def _sensitivities(self, surrogate: Surrogate) -> None:
+        """What every choice does by itself; for people, the search does not need it."""
+        window = self._job.window_text("search")
         swaps = single_swaps(self._job.space)
-        if known or not swaps:
-            return known
-        order = np.random.default_rng(search.seed).permutation(self._window.num_batches)
-        sample = [int(k) for k in order[: search.sensitivity_batches]]
+        if not swaps or self._record.has_sensitivities(window):
+            return
+        sample = self._order[: -(-self._settings.sensitivity_examples // SLICE_EXAMPLES)]
         self._progress.stage("sensitivities", len(swaps))
-        base = self._job.space.size_bytes(self._job.space.most_exact)
-        found: list[Sensitivity] = []
+        sampled = []
         for first in range(0, len(swaps), SWAPS_AT_ONCE):
             part = swaps[first : first + SWAPS_AT_ONCE]
-            evaluation = self._evaluate("search", self._window, [swap.plan for swap in part], batches=sample)
-            found += [
-                Sensitivity(s.decision, s.precision, base - self._job.space.size_bytes(s.plan), m)
-                for s, m in zip(part, evaluation.metrics, strict=True)
-            ]
+            sampled.append(self._lap(surrogate, [swap.plan for swap in part], sample))
             self._progress.advance(len(part))
-        self._record.add_sensitivities(found, evaluated_on)
-        return found
+        found: list[Sensitivity] = sensitivities(
+            self._job.space,
+            surrogate.profile,
+            surrogate.first_order,
+            swaps,
+            sampled,
+            confidence=self._settings.confidence,
+        )
+        self._record.add_sensitivities(found, window)
 
-    def _waves(self, sensitivities: Sequence[Sensitivity]) -> list[Trial]:
-        search = self._job.config.search
+    def _waves(self, surrogate: Surrogate) -> list[Trial]:
+        settings = self._settings
         trials = self._known_trials()
-        self._progress.stage("trials", search.max_trials)
+        self._progress.stage("trials", settings.max_trials)
         self._progress.advance(len(trials))
         wave = trials[-1].wave if trials else 0
-        while len(trials) < search.max_trials:
-            if trials and search.timeout_s and time.monotonic() - self._began > search.timeout_s:
+        while len(trials) < settings.max_trials:
+            if trials and settings.timeout_s and time.monotonic() - self._began > settings.timeout_s:
                 self._progress.note(f"stopped by the time limit after {len(trials)} trials")
                 break
-            kind, plans = self._next_wave([t for t in trials if t.wave < wave], sensitivities, wave)
+            before = [t for t in trials if t.wave < wave]
+            kind, plans = self._next_wave(surrogate, before, wave)
             if not plans:
                 self._progress.note("there are no more plans to evaluate")
                 break
@@ -143,7 +195,8 @@ class _Search:
             done = {trial.plan for trial in trials}
             plans = [plan for plan in plans if plan not in done]
             if plans:
-                trials += self._wave(kind, wave, plans[: search.max_trials - len(trials)], len(trials))
+                plans = plans[: settings.max_trials - len(trials)]
+                trials += self._wave(surrogate, kind, wave, plans, before, len(trials))
                 self._save_best(trials)
             wave += 1
         return trials
@@ -151,115 +204,167 @@ class _Search:
     def _known_trials(self) -> list[Trial]:
         trials = self._record.trials("exact")
         for trial in trials:
-            if trial.key != self._key("search", self._window, trial.plan):
+            if trial.key != self._key("search", trial.plan):
                 raise self._record.changed(
                     f"the traffic of windows.search is not what trial {trial.number} was evaluated on; begin a new run"
                 )
         return trials
 
-    def _next_wave(
-        self, before: Sequence[Trial], sensitivities: Sequence[Sensitivity], wave: int
-    ) -> tuple[str, list[Plan]]:
-        """The plans of a wave: nothing decides them but the config and the trials of the waves before."""
-        search, space = self._job.config.search, self._job.space
-        if not before:
-            return "uniform", uniform_plans(space)
-        if before[-1].kind == "uniform":
-            known = {trial.plan for trial in before}
-            path = greedy_path(space, sensitivities)
-            plans = [p for p in plans_around_budget(path, search.budget, search.wave_size) if p not in known]
-            if plans:
-                return "greedy", plans
-        seed = int(np.random.SeedSequence([search.seed, wave]).generate_state(1)[0])
-        return "optuna", propose(space, before, count=search.wave_size, budget_pct=search.budget, seed=seed)
+    def _next_wave(self, surrogate: Surrogate, before: Sequence[Trial], wave: int) -> tuple[str, list[Plan]]:
+        """The plans of a wave: nothing decides them but the config, the profile and the trials of the waves before."""
+        space, costs, size = self._job.space, surrogate.costs, self._settings.wave_size
+        if wave == 0:
+            uniform = [plan for plan in space.uniform_plans() if costs.keeps_limits(plan)]
+            if uniform:
+                return "uniform", uniform
+        known = [Known(t.plan, t.cost, t.metrics.gap_pct) for t in before]
+        is_first = all(trial.kind == "uniform" for trial in before)
+        seed = int(np.random.SeedSequence([self._settings.seed, wave]).generate_state(1)[0])
+        # Half of what may be tried is of the front, in one wave; the rest is what the sampler proposes around it.
+        count = max(size, self._settings.max_trials // 2) if is_first else size
+        plans = propose(
+            space,
+            known,
+            enqueued=surrogate.candidates(count) if is_first else (),
+            front=surrogate.told(),
+            excess=surrogate.excess,
+            count=count,
+            budget_pct=self._budgets[-1],
+            seed=seed,
+        )
+        return "front" if is_first else "optuna", [plan for plan in plans if costs.keeps_limits(plan)]
 
-    def _wave(self, kind: str, wave: int, plans: Sequence[Plan], first: int) -> list[Trial]:
-        evaluation = self._evaluate("search", self._window, plans)
-        trials = self._trials("search", self._window, evaluation, range(first, first + len(plans)), wave, kind)
+    def _wave(
+        self, surrogate: Surrogate, kind: str, wave: int, plans: Sequence[Plan], before: Sequence[Trial], first: int
+    ) -> list[Trial]:
+        finishes = race(
+            plans,
+            [surrogate.costs.cost(plan) for plan in plans],
+            lambda chosen, slices: self._lap(surrogate, chosen, slices),
+            surrogate.profile,
+            self._order,
+            rivals=before,
+            budgets=self._budgets,
+            confidence=self._settings.confidence,
+        )
+        promised = surrogate.promised_pct(plans)
+        trials = [
+            self._trial(
+                surrogate,
+                "search",
+                f.plan,
+                first + k,
+                wave,
+                kind,
+                f.estimate.metrics,
+                f.on_window,
+                surrogate.measured.rows,
+                float(promised[k]),
+            )
+            for k, f in enumerate(finishes)
+        ]
         self._record.add_trials(trials, evaluation="exact", window=self._job.window_text("search"))
         self._progress.advance(len(trials))
         return trials
 
-    def _confirm(self, choices: Sequence[Choice]) -> list[Confirmed]:
-        """Every finalist on the confirm window; those confirmed before a resumption are taken as they were found."""
-        budget = self._job.config.search.budget
-        found = {trial.plan: trial for trial in self._record.trials("confirm")}
-        new = [choice.trial for choice in choices if choice.trial.plan not in found]
-        if new:
-            confidence = self._job.config.search.confidence
-            if found:
-                confidence = 1 - (1 - confidence) / (1 + len(found))
-                self._progress.note(
-                    f"{len(found)} plans of this run were confirmed on the same window before: new ones are held to "
-                    f"{100 * confidence:.4g} percent confidence"
+    def _lap(self, surrogate: Surrogate, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
+        """Plans on slices of the search window; slice k is part k mod P of batch k // P."""
+        name = f"{self._job.window_text('search')} {self._window.fingerprint}"
+        order = sorted(slices)
+        tasks = []
+        for first in range(0, len(order), SLICES_PER_TASK):
+            parts: dict[int, list[int]] = {}
+            for k in order[first : first + SLICES_PER_TASK]:
+                parts.setdefault(k // self._num_parts, []).append(k % self._num_parts)
+            tasks.append(
+                RaceTask(
+                    plans=tuple(plans),
+                    columns=surrogate.profile.columns,
+                    batches=tuple(parts),
+                    parts=tuple(tuple(found) for found in parts.values()),
+                    num_parts=self._num_parts,
+                    keep=name,
                 )
-            self._progress.stage("confirm", self._confirm_window.num_batches)
-            evaluation = self._evaluate(
-                "confirm",
-                self._confirm_window,
-                [trial.plan for trial in new],
-                confidence=confidence,
-                on_progress=self._progress.advance,
             )
-            numbers = [trial.number for trial in new]
-            trials = self._trials("confirm", self._confirm_window, evaluation, numbers, new[0].wave, "finalist")
-            self._record.add_trials(trials, evaluation="confirm", window=self._job.window_text("confirm"))
-            found |= {trial.plan: trial for trial in trials}
-        return [
-            Confirmed(
-                c, found[c.trial.plan].metrics, found[c.trial.plan].metrics.verdict(budget), found[c.trial.plan].rows
-            )
-            for c in choices
-        ]
+        total: RaceSums | None = None
+        for chunk in self._workers.run(self._window, tasks):
+            total = chunk.sums if total is None else total + chunk.sums
+        assert total is not None, "a lap has at least one slice"
+        return total
 
-    def _evaluate(
-        self,
-        name: str,
-        window: TrafficWindow,
-        plans: Sequence[Plan],
-        *,
-        batches: Sequence[int] | None = None,
-        confidence: float | None = None,
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Evaluation:
-        return self._job.evaluate(
+    def _confirm(self, surrogate: Surrogate, chosen: Sequence[Trial], confidence: float, attempt: int) -> list[Trial]:
+        """The trials of plans on the whole confirm window, committed as one try."""
+        self._progress.stage("confirm", self._confirm_window.num_batches)
+        evaluation = self._job.evaluate(
             self._workers,
-            name,
-            window,
-            plans,
+            "confirm",
+            self._confirm_window,
+            [trial.plan for trial in chosen],
             quarantine=self._record.artifacts / "quarantine",
-            batches=batches,
             confidence=confidence,
-            on_progress=on_progress,
+            on_progress=self._progress.advance,
+        )
+        trials = [
+            self._trial(
+                surrogate,
+                "confirm",
+                trial.plan,
+                trial.number,
+                attempt,
+                "finalist",
+                metrics,
+                Interval(metrics.gap_pct, metrics.gap_pct),
+                evaluation.rows,
+                trial.promised_pct,
+            )
+            for trial, metrics in zip(chosen, evaluation.metrics, strict=True)
+        ]
+        self._record.add_trials(trials, evaluation="confirm", window=self._job.window_text("confirm"))
+        return trials
+
+    def _trial(
+        self,
+        surrogate: Surrogate,
+        name: str,
+        plan: Plan,
+        number: int,
+        wave: int,
+        kind: str,
+        metrics: PlanMetrics,
+        on_window: Interval,
+        rows: RowAccount,
+        promised_pct: float | None,
+    ) -> Trial:
+        return Trial(
+            key=self._key(name, plan),
+            number=number,
+            wave=wave,
+            kind=kind,
+            plan=plan,
+            size_bytes=self._job.space.size_bytes(plan),
+            latency_ns=surrogate.costs.plan_latency_ns(plan),
+            cost=surrogate.costs.cost(plan),
+            promised_pct=promised_pct,
+            metrics=metrics,
+            on_window=on_window,
+            rows=rows,
         )
 
-    def _trials(
-        self, name: str, window: TrafficWindow, evaluation: Evaluation, numbers: Sequence[int], wave: int, kind: str
-    ) -> list[Trial]:
-        return [
-            Trial(
-                key=self._key(name, window, plan),
-                number=number,
-                wave=wave,
-                kind=kind,
-                plan=plan,
-                size_bytes=self._job.space.size_bytes(plan),
-                metrics=metrics,
-                rows=evaluation.rows,
-            )
-            for number, plan, metrics in zip(numbers, evaluation.plans, evaluation.metrics, strict=True)
-        ]
-
-    def _key(self, name: str, window: TrafficWindow, plan: Plan) -> str:
+    def _key(self, name: str, plan: Plan) -> str:
+        window = self._window if name == "search" else self._confirm_window
         return plan_key(self._job.checkpoint_sha256, self._job.evaluated_on(name, window), plan)
 
     def _save_best(self, trials: Sequence[Trial]) -> None:
-        """Keep the safest finalist so far where a person finds it, with the evidence that there is."""
-        choices = finalists(trials, self._job.config.search.budget)
-        if choices:
-            self._save(choices[0].trial, None)
+        """Keep the safest finalists so far where a person finds them, with the evidence that there is."""
+        for budget in self._budgets:
+            choices = finalists(trials, budget)
+            if choices:
+                self._save(choices[0].trial, budget, None)
 
-    def _save(self, trial: Trial, confirmed: Confirmed | None) -> None:
+    def _save_recommended(self, recommendation: Recommendation) -> Path:
+        return self._save(recommendation.best.choice.trial, recommendation.budget_pct, recommendation.best)
+
+    def _save(self, trial: Trial, budget: float, confirmed: Confirmed | None) -> Path:
         name = "confirm" if confirmed else "search"
         file = plan_file(
             self._job,
@@ -268,6 +373,9 @@ class _Search:
             run_id=self._record.run_id,
             kind="confirm" if confirmed else "exact",
             window=self._job.window_text(name),
+            budget_pct=budget,
             verdict=confirmed.verdict if confirmed else None,
         )
-        write_plan(file, self._plan_path)
+        path = self._record.artifacts / ("plan.json" if len(self._budgets) == 1 else f"plan-{budget:g}.json")
+        write_plan(file, path)
+        return path

@@ -86,6 +86,11 @@ class SearchSpace:
         }
         return self.plan(picked)
 
+    def uniform_plans(self) -> list[Plan]:
+        """One plan for each precision, every decision as near to it as it may be; most exact first, none twice."""
+        plans = [self.nearest_uniform(precision) for precision in Precision]
+        return list(dict.fromkeys([*plans, self.cheapest]))
+
     def size_bytes(self, plan: Mapping[str, Precision]) -> int:
         """Bytes of a plan."""
         return plan_bytes(self.units, plan, self.row_alignment)
@@ -100,8 +105,11 @@ class SearchSpace:
         return self.size_bytes(Plan.uniform(self.units, Precision.FP32))
 
 
-def build_space(units: Sequence[Unit], config: SpaceConfig) -> SearchSpace:
-    """The search space over `units`; raises `ConfigError` for patterns without units and for groups that contradict."""
+def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True) -> SearchSpace:
+    """The search space over `units`; `prune` leaves out precisions that a more exact one equals or beats in bytes.
+
+    Raises `ConfigError` for patterns without units and for groups that contradict.
+    """
     allowed = {unit.name: (config.precisions, False) for unit in units}
     for position, rule in enumerate(config.units):
         for name in _matching(rule.match, allowed, f"space.units[{position}].match"):
@@ -116,8 +124,10 @@ def build_space(units: Sequence[Unit], config: SpaceConfig) -> SearchSpace:
                 f"space.groups: the units of {name} share a precision, but no precision is allowed for all of "
                 f"{', '.join(members)}; widen space.units or split the group"
             )
-        kept, dropped = undominated(name, [by_name[m] for m in members], common, config.row_alignment)
-        decisions.append(Decision(name, members, kept))
+        kept, dropped = (
+            undominated(name, [by_name[m] for m in members], common, config.row_alignment) if prune else (common, ())
+        )
+        decisions.append(Decision(name, members, tuple(kept)))
         dominated.extend(dropped)
     return SearchSpace(tuple(units), tuple(decisions), config.row_alignment, tuple(dominated))
 

@@ -1,95 +1,150 @@
-"""Optuna proposes plans. The study is rebuilt from the trials for every wave, so it has no state of its own to lose."""
+"""Optuna proposes plans. Its study is rebuilt from what is known for every wave: it has no state of its own to lose."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from lowprec.plan import Plan, Precision
 from lowprec.search.space import SearchSpace
-from lowprec.search.trial import Trial, pareto_front
 
-__all__ = ["propose"]
+__all__ = ["Known", "propose"]
 
 # Proposals that were evaluated before are dropped; after this many in a row the wave is filled with other plans.
 MAX_REPEATS = 8
+# So many plans are asked for each one that is evaluated: the proxy says which of them come closest to its front.
+ASKED_FOR_EACH = 2
 # Spaces up to this size are listed when plans run out, so that none is missed.
 MAX_ENUMERATED = 20_000
 
 
-def propose(space: SearchSpace, trials: Sequence[Trial], *, count: int, budget_pct: float, seed: int) -> list[Plan]:
-    """Up to `count` plans not evaluated yet, minimising (bytes, gap) under gap <= budget; fewer when none are left.
+@dataclass(frozen=True)
+class Known:
+    """A plan whose cost and gap (percent) are known, or promised by the proxy."""
 
-    The same trials, in the same order, and the same seed give the same plans, in this process or another.
+    plan: Plan
+    cost: float
+    gap_pct: float
+
+
+def propose(
+    space: SearchSpace,
+    known: Sequence[Known],
+    *,
+    enqueued: Sequence[Plan] = (),
+    front: Sequence[Known] = (),
+    excess: Callable[[Sequence[Plan]], NDArray[np.float64]] | None = None,
+    count: int,
+    budget_pct: float,
+    seed: int,
+) -> list[Plan]:
+    """Up to `count` plans not known yet, minimising (cost, gap) under gap <= budget; fewer when none are left.
+
+    `enqueued` plans come first, whatever the sampler thinks. The study begins with what is `known` and with the points
+    of the proxy's `front`, so the sampler proposes around both; of its proposals those with the least `excess` (float64,
+    one a plan) are taken. The same arguments give the same plans, in this process or another.
     """
     distributions: dict[str, BaseDistribution] = {
         d.name: CategoricalDistribution([str(p) for p in d.choices]) for d in space.free
     }
-    known = {trial.plan for trial in trials}
+    seen = {item.plan for item in known}
     if not distributions:
-        return []
+        return [plan for plan in dict.fromkeys(enqueued) if plan not in seen][:count]
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = _study(space, trials, distributions, budget_pct, seed)
-        proposals: list[Plan] = []
-        repeats = 0
-        while len(proposals) < count and repeats < MAX_REPEATS:
-            asked = study.ask(fixed_distributions=distributions)
-            plan = space.plan({name: Precision(text) for name, text in asked.params.items()})
-            if plan in known:
-                repeats += 1
-            else:
-                known.add(plan)
-                proposals.append(plan)
-                repeats = 0
+        study = _study(space, [*known, *(p for p in front if p.plan not in seen)], distributions, budget_pct, seed)
+        queue = [plan for plan in dict.fromkeys(enqueued) if plan not in seen][:count]
+        for plan in queue:
+            study.enqueue_trial(_params(space, plan, distributions))
+        first = _asked(study, space, distributions, set(seen), len(queue))
+        wanted = count - len(first)
+        proposals = _asked(study, space, distributions, seen | set(first), wanted * (ASKED_FOR_EACH if excess else 1))
     finally:
         optuna.logging.set_verbosity(verbosity)
-    return proposals + _others(space, trials, known, count - len(proposals), seed)
+    if excess is not None and len(proposals) > wanted:
+        order = np.argsort(excess(proposals), kind="stable")[:wanted]
+        proposals = [proposals[k] for k in sorted(order)]
+    found = first + proposals
+    return found + _others(space, known, seen | set(found), count - len(found), seed)
+
+
+def _asked(
+    study: optuna.Study,
+    space: SearchSpace,
+    distributions: dict[str, BaseDistribution],
+    seen: set[Plan],
+    count: int,
+) -> list[Plan]:
+    found: list[Plan] = []
+    repeats = 0
+    while len(found) < count and repeats < MAX_REPEATS:
+        asked = study.ask(fixed_distributions=distributions)
+        plan = space.plan({name: Precision(text) for name, text in asked.params.items()})
+        if plan in seen:
+            repeats += 1
+        else:
+            seen.add(plan)
+            found.append(plan)
+            repeats = 0
+    return found
 
 
 def _study(
     space: SearchSpace,
-    trials: Sequence[Trial],
+    known: Sequence[Known],
     distributions: dict[str, BaseDistribution],
     budget_pct: float,
     seed: int,
 ) -> optuna.Study:
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, constant_liar=True)
+    known = [item for item in known if math.isfinite(item.gap_pct)]
+    # What is known is the first generation; children cross two of its best and mutate. TPE asks 26 tables one by one,
+    # which takes 40 times as long, and its proposals lie further from the front.
+    sampler = optuna.samplers.NSGAIISampler(population_size=max(2, len(known)), seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    for trial in trials:
-        gap = trial.metrics.gap_pct
-        if math.isfinite(gap):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={name: str(p) for name, p in space.choices(trial.plan).items() if name in distributions},
-                    distributions=distributions,
-                    values=[math.log(trial.size_bytes), gap],
-                    constraints={"budget": gap - budget_pct},
-                )
+    for item in known:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=_params(space, item.plan, distributions),
+                distributions=distributions,
+                values=[math.log(max(item.cost, 1e-9)), item.gap_pct],
+                constraints={"budget": item.gap_pct - budget_pct},
+                system_attrs={sampler._get_generation_key(): 0},
             )
+        )
     return study
 
 
-def _others(space: SearchSpace, trials: Sequence[Trial], known: set[Plan], count: int, seed: int) -> list[Plan]:
-    """Plans not known yet: any of a small space, else those one decision away from the front or from other trials."""
+def _params(space: SearchSpace, plan: Plan, distributions: dict[str, BaseDistribution]) -> dict[str, str]:
+    return {name: str(p) for name, p in space.choices(plan).items() if name in distributions}
+
+
+def _others(space: SearchSpace, known: Sequence[Known], seen: set[Plan], count: int, seed: int) -> list[Plan]:
+    """Plans not known yet: any of a small space, else those one decision away from the best known or from others."""
     if count <= 0:
         return []
     rng = random.Random(seed)
     if space.num_plans <= MAX_ENUMERATED:
         names = [d.name for d in space.decisions]
         every = itertools.product(*(d.choices for d in space.decisions))
-        fresh = [p for p in (space.plan(dict(zip(names, choices, strict=True))) for choices in every) if p not in known]
+        fresh = [p for p in (space.plan(dict(zip(names, choices, strict=True))) for choices in every) if p not in seen]
         return rng.sample(fresh, min(count, len(fresh)))
     found: dict[Plan, None] = {}
-    front = [trial.plan for trial in pareto_front(trials)]
-    for plans in (front, [trial.plan for trial in trials], [space.most_exact]):
+    by_cost = sorted(
+        (item for item in known if math.isfinite(item.gap_pct)), key=lambda item: (item.cost, item.gap_pct)
+    )
+    best = itertools.accumulate((item.gap_pct for item in by_cost), min)
+    front = [item.plan for item, least in zip(by_cost, best, strict=True) if item.gap_pct == least]
+    for plans in (front, [item.plan for item in known], [space.most_exact]):
         moves = [plan.replace(dict.fromkeys(d.units, p)) for plan in plans for d in space.free for p in d.choices]
-        fresh = [plan for plan in dict.fromkeys(moves) if plan not in known and plan not in found]
+        fresh = [plan for plan in dict.fromkeys(moves) if plan not in seen and plan not in found]
         found.update(dict.fromkeys(rng.sample(fresh, min(count - len(found), len(fresh)))))
     return list(found)

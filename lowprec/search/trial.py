@@ -1,16 +1,17 @@
-"""One exact evaluation of one plan in a search, and what makes one better than another."""
+"""One evaluation of one plan in a search, and what makes one better than another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.evaluation.evaluate import RowAccount
+from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan, Precision
 
 __all__ = ["Trial", "pareto_front", "plan_key"]
@@ -18,9 +19,11 @@ __all__ = ["Trial", "pareto_front", "plan_key"]
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan, what it costs and how it did on the search window.
+    """A plan, what it costs and how it did on a window.
 
-    `key` names checkpoint, window and plan, so the same evaluation has the same key in every run.
+    `key` names checkpoint, window and plan, so the same evaluation has the same key in every run. `kind` is where the
+    plan came from. `cost` is what the search minimises, bytes or latency. `promised_pct` is the gap that the profile
+    promised before anything was evaluated exactly, `on_window` an interval of the gap on this very window (percent).
     """
 
     key: str
@@ -29,12 +32,18 @@ class Trial:
     kind: str
     plan: Plan
     size_bytes: int
+    latency_ns: float | None
+    cost: float
+    promised_pct: float | None
     metrics: PlanMetrics
+    on_window: Interval
     rows: RowAccount
 
     def to_row(self) -> dict[str, Any]:
         """The columns of the `trials` table that come from the trial itself."""
         flat = self.metrics.to_dict()
+        ends = [self.on_window.lower, self.on_window.upper]
+        extra = {"rows": self.rows.to_dict(), "on_window_pct": [v if math.isfinite(v) else None for v in ends]}
         return {
             "trial_key": self.key,
             "number": self.number,
@@ -42,17 +51,32 @@ class Trial:
             "kind": self.kind,
             "plan_json": json.dumps({name: str(p) for name, p in self.plan.items()}),
             "size_bytes": self.size_bytes,
-            "metrics_json": json.dumps({**flat, "rows": self.rows.to_dict()}),
+            "latency_ns": self.latency_ns,
+            "cost": float(self.cost),
+            "promised_pct": self.promised_pct,
+            "metrics_json": json.dumps({**flat, **extra}),
             **{k: flat[k] for k in _METRIC_COLUMNS},
         }
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Trial:
+    def from_row(cls, row: Mapping[str, Any]) -> Trial:
         """The inverse of `to_row`."""
-        plan = Plan({name: Precision(p) for name, p in json.loads(row["plan_json"]).items()})
         flat = json.loads(row["metrics_json"])
-        metrics, rows = PlanMetrics.from_dict(flat), RowAccount.from_dict(flat["rows"])
-        return cls(row["trial_key"], row["number"], row["wave"], row["kind"], plan, row["size_bytes"], metrics, rows)
+        lower, upper = flat["on_window_pct"]
+        return cls(
+            key=row["trial_key"],
+            number=row["number"],
+            wave=row["wave"],
+            kind=row["kind"],
+            plan=Plan({name: Precision(p) for name, p in json.loads(row["plan_json"]).items()}),
+            size_bytes=row["size_bytes"],
+            latency_ns=row["latency_ns"],
+            cost=row["cost"],
+            promised_pct=row["promised_pct"],
+            metrics=PlanMetrics.from_dict(flat),
+            on_window=Interval(-math.inf if lower is None else lower, math.inf if upper is None else upper),
+            rows=RowAccount.from_dict(flat["rows"]),
+        )
 
 
 _METRIC_COLUMNS = (
@@ -70,6 +94,7 @@ _METRIC_COLUMNS = (
     "calibration_ref",
     "calibration_plan",
     "num_examples",
+    "num_exact",
     "num_units",
 )
 
@@ -81,10 +106,10 @@ def plan_key(checkpoint_sha256: str, evaluated_on: Sequence[object], plan: Plan)
 
 
 def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that no other one beats in both bytes and gap, cheapest first; those without a finite gap left out."""
+    """The trials that no other one beats in both cost and gap, cheapest first; those without a finite gap left out."""
     front: list[Trial] = []
     known = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
-    for trial in sorted(known, key=lambda t: (t.size_bytes, t.metrics.gap_pct, t.number)):
+    for trial in sorted(known, key=lambda t: (t.cost, t.metrics.gap_pct, t.number)):
         if not front or trial.metrics.gap_pct < front[-1].metrics.gap_pct:
             front.append(trial)
     return front

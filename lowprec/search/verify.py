@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.config import Config
-from lowprec.evaluation.confidence import Verdict
-from lowprec.evaluation.evaluate import RowAccount
+from lowprec.errors import ConfigError
+from lowprec.evaluation.confidence import Interval, Verdict
 from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.plan import Plan, read_plan
+from lowprec.evaluation.rows import RowAccount
+from lowprec.plan import Plan, PlanFile, read_plan
 from lowprec.progress import Progress, Silent
+from lowprec.search.costs import open_costs
 from lowprec.search.job import open_job, open_workers
 from lowprec.search.record import RunRecord
 from lowprec.search.trial import Trial, plan_key
@@ -27,6 +29,7 @@ class Verification:
     run_id: str
     plan: Plan
     size_bytes: int
+    latency_ns: float | None
     fp32_bytes: int
     metrics: PlanMetrics
     budget_pct: float
@@ -45,6 +48,7 @@ class Verification:
             "window": self.window,
             "plan": {name: str(p) for name, p in self.plan.items()},
             "bytes": self.size_bytes,
+            "latency_ns": self.latency_ns,
             "fp32_bytes": self.fp32_bytes,
             "bytes_ratio": self.size_bytes / self.fp32_bytes,
             **self.metrics.to_dict(),
@@ -55,16 +59,23 @@ class Verification:
 
 
 def verify_plan(
-    config: Config, plan_path: Path, *, window: str = "confirm", progress: Progress | None = None
+    config: Config,
+    plan_path: Path,
+    *,
+    window: str = "confirm",
+    budget_pct: float | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Evaluate the plan of `plan_path` on the config's window of that name and keep the result.
 
+    Its budget is `budget_pct`, else the config's, else, where that has several, the one that the plan was made for.
     Raises `PlanError` where the plan does not fit the model or was made for another checkpoint.
     """
     began = time.monotonic()
     listener = progress or Silent()
     job = open_job(config)
     file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
+    budget = _budget(config, file, budget_pct)
     size_bytes = job.space.size_bytes(file.plan)
     notes: tuple[str, ...] = ()
     if file.row_alignment != job.space.row_alignment:
@@ -90,25 +101,53 @@ def verify_plan(
         record.state("failed", message=str(error))
         raise
     metrics = evaluation.metrics[0]
-    verdict = metrics.verdict(config.search.budget)
-    key = plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan)
-    record.add_trials(
-        [Trial(key, 0, 0, "verify", file.plan, size_bytes, metrics, evaluation.rows)],
-        evaluation="verify",
-        window=job.window_text(window),
+    verdict = metrics.verdict(budget)
+    costs = open_costs(config.cost, job.space, evaluation.use)
+    trial = Trial(
+        key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
+        number=0,
+        wave=0,
+        kind="verify",
+        plan=file.plan,
+        size_bytes=size_bytes,
+        latency_ns=costs.plan_latency_ns(file.plan),
+        cost=costs.cost(file.plan),
+        promised_pct=None,
+        metrics=metrics,
+        on_window=Interval(metrics.gap_pct, metrics.gap_pct),
+        rows=evaluation.rows,
     )
+    record.add_trials([trial], evaluation="verify", window=job.window_text(window))
     outcome = Verification(
         run_id=record.run_id,
         plan=file.plan,
         size_bytes=size_bytes,
+        latency_ns=trial.latency_ns,
         fp32_bytes=job.space.fp32_bytes,
         metrics=metrics,
-        budget_pct=config.search.budget,
+        budget_pct=budget,
         verdict=verdict,
         window=job.window_text(window),
         rows=evaluation.rows,
-        notes=notes,
+        notes=(*notes, *costs.notes),
         seconds=time.monotonic() - began,
     )
-    record.state("done", verdict=verdict, recommended_trial_key=key, message=f"plan {plan_path} on {outcome.window}")
+    record.state(
+        "done", verdict=verdict, recommended_trial_key=trial.key, message=f"plan {plan_path} on {outcome.window}"
+    )
     return outcome
+
+
+def _budget(config: Config, file: PlanFile, given: float | None) -> float:
+    budgets = config.search.all_budgets
+    if given is not None:
+        return given
+    made_for: Any = file.evidence.get("budget_pct")
+    if len(budgets) == 1:
+        return budgets[0]
+    if made_for in budgets:
+        return float(made_for)
+    raise ConfigError(
+        f"search.budgets: has {', '.join(f'{b:g}' for b in budgets)}, and the plan was made for {made_for}; "
+        "say which budget to verify against with --budget"
+    )

@@ -22,6 +22,17 @@ class Bags:
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.values.nbytes + self.offsets.nbytes + (0 if self.weights is None else self.weights.nbytes)
+
+    def rows(self, first: int, last: int) -> Bags:
+        """The bags of rows [first, last)."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Bags(self.values[start:stop], self.offsets[first : last + 1] - start, weights)
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -56,3 +67,23 @@ class Batch:
     def num_rows(self) -> int:
         """Rows that can be used."""
         return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, about."""
+        return self.dense.nbytes + 4 * self.labels.nbytes + sum(bags.nbytes for bags in self.sparse.values())
+
+    def part(self, k: int, num_parts: int) -> Batch:
+        """Part k of the batch cut into `num_parts` stretches of rows; what is said of bad rows stays with part 0."""
+        first, last = k * self.num_rows // num_parts, (k + 1) * self.num_rows // num_parts
+        return Batch(
+            index=self.index,
+            labels=self.labels[first:last],
+            dense=self.dense[first:last],
+            sparse={name: bags.rows(first, last) for name, bags in self.sparse.items()},
+            times=self.times[first:last],
+            weights=None if self.weights is None else self.weights[first:last],
+            groups=None if self.groups is None else self.groups[first:last],
+            bad_rows=self.bad_rows if k == 0 else (),
+            out_of_range=self.out_of_range if k == 0 else {},
+        )

@@ -1,4 +1,4 @@
-"""The demo's traffic and model, made once under runs/demo and used by every benchmark."""
+"""The demo's traffic and model, made once under runs/ and used by every benchmark; also with more traffic."""
 
 from pathlib import Path
 
@@ -7,10 +7,30 @@ from lowprec.demo import DEMO_CONFIG, generate_traffic
 from lowprec.models.train import train
 from lowprec.progress import Silent
 
+# The demo with 1,000,000 examples: 500,000 to train on, 250,000 to search on, 200,000 to confirm on.
+LARGE = (
+    "name=large-demo",
+    "traffic.synthetic.num_rows=1000000",
+    "traffic.path=runs/large-demo/traffic",
+    "model.checkpoint=runs/large-demo/model.safetensors",
+    "train.embedding_learning_rate=0.1",
+    "train.decay=linear",
+    "windows.search={start: 2026-01-06T12:00, end: 2026-01-09}",
+    "windows.confirm={start: 2026-01-09}",
+)
+
 
 def demo_config(*overrides: str) -> Config:
     """The demo config with its traffic generated and its model trained."""
-    config = load_config(DEMO_CONFIG, overrides)
+    return _made(load_config(DEMO_CONFIG, overrides))
+
+
+def large_demo_config(*overrides: str) -> Config:
+    """The demo with a search window of 250,000 examples; in process, on one thread, so that passes can be compared."""
+    return _made(load_config(DEMO_CONFIG, (*LARGE, "evaluation.num_workers=0", *overrides)))
+
+
+def _made(config: Config) -> Config:
     generate_traffic(config, progress=Silent())
     if not Path(config.model.checkpoint).exists():
         train(config)

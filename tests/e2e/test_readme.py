@@ -75,6 +75,6 @@ def test_every_file_that_the_readme_names_is_there():
 
 def test_every_command_of_the_readme_exists(lowprec):
     names = set(re.findall(r"^\| `lowprec (\w+)", README, re.MULTILINE))
-    assert names == {"demo", "generate", "convert", "train", "search", "verify", "results"}
+    assert names == {"demo", "generate", "convert", "train", "search", "verify", "calibrate", "results"}
     for name in names:
         assert lowprec(name, "--help").code == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, ModelError
-from lowprec.models.dlrm import build
+from lowprec.models.dlrm import _PairwiseDots, _pairwise_dots, build
 from lowprec.traffic.schema import Schema, SparseFeature
 
 
@@ -151,3 +151,13 @@ def test_every_pair_is_used_once():
     num_vectors = 5
     pairs = {divmod(flat, num_vectors) for flat in model.pairs.tolist()}
     assert pairs == {(i, j) for j, i in itertools.combinations(range(num_vectors), 2)}
+
+
+def test_the_gradient_of_pairwise_dots_is_autograds():
+    n = 5
+    pairs = torch.tensor([i * n + j for i in range(n) for j in range(i)])
+    vectors = torch.randn(7, n, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(7, len(pairs), dtype=torch.float64)
+    expected = torch.autograd.grad((_pairwise_dots(vectors, pairs) * weights).sum(), vectors)
+    found = torch.autograd.grad((_PairwiseDots.apply(vectors, pairs) * weights).sum(), vectors)
+    torch.testing.assert_close(found, expected)

@@ -7,7 +7,7 @@ import pytest
 
 from lowprec.config import SpaceConfig
 from lowprec.evaluation.confidence import Interval
-from lowprec.evaluation.evaluate import RowAccount
+from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.plan import Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended

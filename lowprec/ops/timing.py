@@ -1,0 +1,250 @@
+"""How long the serving kernels (FBGEMM, on the CPU) take for pooled lookups on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lowprec.errors import ConfigError
+from lowprec.ops.fbgemm import _constants, _lookup_op
+from lowprec.ops.layout import row_bytes
+from lowprec.plan import Precision
+from lowprec.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Cell", "Grid", "LookupTime", "default_grid", "machine_facts", "measure_lookups"]
+
+# Read as fp32, as fp16, or as scale, bias and codes, this byte repeated is a normal number: no NaN, no denormal, whose
+# arithmetic takes other times.
+_FILL_BYTE = 0x2E
+
+# A timing covers at least this many ids a bag, in calls of fresh ids: one call at pooling 1 is too short for the clock.
+_MIN_IDS_PER_BAG = 16
+
+
+class Cell(NamedTuple):
+    """A table and a load: `pooling` ids in every bag of a table of `rows` rows of `dim` values."""
+
+    precision: Precision
+    dim: int
+    rows: int
+    pooling: int
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the stored table."""
+        return self.rows * row_bytes(self.dim, self.precision)
+
+
+class LookupTime(NamedTuple):
+    """The median of the repetitions, and their interquartile range divided by it."""
+
+    cell: Cell
+    ns_per_bag: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to measure: every precision x dim x rows x pooling whose table fits into `memory_limit_bytes`.
+
+    A call looks up `num_bags` bags; every cell is timed `num_repeats` times. Raises `ConfigError` where not even the
+    fewest rows fit.
+    """
+
+    dims: Sequence[int]
+    rows: Sequence[int]
+    poolings: Sequence[int]
+    num_repeats: int
+    memory_limit_bytes: int
+    precisions: Sequence[Precision] = tuple(Precision)
+    num_bags: int = 2048
+
+    def __post_init__(self) -> None:
+        for cell in self.left_out():
+            if cell.rows == min(self.rows):
+                raise ConfigError(
+                    f"calibrate: {cell.rows:,} rows of {cell.precision} at dim {cell.dim} take {cell.table_bytes:,} "
+                    f"bytes, more than the memory limit of {self.memory_limit_bytes:,}; raise --memory-mb or leave "
+                    "out that --dim"
+                )
+
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells that are measured."""
+        return tuple(cell for cell in self._all() if cell.table_bytes <= self.memory_limit_bytes)
+
+    def left_out(self) -> tuple[Cell, ...]:
+        """The cells whose table is larger than the memory limit."""
+        return tuple(cell for cell in self._all() if cell.table_bytes > self.memory_limit_bytes)
+
+    def _all(self) -> Iterator[Cell]:
+        for precision in self.precisions:
+            for dim in self.dims:
+                for rows in self.rows:
+                    yield from (Cell(precision, dim, rows, pooling) for pooling in self.poolings)
+
+
+def default_grid(*, quick: bool = False, dims: Sequence[int] = (), memory_limit_bytes: int = 2**31) -> Grid:
+    """The grid of `lowprec calibrate`: at most a minute on one thread, or seconds when `quick`; `dims` replace its own.
+
+    Raises `ConfigError` where not even the smallest table fits into the limit.
+    """
+    own = (16, 64) if quick else (8, 16, 32, 64, 128)
+    return Grid(
+        dims=tuple(sorted(set(dims or own))),
+        rows=(1_000, 100_000) if quick else (1_000, 100_000, 1_000_000, 10_000_000),
+        poolings=(1, 64) if quick else (1, 4, 16, 64),
+        num_repeats=5 if quick else 25,
+        memory_limit_bytes=memory_limit_bytes,
+    )
+
+
+def measure_lookups(
+    grid: Grid, *, seed: int = 0, num_threads: int = 1, progress: Progress | None = None
+) -> list[LookupTime]:
+    """The time of every cell of a grid, in its order.
+
+    Timed is the operator that serves all precisions, fp32 too, with sum pooling and without the checks of
+    `pooled_lookup`. Ids are uniform, and fresh in every call: after an untimed call, a table that fits into the CPU's
+    caches is there, and a larger one is not. Repetitions go through all cells in an order of their own, so that a
+    machine that is slow for a while is slow for all of them alike. Times do not depend on the values of a table, so
+    that all tables are views of one buffer, as large as the largest.
+
+    PyTorch's number of threads is `num_threads` meanwhile. Raises `ConfigError` when the buffer cannot be had,
+    `KernelError` without FBGEMM.
+    """
+    progress = progress or Silent()
+    cells = grid.cells()
+    rng = np.random.default_rng(seed)
+    seconds: list[list[float]] = [[] for _ in cells]
+    with _torch_threads(num_threads):
+        progress.stage("calibrate", grid.num_repeats * len(cells))
+        buffer = _filled(max(cell.table_bytes for cell in cells))
+        for _ in range(grid.num_repeats):
+            for index in rng.permutation(len(cells)):
+                seconds[index].append(_seconds_per_call(buffer, cells[index], grid.num_bags, rng))
+                progress.advance()
+    return [_summary(cell, seconds[index], grid.num_bags) for index, cell in enumerate(cells)]
+
+
+def machine_facts(grid: Grid, *, seed: int, num_threads: int) -> dict[str, str | int]:
+    """What times depend on: the CPU, the libraries, how it was measured and when."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "num_threads": num_threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fbgemm": _fbgemm_version(),
+        "num_bags": grid.num_bags,
+        "num_repeats": grid.num_repeats,
+        "seed": seed,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _seconds_per_call(buffer: torch.Tensor, cell: Cell, num_bags: int, rng: np.random.Generator) -> float:
+    import torch
+
+    num_calls = max(1, _MIN_IDS_PER_BAG // cell.pooling)
+    ids = torch.from_numpy(rng.integers(0, cell.rows, (1 + num_calls, num_bags * cell.pooling)))
+    warm_up, *timed = ids.unbind()
+    offsets = torch.arange(0, num_bags * cell.pooling + 1, cell.pooling)
+    table = buffer[: cell.table_bytes]
+    _lookup(table, cell.precision, cell.dim, warm_up, offsets)
+    began = time.perf_counter()
+    for indices in timed:
+        _lookup(table, cell.precision, cell.dim, indices, offsets)
+    return (time.perf_counter() - began) / num_calls
+
+
+def _lookup(
+    table: torch.Tensor, precision: Precision, dim: int, indices: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """`pooled_lookup` with sum pooling and nothing but the operator, for `dim` rounded up to whole bytes of codes.
+
+    The checks and their passes over ids take as long as a short lookup, and are not part of FBGEMM.
+    """
+    fixed = _constants(precision, dim)
+    pooled: torch.Tensor = _lookup_op()(
+        table,
+        fixed.no_device_weights,
+        fixed.placements,
+        fixed.weights_offsets,
+        fixed.types,
+        fixed.dim_offsets,
+        fixed.dim,
+        *fixed.max_dims,
+        indices,
+        offsets,
+        0,  # sum
+        None,  # no weights
+        0,  # fp32 output
+        row_alignment=1,
+    )
+    return pooled
+
+
+def _summary(cell: Cell, seconds: Sequence[float], num_bags: int) -> LookupTime:
+    median = statistics.median(seconds)
+    lower, upper = np.quantile(seconds, (0.25, 0.75))
+    return LookupTime(cell, 1e9 * median / num_bags, float(upper - lower) / median)
+
+
+def _filled(num_bytes: int) -> torch.Tensor:
+    # By PyTorch, as the tables of a server are: NumPy asks for huge pages, PyTorch does not.
+    import torch
+
+    try:
+        return torch.full((num_bytes,), _FILL_BYTE, dtype=torch.uint8)
+    except RuntimeError:  # PyTorch has no error of its own for memory of the CPU
+        raise ConfigError(
+            f"calibrate: the largest table takes {num_bytes:,} bytes, which this machine does not have free; "
+            "lower --memory-mb"
+        ) from None
+
+
+@contextmanager
+def _torch_threads(num_threads: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _fbgemm_version() -> str:
+    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"

@@ -1,0 +1,139 @@
+"""Lookup times: every cell of a grid, by the operator that serves, on bytes that are numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from lowprec import ops
+from lowprec.errors import ConfigError
+from lowprec.ops import timing
+from lowprec.ops.timing import Cell, Grid, default_grid, machine_facts, measure_lookups
+from lowprec.plan import Precision
+
+EVERY = list(Precision)
+
+
+def small_grid(**changes) -> Grid:
+    fields = {"dims": (16, 64), "rows": (1_000, 20_000), "poolings": (1, 64), "num_repeats": 5} | changes
+    return Grid(**{"memory_limit_bytes": 2**24, "num_bags": 256, **fields})
+
+
+def test_every_cell_has_a_time_and_64_ids_take_longer_than_one() -> None:
+    grid = small_grid()
+    times = measure_lookups(grid)
+    assert tuple(time.cell for time in times) == grid.cells()
+    assert len(times) == 5 * 2 * 2 * 2
+    assert all(time.ns_per_bag > 0 and time.spread >= 0 for time in times)
+    by_cell = {time.cell: time.ns_per_bag for time in times}
+    for dim in grid.dims:
+        for rows in grid.rows:
+            # 64 times the reads; the total over precisions is far from what a busy machine could turn round.
+            one, many = (sum(by_cell[Cell(p, dim, rows, k)] for p in EVERY) for k in (1, 64))
+            assert many > 2 * one
+
+
+@pytest.mark.parametrize("precision", EVERY)
+@pytest.mark.parametrize("dim", [1, 3, 16, 33, 64])
+def test_what_is_timed_is_the_pooled_lookup(precision: Precision, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    stored = torch.from_numpy(ops.quantize(rng.standard_normal((50, dim), dtype=np.float32), precision))
+    ids, offsets = torch.from_numpy(rng.integers(0, 50, 60)), torch.arange(0, 61, 3)
+    expected = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode="sum")
+    # A dim of no whole bytes of codes is served as the next one that is: the surplus columns are cut off.
+    timed = timing._lookup(stored.view(-1), precision, dim, ids, offsets)
+    assert torch.equal(timed[:, :dim], expected)
+
+
+@pytest.mark.parametrize("precision", EVERY)
+def test_the_buffer_holds_normal_numbers_at_every_precision(precision: Precision) -> None:
+    table = timing._filled(10 * ops.row_bytes(16, precision)).numpy().reshape(10, -1)
+    values = ops.dequantize(table, precision, 16)
+    assert (np.abs(values) > np.finfo(np.float32).smallest_normal).all() and np.isfinite(values).all()
+    if precision.is_rowwise:
+        halves = table[:, :4].copy().view(np.float16)
+        assert (halves > np.finfo(np.float16).smallest_normal).all()
+
+
+def test_ids_are_fresh_in_every_call_and_cover_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[Cell, list[np.ndarray]] = {}
+
+    def look_up(table, precision, dim, indices, offsets):
+        rows = table.numel() // ops.row_bytes(dim, precision)
+        cell = Cell(precision, dim, rows, len(indices) // (len(offsets) - 1))
+        assert offsets[-1] == len(indices)
+        seen.setdefault(cell, []).append(indices.numpy())
+
+    monkeypatch.setattr(timing, "_lookup", look_up)
+    grid = small_grid()
+    measure_lookups(grid)
+    assert seen.keys() == set(grid.cells())
+    for cell, calls in seen.items():
+        assert len(calls) == grid.num_repeats * (1 + max(1, 16 // cell.pooling))
+        assert len({ids.tobytes() for ids in calls}) == len(calls)
+        ids = np.concatenate(calls)
+        assert 0 <= ids.min() < 0.01 * cell.rows and 0.99 * cell.rows <= ids.max() < cell.rows
+
+
+def test_repetitions_are_interleaved_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(seed: int) -> list[Cell]:
+        cells: list[Cell] = []
+        monkeypatch.setattr(timing, "_seconds_per_call", lambda buffer, cell, *_: cells.append(cell) or 1.0)
+        measure_lookups(grid, seed=seed)
+        return cells
+
+    grid = small_grid()
+    size = len(grid.cells())
+    first, again, other = order(1), order(1), order(2)
+    assert first == again != other
+    rounds = [first[begin : begin + size] for begin in range(0, len(first), size)]
+    assert len(rounds) == grid.num_repeats and all(set(r) == set(grid.cells()) for r in rounds)
+    assert rounds[0] != rounds[1]
+
+
+def test_median_and_spread_are_those_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([4e-3, 1e-3, 100.0, 2e-3, 3e-3])
+    monkeypatch.setattr(timing, "_seconds_per_call", lambda *_: next(seconds))
+    (time,) = measure_lookups(
+        small_grid(dims=(16,), rows=(1_000,), poolings=(1,), precisions=(Precision.INT8,), num_bags=1000)
+    )
+    assert time.ns_per_bag == pytest.approx(3e-3 / 1000 * 1e9)
+    assert time.spread == pytest.approx((4e-3 - 2e-3) / 3e-3)  # the quartiles of 1, 2, 3, 4 and 100,000 ms
+
+
+def test_tables_over_the_limit_are_left_out_and_said() -> None:
+    grid = small_grid(memory_limit_bytes=20_000 * 64 * 2)  # fp32 at dim 64 does not fit, fp16 just does
+    left_out = grid.left_out()
+    assert {(c.precision, c.dim, c.rows) for c in left_out} == {(Precision.FP32, 64, 20_000)}
+    assert not set(left_out) & set(grid.cells())
+    assert len(left_out) + len(grid.cells()) == 40
+    assert max(cell.table_bytes for cell in grid.cells()) == grid.memory_limit_bytes
+
+
+def test_a_dim_of_which_nothing_fits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1,000 rows of fp32 at dim 100000 take 400,000,000 bytes.*--memory-mb"):
+        default_grid(quick=True, dims=[100_000], memory_limit_bytes=2**20)
+
+
+def test_memory_that_is_not_there_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="does not have free; lower --memory-mb"):
+        timing._filled(2**60)
+
+
+def test_dims_replace_those_of_the_grid() -> None:
+    assert default_grid(dims=[48, 12, 48]).dims == (12, 48)
+    assert default_grid(quick=True).rows == default_grid(quick=True, dims=[5]).rows
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    seen = []
+    with timing._torch_threads(before + 1):
+        seen.append(torch.get_num_threads())
+    assert seen == [before + 1] and torch.get_num_threads() == before
+
+
+def test_machine_facts_name_what_times_depend_on() -> None:
+    facts = machine_facts(small_grid(), seed=3, num_threads=2)
+    assert facts["num_threads"] == 2 and facts["seed"] == 3 and facts["num_bags"] == 256
+    assert facts["torch"] == torch.__version__ and str(facts["fbgemm"]).startswith("fbgemm-gpu")
+    assert facts["cpu"] and str(facts["measured_at"]).endswith("+00:00")
