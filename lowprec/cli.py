@@ -209,23 +209,26 @@ def calibrate(
 
 
 @_command("results", config=False)
-@click.argument("sql", required=False)
+@click.argument("sql", required=False, metavar="[SQL|sensitivities]")
 @click.option("--root", default=lambda: os.environ.get("LOWPREC_RESULTS", "runs"), help="Results root [default: runs].")
-@click.option("--run", "run_id", metavar="RUN", help="The run whose front to show, instead of the latest.")
+@click.option("--run", "run_id", metavar="RUN", help="The run to show, instead of the latest.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "parquet"]), default="table")
 @click.option("--out", type=click.Path(path_type=Path), help="Write to a file (needed for parquet on a terminal).")
 def results(sql: str | None, root: str, run_id: str | None, form: Format, out: Path | None, as_json: bool) -> None:
-    """Query results with SQL; without SQL, the latest search's Pareto front."""
-    from lowprec.results import latest_front, query
+    """Query results with SQL; without, the latest search's Pareto front; `sensitivities`: each table by itself."""
+    from lowprec.results import latest_front, query, sensitivity_report
     from lowprec.results.output import write_frame
 
-    frame = query(sql, root) if sql else latest_front(root, run_id)
-    if sql or as_json or form != "table":
+    is_report = sql == "sensitivities"
+    shown = sensitivity_report if is_report else latest_front
+    frame = query(sql, root) if sql and not is_report else shown(root, run_id)
+    if (sql and not is_report) or as_json or form != "table":
         write_frame(frame, form="json" if as_json else form, out=out)
     else:
-        from lowprec.render import render_front
+        from lowprec.render import render_front, render_sensitivities
 
-        render_front([{str(k): v for k, v in row.items()} for row in frame.to_dict("records")])
+        rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+        (render_sensitivities if is_report else render_front)(rows)
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def _config(folder: Path, root: Path, *overrides: str) -> Config:
             "args": {"embedding_dim": 8, "bottom": [8], "top": [16]},
             "checkpoint": str(folder / "model.safetensors"),
         },
-        "search": {"budget": 0.5, "max_trials": 24, "wave_size": 6, "sensitivity_batches": 3},
+        "search": {"budget": 0.5, "max_trials": 24, "wave_size": 6, "sensitivity_examples": 1024},
         "evaluation": {"num_workers": 0, "batches_per_task": 2},
         "results": {"root": str(root)},
     }

@@ -94,12 +94,14 @@ def design_effect(moments: RatioMoments, blocks: Blocks) -> float:
     Under MIN_BLOCKS blocks it is 1, and so it is where the blocks vary no more than chance would have them do in 19 of
     20 windows: with 20 blocks the factor itself is only known to within a third.
     """
-    num_blocks = len(blocks.x)
+    # A window of few batches leaves blocks empty: those are none.
+    seen = blocks.y > 0
+    num_blocks = int(seen.sum())
     if num_blocks < MIN_BLOCKS:
         return 1.0
     ratio = moments.ratio
     of_units = moments.xx - 2 * ratio * moments.xy + ratio**2 * moments.yy
-    deviations = blocks.x - ratio * blocks.y
+    deviations = (blocks.x - ratio * blocks.y)[seen]
     of_blocks = float(np.square(deviations - deviations.mean()).sum()) * num_blocks / (num_blocks - 1)
     factor = of_blocks / of_units if of_units > 0 else 1.0
     # The 95 percent point of chi-squared over its degrees of freedom (Wilson and Hilferty, 1931).

@@ -125,7 +125,8 @@ def _estimate(
     alpha = 1 - confidence
     seen = sums.exact.metrics(k, confidence=confidence)
     sampled_gap, sampled_kl = sums.exact.evidence(k)
-    window_loss, share = profile.loss, sums.y / profile.loss
+    # Where no slice seen has a label, nothing is added to what is predicted, and nothing is concluded.
+    window_loss, share = profile.loss, sums.y / profile.loss or math.inf
     of_window = (1 - RESIDUAL_SHARE) * alpha
     rest = [
         residual_radius(residuals, sums, k, num_slices=num_slices, alpha=RESIDUAL_SHARE * alpha)

@@ -23,8 +23,8 @@ NUM_BLOCKS = 20
 class Evaluation:
     """The metrics of every plan over the same examples, and what happened to the rows on the way.
 
-    `use` says how the window uses each table. `is_complete` is False where the evaluation was given up for its bad rows;
-    metrics are then of a part of the window.
+    `use` says how the window uses each table. `is_complete` is False where the evaluation was given up for its bad
+    rows; metrics are then of a part of the window.
     """
 
     plans: tuple[Plan, ...]

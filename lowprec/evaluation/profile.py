@@ -164,12 +164,12 @@ class Profile:
         `first` replaces the measured first-order sums, float64[D].
         """
         quadratic = 0.5 * self.second.quadratic(z)
-        linear = z @ (self.first if first is None else first)
+        linear = _dots(z, self.first if first is None else first)
         return 100 * (linear + quadratic) / self.loss, 100 * quadratic / self.loss
 
     def block_sums(self, z: Float) -> tuple[Float, Float]:
         """The predicted loss change of each plan in each block, float64[P, num_blocks], and each block's loss."""
-        change = [z @ block.first + 0.5 * block.second.quadratic(z) for block in self.blocks]
+        change = [_dots(z, block.first) + 0.5 * block.second.quadratic(z) for block in self.blocks]
         return np.stack(change, axis=1), np.array([block.loss for block in self.blocks])
 
     def moments(self, z: Float) -> list[RatioMoments]:
@@ -183,7 +183,7 @@ class Profile:
         loss[-1] = 1.0
         xx, (yy,) = self.evidence.quadratic(ahead), self.evidence.quadratic(loss[None])
         xy = (self.evidence.quadratic(ahead + loss) - self.evidence.quadratic(ahead - loss)) / 4
-        x = z @ self.first + 0.5 * self.second.quadratic(z)
+        x = _dots(z, self.first) + 0.5 * self.second.quadratic(z)
         n, y = self.num_rows, self.loss
         return [
             RatioMoments(n, float(a), y, max(float(b), 0.0), float(c), float(yy), xxxx=float(b) ** 2 / max(n, 1))
@@ -289,6 +289,11 @@ def _evidence(
     if batch.groups is not None:
         keys = batch.groups[rows].astype(np.uint64)
     return SketchedMoment.of(v, ones, keys, GROUP_SKETCH_BUCKETS, by_group=by_group)
+
+
+def _dots(z: Float, v: Float) -> Float:
+    """z @ v, but the last bits of a row do not depend on how many rows there are."""
+    return np.array([row @ v for row in z])
 
 
 def _sketch_buckets(num_blocks: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lowprec.errors import ConfigError, ResultsError
+from lowprec.errors import ConfigError, LowprecError, ResultsError
 from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile import BlockSums, Column, Profile
 from lowprec.evaluation.rows import RowAccount, TableUse
@@ -90,7 +89,8 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Path) 
 def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
     """Read a profile; raises `ConfigError` where the file is none, or of another checkpoint, window or space."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: of a broken file, NumPy would leave its own handle open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             if meta.get("format_version") != FORMAT_VERSION:
                 raise ConfigError(
@@ -105,7 +105,9 @@ def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
             return _measured(meta, {name: file[name] for name in file.files})
     except FileNotFoundError:
         raise ConfigError(f"profile {path}: there is no such file") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except LowprecError:
+        raise
+    except Exception as error:  # a broken archive may fail in any way: zlib.error, TypeError, NotImplementedError ...
         raise ConfigError(
             f"profile {path}: is no profile of lowprec, or a broken one ({type(error).__name__}: {error}); "
             "leave --profile out to measure it again"

@@ -1,8 +1,8 @@
 """A race: plans evaluated exactly on slices of a window in random order, with the profile as control variate.
 
-A slice is a stretch of a batch. On every slice the loss change of a plan is measured exactly and predicted from the first-order logit changes. The
-prediction is known over the whole window from the profile, so only the difference of the two, which varies far less
-than the change itself (make bench NAME=control_variate), has to be estimated from the slices seen.
+A slice is a stretch of a batch. On every slice the loss change of a plan is measured exactly and predicted from the
+first-order logit changes. The prediction is known over the whole window from the profile, so only the difference of the
+two, which varies far less than the change itself (make bench NAME=control_variate), is estimated from the slices seen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Residuals:
     def of_slice(cls, e: Float, y: Float) -> Residuals:
         """Of one slice; e: float64[P, B], y: float64[B]."""
         total, loss = e.sum(axis=1), float(y.sum())
-        return cls(total, total**2, total * loss, np.square(e).sum(axis=1), e @ y)
+        return cls(total, total**2, total * loss, np.square(e).sum(axis=1), (e * y).sum(axis=1))
 
     def only(self, plans: Sequence[int]) -> Residuals:
         """Those of some of the plans."""
@@ -127,8 +127,9 @@ class RaceTask:
         y = batch.labels[rows].astype(np.float64)
         w = np.ones(len(y)) if batch.weights is None else batch.weights[rows]
         z, changed = logits.reference[rows].astype(np.float64), logits.plans[:, rows].astype(np.float64)
-        chosen = np.array([[plan[unit] is p for unit, p in self.columns] for plan in self.plans], dtype=np.float32)
-        moved = (chosen.reshape(len(self.plans), len(self.columns)) @ s[:, rows]).astype(np.float64)
+        # Plan by plan, and not as one matrix product: its last bits would depend on the company.
+        chosen = [[k for k, (unit, p) in enumerate(self.columns) if plan[unit] is p] for plan in self.plans]
+        moved = np.stack([s[found][:, rows].sum(axis=0) for found in chosen]).astype(np.float64)
         softplus, softplus_changed = _softplus(z), _softplus(changed)
         p = np.exp(z - softplus)
         loss = w * (softplus - y * z)

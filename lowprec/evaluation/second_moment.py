@@ -37,7 +37,7 @@ class SecondMoment(Protocol):
         """The standard deviation of `quadratic`, relative to its value; 0 where it is exact."""
 
     def quadratic(self, z: Float) -> Float:
-        """z^T M z of every row of z, float64[P]; z: float64[P, D]."""
+        """z^T M z of every row of z, float64[P]; z: float64[P, D]. A row's value does not depend on the others."""
 
     def squared_correlations(self, among: NDArray[np.bool_]) -> float:
         """The sum of squared correlations between the directions in `among` (bool, up to D), each with itself too."""
@@ -85,7 +85,7 @@ class DenseMoment:
 
     def quadratic(self, z: Float) -> Float:
         """z^T M z of every row of z, float64[P]."""
-        return np.asarray(((z @ self.matrix) * z).sum(axis=1))
+        return np.array([row @ self.matrix @ row for row in z])
 
     def squared_correlations(self, among: NDArray[np.bool_]) -> float:
         """The sum of squared correlations."""
@@ -160,10 +160,11 @@ class SketchedMoment:
 
     def quadratic(self, z: Float) -> Float:
         """An estimate of z^T M z of every row of z, float64[P]."""
-        total = np.square(z @ self.rows.T).sum(axis=1)
+        total = np.array([np.square(self.rows @ row).sum() for row in z])
         if self.squares is not None:
-            total += np.square(z) @ (self.squares - self._sketched_squares)
-        return np.asarray(total)
+            rest = self.squares - self._sketched_squares
+            total += np.array([np.square(row) @ rest for row in z])
+        return total
 
     def squared_correlations(self, among: NDArray[np.bool_]) -> float:
         """An estimate of the sum of squared correlations; too high by about (number of directions)^2 / buckets."""

@@ -19,7 +19,7 @@ from lowprec.results.store import ResultsStore
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["latest_front", "query", "query_arrow"]
+__all__ = ["latest_front", "query", "query_arrow", "sensitivity_report"]
 
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _GAP = r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
@@ -42,10 +42,13 @@ _FRONT_COLUMNS = (
     "gap_lower_pct",
     "gap_upper_pct",
     "kl_pct",
+    "promised_pct",
+    "latency_ns",
     "verdict",
     "recommended",
     "evaluation",
     "num_examples",
+    "num_exact",
     "window",
     "trial_key",
 )
@@ -87,7 +90,7 @@ def query_arrow(sql: str, root: str | Path = "runs", storage_options: Mapping[st
 def latest_front(
     root: str | Path = "runs", run_id: str | None = None, storage_options: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
-    """The plans that no other plan of a run beats in both bytes and gap, and the recommended one, cheapest first.
+    """The plans that no other plan of a run beats in both cost and gap, and the recommended ones, cheapest first.
 
     Of the exact evaluations of `run_id`, or of the latest finished run that has any, else of the latest run.
     `precisions` counts the tables at each precision. Raises `QueryError` when there is no such run.
@@ -97,18 +100,41 @@ def latest_front(
     store = ResultsStore(root, storage_options)
     store.check_not_empty()
     trials = store.read("trials", evaluation="exact").to_pandas()
-    runs = store.read("runs").to_pandas()
-    chosen = _run_to_show(runs, trials, str(root), run_id)
+    chosen = _run_to_show(store.read("runs").to_pandas(), trials, str(root), run_id)
+    starred = _recommended_keys(chosen)
     trials = trials[(trials["run_id"] == chosen["run_id"]) & trials["gap_pct"].notna()]
     front, best = [], float("inf")
-    for _, trial in trials.sort_values(["size_bytes", "gap_pct", "number"]).iterrows():
-        is_recommended = trial["trial_key"] == chosen["recommended_trial_key"]
-        if trial["gap_pct"] < best or is_recommended:
+    for _, trial in trials.sort_values(["cost", "gap_pct", "number"]).iterrows():
+        if trial["gap_pct"] < best or trial["trial_key"] in starred:
             best = min(best, trial["gap_pct"])
             front.append({**trial, "precisions": precision_counts(json.loads(trial["plan_json"]).values())})
     frame = pd.DataFrame(front, columns=list(dict.fromkeys((*trials.columns, *_FRONT_COLUMNS))))
-    frame["recommended"] = frame["trial_key"] == chosen["recommended_trial_key"]
+    frame["recommended"] = frame["trial_key"].isin(starred)
     return frame[list(_FRONT_COLUMNS)]
+
+
+def sensitivity_report(
+    root: str | Path = "runs", run_id: str | None = None, storage_options: Mapping[str, str] | None = None
+) -> pd.DataFrame:
+    """What each table does at each precision by itself, the cheapest choices in gap for each megabyte saved first.
+
+    Of `run_id`, or of the latest finished run that has trials, else of the latest run. Raises `QueryError` when there
+    is no such run.
+    """
+    store = ResultsStore(root, storage_options)
+    store.check_not_empty()
+    runs, trials = store.read("runs").to_pandas(), store.read("trials", evaluation="exact").to_pandas()
+    chosen = _run_to_show(runs, trials, str(root), run_id)
+    frame = store.read("sensitivities", run_id=chosen["run_id"]).to_pandas()
+    frame = frame.sort_values(["gap_pct_per_mb", "unit", "precision"], ignore_index=True)
+    report: pd.DataFrame = frame.drop(columns=["row_key", "committed_at"])
+    return report
+
+
+def _recommended_keys(run: pd.Series) -> set[str]:
+    """The trials that a run recommends, one for each of its budgets."""
+    summary = json.loads(run["summary_json"]) if isinstance(run["summary_json"], str) else {}
+    return {r["trial_key"] for r in summary.get("recommendations", ())} | {run["recommended_trial_key"]}
 
 
 def _run_to_show(runs: pd.DataFrame, trials: pd.DataFrame, root: str, run_id: str | None) -> pd.Series:

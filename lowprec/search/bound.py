@@ -126,24 +126,21 @@ def _product(rest: Matrix, mixture: Float) -> Float:
 
 def _multiplier(model: ProxyModel, table: Index, slope: Float) -> Float:
     """Prices of the limits that lift the least of slope . z + multiplier . (usage - bound), by coordinate bisection."""
-    multiplier = np.zeros(len(model.limits))
-    rows = np.arange(len(table))
-    for k in [k for _ in range(min(2, len(multiplier))) for k in range(len(multiplier))]:
+    multiplier, rows = np.zeros(len(model.limits)), np.arange(len(table))
+    for k in [*range(len(multiplier))] * min(2, len(multiplier)):
         multiplier[k] = 0.0
-        others = slope + multiplier @ model.usage
-        low, high = 0.0, np.inf
-        spread = float(np.ptp(model.usage[k])) or 1.0
-        tried = 0.0
+        others, usage = slope + multiplier @ model.usage, model.usage[k]
+        first = 1e-3 * (float(np.ptp(slope)) or 1.0) / (float(np.ptp(usage)) or 1.0)
+        low, high, tried = 0.0, np.inf, 0.0
         for _ in range(40):
-            total = others + tried * model.usage[k]
+            total = others + tried * usage
             plan = table[rows, total[table].argmin(axis=1)]
-            if model.usage[k][plan].sum() > model.at_most[k]:
+            if usage[plan].sum() > model.at_most[k]:
                 low = tried
             else:
                 high = tried
             if high == 0.0:
                 break
-            tried = (float(np.ptp(slope)) or 1.0) / spread * 1e-3 if low == 0 == tried else tried
-            tried = 4 * max(low, tried) if np.isinf(high) else 0.5 * (low + high)
+            tried = max(4 * low, first) if np.isinf(high) else 0.5 * (low + high)
         multiplier[k] = low
     return multiplier

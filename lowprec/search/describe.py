@@ -9,6 +9,7 @@ from lowprec.cost import unit_bytes
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.plan import Precision
 from lowprec.search.job import Job
+from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
 
 __all__ = ["describe_job", "notes_on"]
@@ -93,8 +94,14 @@ def describe_profile(surrogate: Surrogate) -> dict[str, Any]:
         "second_order_error": surrogate.profile.second.relative_error,
         "front_plans": len(front.points),
         "front_is_exact": front.is_exact,
-        "front_worst_distance": front.worst_distance,
+        # How much cheaper than the cheapest plan of the front at a budget another plan could be, at most.
+        "front_distance": max(_distance(front, budget) for budget, front in surrogate.secure.items()),
         "logit_shift": first.shift,
         "logit_scale": first.scale,
         "first_order_kept": {"shift": first.shift_kept, "scale": first.scale_kept, "rest": first.rest_kept},
     }
+
+
+def _distance(front: ProxyFront, budget_pct: float) -> float:
+    point = front.cheapest_within(budget_pct)
+    return (point.cost - point.cost_bound) / point.cost if point and point.cost else 0.0

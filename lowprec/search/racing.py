@@ -76,9 +76,12 @@ def race(
 ) -> list[Finish]:
     """Race plans on the slices of a window in the random `order`; finishes in the order of plans.
 
-    `run_lap` evaluates plans on slices. A plan stops when every budget has its verdict, when a plan that costs no more
+    `run_lap` evaluates plans on slices. A plan stops when every budget has its verdict, when a rival that costs no more
     is better on this window with confidence, or when the slices not seen no longer matter (or would take too long).
+    Plans of one race are no rivals of each other, so what is found of a plan does not depend on its company: a wave that
+    was cut in two is the same as a whole one.
     """
+    known = [(rival.cost, rival.on_window.upper) for rival in rivals]
     finished: dict[int, Finish] = {}
     running = list(range(len(plans)))
     sums: RaceSums | None = None
@@ -101,8 +104,6 @@ def race(
                 strict=True,
             )
         )
-        known = [(r.cost, r.on_window.upper) for r in (*rivals, *finished.values())]
-        known += [(costs[k], estimate.on_window.upper) for k, estimate in found.items()]
         for k, estimate in found.items():
             why = _decided(estimate, costs[k], known, budgets)
             if why or seen == planned[-1]:

@@ -97,6 +97,7 @@ class _Search:
         progress.note(f"run {record.run_id}")
 
     def run(self) -> SearchOutcome:
+        self._known_trials()  # a resumption on other traffic ends here, before anything is measured
         surrogate = self._surrogate()
         self._sensitivities(surrogate)
         trials = self._waves(surrogate)
@@ -220,8 +221,8 @@ class _Search:
         known = [Known(t.plan, t.cost, t.metrics.gap_pct) for t in before]
         is_first = all(trial.kind == "uniform" for trial in before)
         seed = int(np.random.SeedSequence([self._settings.seed, wave]).generate_state(1)[0])
-        # Half of what may be tried is of the front, in one wave; the rest is what the sampler proposes around it.
-        count = max(size, self._settings.max_trials // 2) if is_first else size
+        # The front gets a wave of double size; those that follow are what the sampler proposes around it.
+        count = 2 * size if is_first else size
         plans = propose(
             space,
             known,

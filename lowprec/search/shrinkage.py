@@ -1,8 +1,8 @@
 """First-order sums without the part of them that is label noise.
 
-On finite traffic the first-order sums a = sum of w r s are mostly noise, and a search that minimises them picks the plans
-that noise favours. What is real in them comes from the reference model being wrong: where it is calibrated given its
-inputs, the expectation of r, and so of a, is zero. Two ways of being wrong are told apart:
+On finite traffic the first-order sums a = sum of w r s are mostly noise, and a search that minimises them picks the
+plans that noise favours. What is real in them comes from the reference model being wrong: where it is calibrated given
+its inputs, the expectation of r, and so of a, is zero. Two ways of being wrong are told apart:
 
 - its logits are shifted or scaled as a whole. These are two numbers, well known from a few thousand examples, and they
   imply a: with r = h (shift + scale z_ref) it is the same combination of two columns of Q. Each of the two is shrunk by

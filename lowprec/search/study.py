@@ -49,8 +49,8 @@ def propose(
     """Up to `count` plans not known yet, minimising (cost, gap) under gap <= budget; fewer when none are left.
 
     `enqueued` plans come first, whatever the sampler thinks. The study begins with what is `known` and with the points
-    of the proxy's `front`, so the sampler proposes around both; of its proposals those with the least `excess` (float64,
-    one a plan) are taken. The same arguments give the same plans, in this process or another.
+    of the proxy's `front`, so the sampler proposes around both; of its proposals those with the least `excess`
+    (float64, one a plan) are taken. The same arguments give the same plans, in this process or another.
     """
     distributions: dict[str, BaseDistribution] = {
         d.name: CategoricalDistribution([str(p) for p in d.choices]) for d in space.free

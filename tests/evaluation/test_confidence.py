@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from lowprec.evaluation.confidence import MIN_UNITS, Interval, RatioMoments, radius, ratio_interval, verdict
+from lowprec.evaluation.confidence import (
+    MIN_BLOCKS,
+    MIN_UNITS,
+    Blocks,
+    Interval,
+    RatioMoments,
+    design_effect,
+    radius,
+    ratio_interval,
+    verdict,
+)
 
 
 def moments(x, y, n):
@@ -106,3 +116,80 @@ def test_a_denominator_that_may_be_zero_says_nothing():
 )
 def test_verdicts(interval, expected):
     assert verdict(interval, 0.5) == expected
+
+
+def blocks_of(x, y, num_blocks):
+    parts = [np.array_split(v, num_blocks) for v in (x, y)]
+    return Blocks(*(np.array([part.sum() for part in v]) for v in parts))
+
+
+def in_blocks(rng, n, num_blocks, offset):
+    """Loss changes at a ratio of 0.001 with an offset that the examples of a block share, in deviations of one."""
+    x, y = draw(rng, n, 0.001)
+    spread = float((x - 0.001 * y).std())
+    shared = offset * spread * rng.normal(size=num_blocks)
+    return x + np.repeat(shared, -(-n // num_blocks))[:n], y
+
+
+def test_independent_units_have_no_design_effect():
+    """In 19 of 20 windows it is 1, and where it is not it is small."""
+    rng, runs = np.random.default_rng(6), 2000
+    effects = []
+    for _ in range(runs):
+        x, y = in_blocks(rng, 2000, 20, 0.0)
+        effects.append(design_effect(moments(x, y, 2000), blocks_of(x, y, 20)))
+    above = np.mean(np.array(effects) > 1)
+    assert above == pytest.approx(0.05, abs=3 * math.sqrt(0.05 * 0.95 / runs))
+    assert min(effects) == 1.0 and max(effects) < 4
+
+
+@pytest.mark.parametrize("effect", [3.0, 10.0])
+def test_the_design_effect_is_about_right_where_blocks_share_an_offset(effect):
+    rng, runs, n = np.random.default_rng(7), 400, 2000
+    offset = math.sqrt((effect - 1) / (n / 20))
+    found = []
+    for _ in range(runs):
+        x, y = in_blocks(rng, n, 20, offset)
+        found.append(design_effect(moments(x, y, n), blocks_of(x, y, 20)))
+    # Units themselves vary by 1 + offset^2; of 20 blocks the factor is known to within sqrt(2 / 19) of it.
+    assert np.mean(found) == pytest.approx(effect, rel=0.1)
+    assert np.std(found) == pytest.approx(effect * math.sqrt(2 / 19), rel=0.3)
+
+
+@pytest.mark.parametrize("num_seen", [20, 4])
+def test_blocks_without_examples_are_no_blocks(num_seen):
+    """A window of few batches leaves blocks empty; few blocks say too little, whatever their number on paper."""
+    rng, runs, n = np.random.default_rng(8), 1000, 100 * num_seen
+    above = 0
+    for _ in range(runs):
+        x, y = in_blocks(rng, n, num_seen, 0.0)
+        seen = blocks_of(x, y, num_seen)
+        padded = Blocks(*(np.concatenate([v, np.zeros(20 - num_seen)]) for v in (seen.x, seen.y)))
+        above += design_effect(moments(x, y, n), padded) > 1
+        assert num_seen >= MIN_BLOCKS or design_effect(moments(x, y, n), seen) == 1.0
+    assert above / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+@pytest.mark.parametrize("offset", [0.05, 0.1, 0.2, 0.6])
+def test_with_blocks_a_plan_right_at_the_budget_is_rarely_certified(offset):
+    """Changes that share an offset in every time block: without blocks they would be certified too often."""
+    rng, runs, alpha, n = np.random.default_rng(9), 800, 0.05, 2000
+    certified = naive = 0
+    for _ in range(runs):
+        x, y = in_blocks(rng, n, 20, offset)
+        found = moments(x, y, n)
+        certified += ratio_interval(found, alpha, blocks=blocks_of(x, y, 20)).upper < 0.001
+        naive += ratio_interval(found, alpha).upper < 0.001
+    assert certified / runs <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+    if offset >= 0.2:
+        assert naive / runs > alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_blocks_only_widen():
+    rng = np.random.default_rng(10)
+    for offset in (0.0, 0.3):
+        x, y = in_blocks(rng, 2000, 20, offset)
+        found, over_time = moments(x, y, 2000), blocks_of(x, y, 20)
+        wide, narrow = ratio_interval(found, 0.05, blocks=over_time), ratio_interval(found, 0.05)
+        assert wide.lower <= narrow.lower and wide.upper >= narrow.upper
+        assert (wide != narrow) == (design_effect(found, over_time) > 1)

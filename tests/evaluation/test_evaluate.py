@@ -8,7 +8,7 @@ import pytest
 from lowprec.errors import ModelError, TrafficError, WorkerError
 from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import Chunk, LocalWorkers, Task
+from lowprec.evaluation.worker import Chunk, ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 
@@ -96,10 +96,10 @@ def test_an_id_out_of_range_stops_with_its_place(small_config):
 
 def test_chunks_of_a_task_do_not_depend_on_what_the_worker_did_before(job):
     window = job.window("search")
-    task = Task(tuple(plans_of(job)), (2, 3))
+    task = ExactTask(tuple(plans_of(job)), (2, 3))
     fresh: Chunk = next(LocalWorkers(job.spec, job.adapter).run(window, [task]))
     used = LocalWorkers(job.spec, job.adapter)
-    list(used.run(window, [Task(tuple(plans_of(job)[::-1]), (0, 1, 2))]))
+    list(used.run(window, [ExactTask(tuple(plans_of(job)[::-1]), (0, 1, 2))]))
     again: Chunk = next(used.run(window, [task]))
     assert again.sums.moments.tobytes() == fresh.sums.moments.tobytes()
 
@@ -125,7 +125,7 @@ def test_a_window_that_is_nearly_all_bad_is_given_up_early(small_config, small_f
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    import lowprec.evaluation.evaluate as module
+    import lowprec.evaluation.rows as module
 
     monkeypatch.setattr(module, "MAX_BAD_ROWS_HELD", 3000)
     table = pq.read_table(small_folder / "traffic")
@@ -164,7 +164,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(job, monkeypatch):
         with pytest.raises(WorkerError, match="the worker died .* resume"):
             window = job.window("search")
             for _ in range(10):
-                for _ in workers.run(window, [Task(tuple(plans_of(job)), (0,))]):
+                for _ in workers.run(window, [ExactTask(tuple(plans_of(job)), (0,))]):
                     kill(None)
     finally:
         workers.close()

@@ -9,7 +9,7 @@ import pytest
 from deltalake import write_deltalake
 
 from lowprec.errors import QueryError, ResultsError
-from lowprec.results import ResultsStore, latest_front, query, query_arrow
+from lowprec.results import ResultsStore, latest_front, query, query_arrow, sensitivity_report
 from lowprec.results.schema import TABLES, to_arrow
 
 
@@ -194,7 +194,7 @@ def searched(tmp_path, row):
     store = ResultsStore(tmp_path)
     runs = [("old", "done", 1), ("new", "done", 2), ("open", "running", 3), ("check", "done", 4)]
     for run_id, status, hour in runs:
-        values = {"started_at": START + timedelta(hours=hour), "recommended_trial_key": "t2"}
+        values = {"started_at": START + timedelta(hours=hour), "recommended_trial_key": "t2", "summary_json": None}
         store.append("runs", [row("runs", run_id, run_id=run_id, version=0, status=status, **values)])
     points = [(100, 0.9), (100, 0.5), (200, 0.1), (300, 0.2), (400, -0.1), (500, None)]
     plan = json.dumps({"table:a": "int4", "table:b": "int8", "table:c": "int4"})
@@ -203,6 +203,7 @@ def searched(tmp_path, row):
         for i, (size_bytes, gap_pct) in enumerate(points):
             evaluation = "verify" if run_id == "check" else "exact"
             values = {"run_id": run_id, "trial_key": f"t{i}", "number": i, "size_bytes": size_bytes, "plan_json": plan}
+            values |= {"cost": float(size_bytes)}
             values |= {"gap_pct": None if gap_pct is None else gap_pct + hour, "evaluation": evaluation}
             rows.append(row("trials", f"{run_id}/{i}", **values))
         # The confirmation of a plan is another number: it must not enter the front.
@@ -222,6 +223,45 @@ def test_the_front_of_the_latest_finished_search(searched):
     assert {"gap_lower_pct", "gap_upper_pct", "evaluation", "window", "num_examples"} <= set(front.columns)
 
 
+def test_the_front_is_over_what_the_search_minimised_and_marks_a_plan_for_each_budget(tmp_path, row):
+    store = ResultsStore(tmp_path)
+    summary = json.dumps({"recommendations": [{"trial_key": "t0"}, {"trial_key": "t3"}]})
+    store.append(
+        "runs", [row("runs", "a", run_id="a", status="done", summary_json=summary, recommended_trial_key="t0")]
+    )
+    points = [(300, 1.0, 0.3), (200, 2.0, 0.2), (100, 3.0, 0.25), (400, 4.0, 0.4)]  # bytes, latency, gap
+    store.append(
+        "trials",
+        [
+            row("trials", f"k{i}", run_id="a", trial_key=f"t{i}", number=i, evaluation="exact", plan_json="{}")
+            | {"size_bytes": size, "cost": cost, "gap_pct": gap}
+            for i, (size, cost, gap) in enumerate(points)
+        ],
+    )
+    front = latest_front(tmp_path)
+    assert front["number"].tolist() == [0, 1, 3]
+    assert front["recommended"].tolist() == [True, False, True]
+
+
+def test_the_report_of_sensitivities_is_of_one_run_and_the_best_bargains_come_first(searched, row):
+    store = ResultsStore(searched)
+    for run_id in ("old", "new"):
+        found = [("table:a", "int4", 0.3), ("table:b", "int2", -0.1), ("table:a", "int8", None)]
+        store.append(
+            "sensitivities",
+            [
+                row("sensitivities", f"{run_id}/{unit}/{precision}", run_id=run_id, unit=unit, precision=precision)
+                | {"gap_pct_per_mb": per_mb}
+                for unit, precision, per_mb in found
+            ],
+        )
+    report = sensitivity_report(searched)
+    assert set(report["run_id"]) == {"new"}
+    assert report["unit"].tolist() == ["table:b", "table:a", "table:a"]
+    assert {"gap_pct", "gap_lower_pct", "gap_upper_pct", "bytes_saved", "linearization_error"} <= set(report.columns)
+    assert set(sensitivity_report(searched, "old")["run_id"]) == {"old"}
+
+
 def test_the_front_of_a_given_run(searched):
     front = latest_front(searched, "open")
     assert set(front["run_id"]) == {"open"}
@@ -232,7 +272,7 @@ def test_the_front_of_a_given_run(searched):
 
 def test_the_front_of_a_root_with_no_finished_run(tmp_path, row):
     store = ResultsStore(tmp_path)
-    store.append("runs", [row("runs", "a", run_id="a", status="running")])
+    store.append("runs", [row("runs", "a", run_id="a", status="running", summary_json=None)])
     with pytest.raises(QueryError, match="no search has results under"):
         latest_front(tmp_path)
     assert latest_front(tmp_path, "a").empty

@@ -1,4 +1,4 @@
-"""Where plans come from: sensitivities, the greedy path, and Optuna; and which one is recommended."""
+"""Where plans come from: uniform ones, the front, and Optuna around it; and which one is recommended."""
 
 import math
 
@@ -7,13 +7,13 @@ import pytest
 
 from lowprec.config import SpaceConfig
 from lowprec.evaluation.confidence import Interval
-from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended
-from lowprec.search.greedy import Sensitivity, greedy_path, plans_around_budget, single_swaps, uniform_plans
+from lowprec.search.sensitivity import single_swaps
 from lowprec.search.space import build_space
-from lowprec.search.study import propose
+from lowprec.search.study import Known, propose
 from lowprec.search.trial import Trial, pareto_front
 
 UNITS = tuple(Unit(f"table:{k}", 100 * (k + 1), 16) for k in range(6))
@@ -31,29 +31,28 @@ def true_gap(plan):
 
 def metrics(gap, half_width=0.0, kl=None):
     return PlanMetrics(
-        1000, 1000, gap, Interval(gap - half_width, gap + half_width), gap if kl is None else kl,
+        1000, 1000, 1000, gap, Interval(gap - half_width, gap + half_width), gap if kl is None else kl,
         Interval(gap, gap), 0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95,
     )  # fmt: skip
 
 
+def trial_of(number, plan, size_bytes, found, wave=0):
+    on_window = Interval(found.gap_pct, found.gap_pct)
+    return Trial(f"k{number}", number, wave, "t", plan, size_bytes, None, size_bytes, 0.01, found, on_window, ROWS)
+
+
 def trial(plan, number=0, wave=0, half_width=0.0, space=SPACE):
-    return Trial(
-        f"k{number}", number, wave, "t", plan, space.size_bytes(plan), metrics(true_gap(plan), half_width), ROWS
-    )
+    return trial_of(number, plan, space.size_bytes(plan), metrics(true_gap(plan), half_width), wave)
 
 
-def sensitivities(space=SPACE):
-    base = space.size_bytes(space.most_exact)
-    return [
-        Sensitivity(s.decision, s.precision, base - space.size_bytes(s.plan), metrics(true_gap(s.plan)))
-        for s in single_swaps(space)
-    ]
+def known(plans, space=SPACE):
+    return [Known(plan, space.size_bytes(plan), true_gap(plan)) for plan in plans]
 
 
 def test_uniform_plans_come_first_and_once():
-    assert [set(p.values()) for p in uniform_plans(SPACE)] == [{p} for p in Precision]
+    assert [set(p.values()) for p in SPACE.uniform_plans()] == [{p} for p in Precision]
     fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
-    assert len(uniform_plans(fixed)) == 1
+    assert len(fixed.uniform_plans()) == 1
 
 
 def test_single_swaps_change_one_decision():
@@ -63,54 +62,51 @@ def test_single_swaps_change_one_decision():
         assert [n for n, p in swap.plan.items() if p is not Precision.FP32] == [swap.decision]
 
 
-def test_the_greedy_path_goes_from_exact_to_cheap_and_every_point_is_on_the_front():
-    """With additive gaps the path is the lower convex hull of all plans, so no plan may beat any point of it."""
-    path = greedy_path(SPACE, sensitivities())
-    assert path[0].plan == SPACE.most_exact and path[-1].plan == SPACE.cheapest
-    sizes = [SPACE.size_bytes(s.plan) for s in path]
-    assert sizes == sorted(sizes, reverse=True)
-    for step in path:
-        assert step.kl_pct == pytest.approx(true_gap(step.plan), rel=1e-9)
+def seeds(count=20):
     rng = np.random.default_rng(0)
-    for _ in range(3000):
-        plan = SPACE.plan({d.name: d.choices[rng.integers(len(d.choices))] for d in SPACE.decisions})
-        beaten = [
-            s
-            for s in path
-            if true_gap(plan) < s.kl_pct * (1 - 1e-9) and SPACE.size_bytes(plan) < SPACE.size_bytes(s.plan)
-        ]
-        assert not beaten
-
-
-def test_a_swap_whose_gap_is_unknown_is_not_on_the_path():
-    found = [
-        Sensitivity(
-            s.decision, s.precision, s.bytes_saved, metrics(math.nan) if s.precision is Precision.INT2 else s.metrics
-        )
-        for s in sensitivities()
+    plans = [
+        SPACE.plan({d.name: d.choices[rng.integers(len(d.choices))] for d in SPACE.decisions}) for _ in range(count)
     ]
-    assert all(p is not Precision.INT2 for step in greedy_path(SPACE, found) for p in step.plan.values())
+    return list(dict.fromkeys([*SPACE.uniform_plans(), *plans]))
 
 
-def test_plans_around_the_budget_straddle_it():
-    plans = plans_around_budget(greedy_path(SPACE, sensitivities()), 0.1, 8)
-    gaps = [true_gap(p) for p in plans]
-    assert len(set(plans)) == len(plans) <= 8
-    assert min(gaps) <= 0.1 / 8 and 0.1 < max(gaps) <= 0.4
+def test_proposals_are_new_legal_and_a_function_of_what_is_known_and_the_seed():
+    found = known(seeds())
+    plans = propose(SPACE, found, count=10, budget_pct=0.1, seed=3)
+    assert len(set(plans)) == 10 and not set(plans) & {item.plan for item in found}
+    assert plans == propose(SPACE, found, count=10, budget_pct=0.1, seed=3)
+    assert plans != propose(SPACE, found, count=10, budget_pct=0.1, seed=4)
+    assert plans != propose(SPACE, found[:-1], count=10, budget_pct=0.1, seed=3)
 
 
-def seeds():
-    plans = [*uniform_plans(SPACE), *plans_around_budget(greedy_path(SPACE, sensitivities()), 0.1, 6)]
-    return [trial(p, n) for n, p in enumerate(dict.fromkeys(plans))]
+def test_enqueued_plans_come_first_and_once():
+    first = seeds(40)[-8:]
+    plans = propose(SPACE, known(first[:2]), enqueued=[*first, *first], count=12, budget_pct=0.1, seed=0)
+    assert plans[:6] == first[2:] and len(set(plans)) == 12
+    assert propose(SPACE, [], enqueued=first, count=5, budget_pct=0.1, seed=0) == first[:5]
 
 
-def test_proposals_are_new_legal_and_a_function_of_trials_and_seed():
-    trials = seeds()
-    plans = propose(SPACE, trials, count=10, budget_pct=0.1, seed=3)
-    assert len(set(plans)) == 10 and not set(plans) & {t.plan for t in trials}
-    assert plans == propose(SPACE, trials, count=10, budget_pct=0.1, seed=3)
-    assert plans != propose(SPACE, trials, count=10, budget_pct=0.1, seed=4)
-    assert plans != propose(SPACE, trials[:-1], count=10, budget_pct=0.1, seed=3)
+def test_proposals_lie_around_the_front_that_the_study_begins_with():
+    """Children of plans that keep the fragile tables exact keep most of them so; of random plans they do not."""
+    good = [
+        SPACE.plan({d.name: d.choices[1 if k % 3 == 2 else p] for k, d in enumerate(SPACE.decisions)})
+        for p in (2, 3, 4)
+    ]
+    plans = propose(SPACE, [], front=known(good), count=30, budget_pct=0.1, seed=0)
+    fragile = [plan[name] for plan in plans for name, f in FRAGILITY.items() if f == 100]
+    assert np.mean([p in (Precision.FP32, Precision.FP16) for p in fragile]) > 0.7
+
+
+def test_of_the_proposals_those_with_the_least_excess_are_kept():
+    found = known(seeds())
+
+    def excess(plans):
+        return np.array([true_gap(plan) for plan in plans])
+
+    chosen = propose(SPACE, found, excess=excess, count=10, budget_pct=0.1, seed=1)
+    anyhow = propose(SPACE, found, count=20, budget_pct=0.1, seed=1)
+    assert set(chosen) <= set(anyhow)
+    assert max(map(true_gap, chosen)) <= min(true_gap(p) for p in set(anyhow) - set(chosen)) + 1e-12
 
 
 def test_proposals_respect_groups_and_fixed_units():
@@ -120,29 +116,30 @@ def test_proposals_respect_groups_and_fixed_units():
             {"groups": [["table:0", "table:1"]], "units": [{"match": "table:5", "fixed": "int8"}]}
         ),
     )
-    trials = [trial(p, n, space=space) for n, p in enumerate(uniform_plans(space))]
-    plans = propose(space, trials, count=12, budget_pct=0.1, seed=0)
+    plans = propose(space, known(space.uniform_plans(), space), count=12, budget_pct=0.1, seed=0)
     assert len(plans) == 12 and all(space.holds(p) for p in plans)
 
 
 def test_a_small_space_is_exhausted_and_then_nothing_is_proposed():
     space = build_space(UNITS[:4], SpaceConfig.model_validate({"precisions": ["fp32", "int8", "int4"]}))
-    trials = [trial(space.most_exact, 0, space=space)]
-    while plans := propose(space, trials, count=16, budget_pct=0.1, seed=len(trials)):
-        trials += [trial(p, len(trials) + k, space=space) for k, p in enumerate(plans)]
-    assert len({t.plan for t in trials}) == len(trials) == space.num_plans
+    found = known([space.most_exact], space)
+    while plans := propose(space, found, count=16, budget_pct=0.1, seed=len(found)):
+        found += known(plans, space)
+    assert len({item.plan for item in found}) == len(found) == space.num_plans
     everything_fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
     assert propose(everything_fixed, [], count=4, budget_pct=0.1, seed=0) == []
+    only = everything_fixed.most_exact
+    assert propose(everything_fixed, [], enqueued=[only], count=4, budget_pct=0.1, seed=0) == [only]
 
 
-def test_a_trial_without_a_finite_gap_does_not_disturb_the_study():
-    broken = Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan), ROWS)
-    assert len(propose(SPACE, [*seeds(), broken], count=4, budget_pct=0.1, seed=0)) == 4
+def test_a_plan_without_a_finite_gap_does_not_disturb_the_study():
+    broken = Known(SPACE.cheapest, 1, math.nan)
+    assert len(propose(SPACE, [*known(seeds()), broken], count=4, budget_pct=0.1, seed=0)) == 4
 
 
 def test_pareto_front():
-    trials = seeds()
-    trials.append(Trial("k", 99, 0, "t", SPACE.cheapest, 1, metrics(math.nan), ROWS))  # cheapest of all, but unknown
+    trials = [trial(plan, n) for n, plan in enumerate(seeds())]
+    trials.append(trial_of(99, SPACE.cheapest, 1, metrics(math.nan)))  # cheapest of all, but unknown
     front = pareto_front(trials)
     assert len(front) > 3 and trials.pop() not in front
     front = pareto_front(trials)
@@ -154,7 +151,7 @@ def test_pareto_front():
 
 
 def with_gap(number, size_bytes, gap, half_width=0.0, kl=None):
-    return Trial(f"k{number}", number, 0, "t", SPACE.most_exact, size_bytes, metrics(gap, half_width, kl), ROWS)
+    return trial_of(number, SPACE.most_exact, size_bytes, metrics(gap, half_width, kl))
 
 
 def test_finalists_go_from_the_safest_to_the_boldest():

@@ -9,9 +9,11 @@ import lowprec.search.sweep as sweep_module
 from lowprec.config import SpaceConfig
 from lowprec.errors import ConfigError
 from lowprec.plan import Plan, Precision, Unit
+from lowprec.search.bound import cost_bounds
 from lowprec.search.proxy import Limit, build_proxy
 from lowprec.search.space import build_space
 from lowprec.search.sweep import solve_front
+from lowprec.search.walk import PlanFront
 
 LENGTH = {"fp16": 1e-4, "int8": 1e-3, "int4": 2e-2, "int2": 0.15}
 
@@ -87,10 +89,15 @@ def assert_consistent(model, front):
     assert costs == sorted(set(costs)) and gaps == sorted(set(gaps), reverse=True)
 
 
-def assert_valid_bounds(exact, front):
-    for point in front.points:
-        best = exact.cheapest_within(point.gap_pct + 1e-9 * max(1, abs(point.gap_pct)))
-        assert point.cost_bound <= best.cost * (1 + 1e-9) and point.cost_bound <= point.cost
+def assert_valid_bounds(model, exact, front):
+    """No bound is above what a plan reaches, before it is cut off at the cost of its own point."""
+    for points in (exact.points, front.points):
+        cost, gap = np.array([[p.cost, p.gap_pct] for p in points]).T
+        plans = PlanFront.of(model, cost, gap, np.array([list(p.picks) for p in points], dtype=np.uint8))
+        for bound, reached in zip(cost_bounds(model, plans), plans.gap, strict=True):
+            best = exact.cheapest_within(reached + 1e-9 * max(1, abs(reached)))
+            assert bound <= best.cost + 1e-9 * model.cost.sum()
+    assert all(p.cost_bound <= p.cost for p in front.points)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -146,7 +153,7 @@ def test_the_sweep_finds_nearly_the_exhaustive_front(seed, both):
     assert_consistent(model, swept)
     assert hypervolume_ratio(model, exact, swept) >= 0.995
     assert exact.worst_distance == 0.0 < swept.worst_distance
-    assert_valid_bounds(exact, swept)
+    assert_valid_bounds(model, exact, swept)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,7 +171,20 @@ def test_limits_are_kept_and_the_front_under_them_is_found(seed, both):
     assert {p.picks for p in exact.points} != {p.picks for p in free.points}
     assert hypervolume_ratio(model, exact, swept) >= 0.995
     assert swept.points[0].cost == exact.points[0].cost
-    assert_valid_bounds(exact, swept)
+    assert_valid_bounds(model, exact, swept)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4, 7])
+def test_tight_limits_of_a_larger_space_are_met_close_to_the_optimum(seed):
+    """Tight: not one of 20,000 random plans keeps them."""
+    limits = [latency(26, seed, 0.1)] if seed else [latency(26, seed, 0.25), latency(26, seed + 1000, 0.25, "energy")]
+    model = problem(26, seed, limits)
+    rng = np.random.default_rng(seed)
+    picks = np.stack([rng.integers(0, n, 20_000) for n in model.num_choices], axis=1)
+    assert not (model.usages(picks) <= model.at_most[:, None]).all(axis=0).any()
+    front = solve_front(model)
+    assert_consistent(model, front)
+    assert front.infeasible is None and front.points[0].distance < 0.045
 
 
 def test_limits_that_no_plan_keeps_are_named_with_what_can_be_reached(both):
@@ -185,14 +205,18 @@ def test_bounds_hold_for_every_kind_of_second_order_matrix(seed, both, monkeypat
     rng = np.random.default_rng(seed)
     scale = np.sqrt(np.diagonal(second))
     noise = rng.normal(size=second.shape) * np.outer(scale, scale)
-    for changed in (second, noise + noise.T, second + 0.3 * (noise + noise.T), -second):
-        exact, swept = both(build(space, columns, first, changed))
-        assert_valid_bounds(exact, swept)
+    noise += noise.T
+    same = [[unit == other for other, _ in columns] for unit, _ in columns]
+    for changed in (second, noise, second + 0.3 * noise, -second, np.where(same, 0.0, noise)):
+        model = build(space, columns, first, changed)
+        exact, swept = both(model)
+        assert_valid_bounds(model, exact, swept)
     # too large for a spectrum: taken to be positive semidefinite
     monkeypatch.setattr(bound_module, "MAX_SPECTRUM", 0)
     monkeypatch.setattr(proxy_module, "MAX_DOUBLE_BYTES", 0)
-    exact, swept = both(build(space, columns, first, second, [latency(5, seed, 0.2)]))
-    assert_valid_bounds(exact, swept)
+    model = build(space, columns, first, second, [latency(5, seed, 0.2)])
+    exact, swept = both(model)
+    assert_valid_bounds(model, exact, swept)
 
 
 def test_points_of_a_larger_front_go_from_cheap_to_exact():
@@ -256,7 +280,7 @@ def test_without_second_order_terms_or_with_gains_only(both):
         exact, swept = both(model)
         assert_consistent(model, swept)
         assert hypervolume_ratio(model, exact, swept) >= 0.995
-        assert_valid_bounds(exact, swept)
+        assert_valid_bounds(model, exact, swept)
     # where low precision only ever helps, and nothing curves: one best plan, known to be so
     gains = {Precision.FP16: -1.0, Precision.INT8: -2.0, Precision.INT4: -3.0, Precision.INT2: -4.0}
     for front in both(build(space, columns, np.array([gains[p] for _, p in columns]), 0 * second)):
