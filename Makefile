@@ -58,7 +58,7 @@ test-all: lint  ## The slow tests too
 
 bench: setup  ## Run one benchmark: make bench NAME=exact (a file in tests/benchmarks)
 	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench NAME=...: one of" \
-	  $(filter-out demo_model,$(basename $(notdir $(wildcard tests/benchmarks/*.py)))) >&2; exit 1; }
+	  $(filter-out demo_model by_hand hypervolume passes demo_examples,$(basename $(notdir $(wildcard tests/benchmarks/*.py)))) >&2; exit 1; }
 	@$(BIN)/python tests/benchmarks/$(NAME).py
 
 clean:  ## Remove the environment and everything that was built

@@ -246,7 +246,7 @@ def sums_of_batch(
     labelled = ~np.isnan(labels)
     num_unlabelled = int(len(labels) - labelled.sum())
     if num_unlabelled:
-        reference, plans, labels = reference[labelled], plans[:, labelled], labels[labelled]
+        reference, plans, labels = reference[labelled], plans.compress(labelled, axis=1), labels[labelled]
         weights = None if weights is None else weights[labelled]
         groups = None if groups is None else groups[labelled]
     w = np.ones(len(labels)) if weights is None else weights

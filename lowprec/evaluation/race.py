@@ -126,7 +126,7 @@ class RaceTask:
         rows = np.flatnonzero(~np.isnan(batch.labels))
         y = batch.labels[rows].astype(np.float64)
         w = np.ones(len(y)) if batch.weights is None else batch.weights[rows]
-        z, changed = logits.reference[rows].astype(np.float64), logits.plans[:, rows].astype(np.float64)
+        z, changed = logits.reference[rows].astype(np.float64), logits.plans.take(rows, axis=1).astype(np.float64)
         # Plan by plan, and not as one matrix product: its last bits would depend on the company.
         chosen = [[k for k, (unit, p) in enumerate(self.columns) if plan[unit] is p] for plan in self.plans]
         moved = np.stack([s[found][:, rows].sum(axis=0) for found in chosen]).astype(np.float64)

@@ -221,7 +221,7 @@ def peeked(pool: Pool, window: Drawn, profile: Profile, order: Sequence[int]) ->
 def plain_sequence(moments: Float, rng: np.random.Generator) -> list[float]:
     """Examples after which a confidence sequence on exact losses alone certifies each plan; infinite where none do.
 
-    moments: float64[num_slices, P, 10], of `Sums.moments`, for every slice of a pool. Every batch is followed by a look.
+    moments: float64[num_slices, P, 10], of `Sums.moments`, for every slice of a pool. It looks after every batch.
     """
     found = []
     for running in np.cumsum(_batches(moments, rng), axis=0).swapaxes(0, 1):

@@ -32,7 +32,7 @@ WINDOWS = ("search", "confirm")
 
 @dataclass(frozen=True)
 class Examples:
-    """N examples: first-order logit changes float32[K, N] of K columns, the reference's logits and labels float32[N]."""
+    """N examples: first-order logit changes float32[K, N] of K columns, reference logits and labels float32[N]."""
 
     columns: tuple[Column, ...]
     changes: Single
@@ -137,7 +137,9 @@ def mixed_plans(
     """Random plans with a KL gap of about `kl_pct`: each draws shares of precisions, then its tables by them."""
     found: list[Plan] = []
     precisions = list(Precision)
-    while len(found) < count:
+    for _ in range(200):
+        if len(found) >= count:
+            break
         shares = rng.dirichlet(np.full(len(precisions), 0.7), size=2000)
         below = rng.random((2000, len(job.units), 1)) > shares.cumsum(axis=1)[:, None, :-1]
         picks = below.sum(axis=2)
@@ -145,6 +147,7 @@ def mixed_plans(
         _, kl = profile.gaps_pct(profile.selected(plans))
         # Mixed: of three precisions at least.
         found += [plan for plan, v in zip(plans, kl, strict=True) if abs(v / kl_pct - 1) <= tolerance and _mixed(plan)]
+    assert len(found) >= count, f"hardly any mixed plan has a KL gap of {kl_pct} percent"
     return found[:count]
 
 

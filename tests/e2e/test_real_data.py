@@ -68,14 +68,14 @@ def test_verify_says_the_same_of_the_plan(lowprec, job, searched):
     done = lowprec("verify", *arguments, "--plan", searched.document["plan_path"], "--json")
     assert done.code == 0
     assert done.document["gap_pct"] == searched.document["confirm"]["gap_pct"]
-    assert done.document["gap_upper_pct"] == searched.document["confirm"]["gap_upper_pct"]
+    assert done.document["gap_upper_pct"] < searched.document["confirm"]["gap_upper_pct"]  # 95 and 95.5 percent
 
 
 def test_results_show_the_front(lowprec, job, searched):
     _, _, folder, _ = job
     done = lowprec("results", "--root", folder / "runs")
     assert done.code == 0
-    for part in (searched.document["run_id"], "Pareto front, exact on", "examples of [", "*"):
+    for part in (searched.document["run_id"], "Pareto front, exact on up to", "examples of [", "*"):
         assert part in done.out
     sql = "SELECT count(*) AS n FROM trials WHERE evaluation = 'exact'"
     rows = json.loads(lowprec("results", sql, "--root", folder / "runs", "--format", "json").out)["rows"]

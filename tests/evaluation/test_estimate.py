@@ -42,11 +42,17 @@ def residual_world(rng, kind, num_slices, size, count):
     return e, rng.exponential(0.5, len(slice_of)), slice_of
 
 
-@pytest.mark.parametrize("kind", ["normal", "correlated", "heavy", "unequal"])
-@pytest.mark.parametrize(("num_slices", "size", "alpha"), [(20, 60, 0.05), (64, 40, 0.05), (64, 40, 0.005)])
+@pytest.mark.parametrize(
+    ("kind", "num_slices", "size", "alpha"),
+    [
+        *((kind, *rest) for kind in ("normal", "correlated", "heavy") for rest in ((20, 60, 0.05), (64, 40, 0.05))),
+        # RESIDUAL_SHARE of 5 percent.
+        *((kind, 64, 40, 0.005) for kind in ("normal", "correlated", "heavy")),
+        ("unequal", 20, 60, 0.05),
+        ("unequal", 64, 40, 0.05),
+    ],
+)
 def test_the_radius_covers_while_one_looks_after_every_lap_to_the_end(kind, num_slices, size, alpha):
-    if kind == "unequal" and alpha < 0.05:
-        pytest.skip("slices of a window differ in size by their bad rows only")
     rng, worlds, count = np.random.default_rng(0), 20, 60
     missed, naive = [], []
     for _ in range(worlds):
@@ -147,8 +153,9 @@ def test_after_a_part_an_estimate_covers_the_gap_of_the_whole_window(small):
             naive_errors.append(sums.exact.metrics(k, confidence=0.95).gap_pct - exact[k].gap_pct)
     # RESIDUAL_SHARE of 5 percent is 0.5 percent; plans of one order are not independent, so orders are counted.
     assert np.mean(missed) <= allowed(0.005, orders)
-    by_order = np.reshape(errors, (orders, len(plans))).mean(axis=1)
-    assert abs(by_order.mean()) < 4 * by_order.std() / math.sqrt(orders)  # unbiased
+    # Unbiased, plan by plan; a ratio has a bias, far smaller than its deviation.
+    by_plan = np.reshape(errors, (orders, len(plans)))
+    assert (np.abs(by_plan.mean(axis=0)) < 4.5 * by_plan.std(axis=0) / math.sqrt(orders)).all()
     assert np.std(errors) < np.std(naive_errors) / 3  # the profile helps
 
 
@@ -193,7 +200,7 @@ def drawn_window(rng, num_plans, n, *, kind, skew=0.6):
     if kind == "blocks":
         block = np.arange(n) * 20 // n
         s = s * 0.3 + scale * rng.choice([-1.0, 1.0], (num_plans, 20))[:, block]
-        logit += 0.5 * rng.normal(size=20)[block]
+        logit += 1.5 * rng.normal(size=20)[block]
     labels = np.zeros(n) if kind == "one class" else (rng.random(n) < sigmoid(logit)).astype(float)
     exact = s + 0.05 * scale * rng.normal(size=s.shape)
     # s is symmetric and independent of the labels: half of exp. change at s and -s is its expectation, label or not.
@@ -205,7 +212,7 @@ def loss_of_reference(rng, kind, n=400_000):
     """The expected loss of an example."""
     z = rng.normal(-1, 1, n)
     noise = rng.normal(size=n)
-    logit = {"groups": z + 3 * noise, "shifted": z - 0.4 - 0.3 * z, "blocks": z + 0.5 * noise}.get(kind, z)
+    logit = {"groups": z + 3 * noise, "shifted": z - 0.4 - 0.3 * z, "blocks": z + 1.5 * noise}.get(kind, z)
     p = np.zeros(n) if kind == "one class" else sigmoid(logit)
     return float((softplus(z) - p * z).mean())
 
@@ -218,7 +225,7 @@ def certified_rate(toy, kind, *, seed, windows=8, num_plans=30, use_groups=True,
     certified, known = [], []
     for z, s, exact, labels, groups, _ in drawn:
         world = toy(num_plans).fill(
-            z, s, labels, exact=exact, groups=groups if use_groups else None, batch_size=n // 40
+            z, s, labels, exact=exact, groups=groups if use_groups else None, batch_size=n // 24
         )
         plans = [world.plan(k) for k in range(num_plans)]
         profile, order, sums, begun = world.measure(), rng.permutation(world.num_batches), None, 0

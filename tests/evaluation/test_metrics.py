@@ -113,9 +113,20 @@ def test_rows_without_a_label_are_left_out_and_counted():
     holes = np.where(missing, np.nan, labels)
     sums = sums_of_batch(reference, plans, holes, weights, groups)
     keep = ~missing
-    expected = sums_of_batch(reference[keep], plans[:, keep], labels[keep], weights[keep], groups[keep])
+    expected = sums_of_batch(reference[keep], plans.compress(keep, axis=1), labels[keep], weights[keep], groups[keep])
     assert sums.num_unlabelled == missing.sum()
     assert sums.metrics(0, confidence=0.9) == expected.metrics(0, confidence=0.9)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_sums_of_a_plan_are_the_same_bits_in_any_company(missing):
+    reference, plans, labels, weights, _ = draw(342, num_plans=8)
+    holes = np.where(np.random.default_rng(1).random(342) < missing, np.nan, labels)
+    together = sums_of_batch(reference, plans, holes, weights, None)
+    for k in range(8):
+        alone = sums_of_batch(reference, plans[k : k + 1], holes, weights, None)
+        for name in ("loss", "prediction", "moments"):
+            assert getattr(together.only([k]), name).tobytes() == getattr(alone, name).tobytes()
 
 
 def test_one_class_has_a_gap_but_neither_ne_nor_auc():

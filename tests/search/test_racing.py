@@ -186,9 +186,9 @@ def test_each_slice_is_read_once_and_only_by_plans_that_still_run():
 def test_a_plan_finishes_the_same_in_any_company(seed):
     """To the bit: a wave that was cut in two must be the same as a whole one."""
     rng = np.random.default_rng(seed)
-    world = quiet(np.sort(rng.uniform(-0.3, 0.5, 12)), size=0.001, num_slices=128, seed=seed)
+    world = quiet(np.sort(rng.uniform(-0.2, 0.3, 12)), size=0.001, num_slices=128, seed=seed)
     costs, order = list(rng.permutation(12).astype(float)), rng.permutation(128)
-    rivals = [Known(3.0, Interval(0.1, 0.2))]
+    rivals = [Known(3.0, Interval(-0.1, 0.0))]
     together = world.race(costs, order=order, rivals=rivals)
     assert len({f.num_slices for f in together}) > 1 and len({f.why for f in together}) > 1
     for k in range(12):
@@ -197,7 +197,7 @@ def test_a_plan_finishes_the_same_in_any_company(seed):
     assert world.race(costs[::-1], order=order, plans=range(12)[::-1], rivals=rivals) == together[::-1]
 
 
-def raced_apart(kind, *, races=20, num_pairs=25, num_slices=200, better=0.0, seed=2):
+def raced_apart(kind, *, races=10, num_pairs=25, num_slices=200, better=0.0, seed=2):
     """How often the second of a pair is dominated by the first, raced before it at the same cost.
 
     Both have the same gap on the window, or the first a smaller one by `better`; pairs are no rivals of each other, as
@@ -207,7 +207,7 @@ def raced_apart(kind, *, races=20, num_pairs=25, num_slices=200, better=0.0, see
     for _ in range(races):
         shape = (2 * num_pairs, num_slices)
         noise = 0.01 * (rng.normal(size=shape) if kind == "normal" else rng.standard_t(2.5, shape))
-        gaps = np.repeat(np.linspace(100, 4, num_pairs), 2)
+        gaps = np.repeat(np.linspace(1000, 40, num_pairs), 2)
         gaps[1::2] += better
         world = World(gaps, noise - noise.mean(axis=1, keepdims=True))
         order, costs = rng.permutation(num_slices), [float(k) for k in range(num_pairs)]
@@ -225,7 +225,7 @@ def test_a_plan_as_good_as_another_is_rarely_called_dominated(kind):
     """To be dominated is that two intervals part, of which each fails at a rate of half a percent."""
     rate, count = raced_apart(kind)
     assert rate <= 0.01 + 3 * math.sqrt(0.01 / count)
-    assert raced_apart(kind, races=2, better=3.0)[0] > 0.9  # the race can tell
+    assert raced_apart(kind, races=2, better=20.0)[0] > 0.9  # the race can tell
 
 
 def test_a_gap_that_is_not_finite_runs_to_the_end_and_dominates_nobody():
