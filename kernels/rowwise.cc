@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "half.h"
+
 namespace lowprec {
 namespace {
 
@@ -15,18 +17,6 @@ constexpr std::size_t kLanes = 8;
 
 // Below this many rows a thread costs more than it saves (about 20 us to start one, 0.07 us a row of 64).
 constexpr std::size_t kMinRowsPerThread = 1024;
-
-std::uint32_t float_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float bits_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // Nearest even, subnormals kept, beyond 65504 + half a step becomes infinity: what vcvtps2ph does. No NaN comes here.
 std::uint16_t half_from_float(float value) {
@@ -41,15 +31,6 @@ std::uint16_t half_from_float(float value) {
   // Rebias the exponent and round; a carry out of the mantissa is the next exponent, and past the last one infinity.
   const std::uint32_t odd = (magnitude >> 13) & 1u;
   return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
-}
-
-float float_from_half(std::uint16_t half) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-  const std::uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  if (magnitude >= 0x0400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return bits_float(sign | float_bits(subnormal));
 }
 
 struct Range {
@@ -109,10 +90,6 @@ Range scan(const float* row, std::size_t dim) {
 void store_half(std::uint8_t* out, std::uint16_t half) {
   out[0] = static_cast<std::uint8_t>(half & 0xffu);
   out[1] = static_cast<std::uint8_t>(half >> 8);
-}
-
-float load_half(const std::uint8_t* in) {
-  return float_from_half(static_cast<std::uint16_t>(in[0] | in[1] << 8));
 }
 
 // values: scratch for dim codes below 8 bits, one a byte, and the zeros that fill up the last output byte.

@@ -273,9 +273,10 @@ def swaps(
             wanted = rows.get(call.table, {})
             if not wanted:
                 continue
-            at_reference = torch.linalg.vecdot(gradient, call.output)
-            for precision, pooled in evaluator.shards[call.table].pooled(call, list(wanted)).items():
-                s[wanted[precision]] += (torch.linalg.vecdot(gradient, pooled) - at_reference).numpy()
+            g = gradient.contiguous()  # often a slice of the gradient of all outputs
+            at_reference = torch.linalg.vecdot(g, call.output).numpy()
+            for precision, dots in evaluator.shards[call.table].dots(call, list(wanted), g).items():
+                s[wanted[precision]] += dots - at_reference
     return reference.logits.numpy(), s
 
 
@@ -292,7 +293,7 @@ def _evidence(
 
 
 def _dots(z: Float, v: Float) -> Float:
-    """z @ v, but the last bits of a row do not depend on how many rows there are."""
+    """Z @ v, but the last bits of a row do not depend on how many rows there are."""
     return np.array([row @ v for row in z])
 
 

@@ -88,7 +88,7 @@ class RaceSums:
 
 @dataclass(frozen=True)
 class RaceTask:
-    """Plans on some slices of a window: of batch `batches[i]`, cut into `num_parts`, the parts `parts[i]`.
+    """Plans on some slices of a window: of batch `batches[i]`, cut into `num_parts[i]`, the parts `parts[i]`.
 
     `keep` names the window, so that a worker knows what it has seen.
     """
@@ -97,14 +97,15 @@ class RaceTask:
     columns: tuple[Column, ...]
     batches: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
-    num_parts: int
+    num_parts: tuple[int, ...]
     keep: str
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> RaceSums:
         """What the slices of one batch add."""
         total: RaceSums | None = None
-        for part in self.parts[self.batches.index(batch.index)]:
-            sums = self._slice(evaluator, batch.part(part, self.num_parts), part)
+        here = self.batches.index(batch.index)
+        for part in self.parts[here]:
+            sums = self._slice(evaluator, batch.part(part, self.num_parts[here]), part)
             total = sums if total is None else total + sums
         assert total is not None, "a task names no batch without parts"
         return total
@@ -112,7 +113,7 @@ class RaceTask:
     def _slice(self, evaluator: ExactEvaluator, batch: Batch, part: int) -> RaceSums:
         logits = evaluator.logits(batch, self.plans)
         s = evaluator.kept.get(
-            (self.keep, batch.index, part, self.num_parts, self.columns),
+            (self.keep, batch.index, part, self.columns),
             lambda: swaps(evaluator, batch, self.columns)[1],
             _num_bytes,
         )

@@ -2,8 +2,9 @@
 
 A sketch adds every v, with a random sign, to one of `num_buckets` rows. For any z, |rows z|^2 is then an unbiased
 estimate of z^T (sum v v^T) z with a relative standard deviation of about sqrt(2 / num_buckets). The diagonal is kept
-exactly beside it, so only the part between different directions is estimated. Where the keys of examples are groups,
-the v of a group are added up before they are squared: the sketch is then of the sum over groups of (sum v)(sum v)^T.
+exactly beside it, so only the part between different directions is estimated: its error is at most that share of
+z^T M z and of its diagonal part together. Where the keys of examples are groups, the v of a group are added up before
+they are squared: the sketch is then of the sum over groups of (sum v)(sum v)^T.
 
 Source: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams" (the sketch); Alon, Matias, Szegedy,
 "The space complexity of approximating the frequency moments" (its second moment).
@@ -34,7 +35,7 @@ class SecondMoment(Protocol):
 
     @property
     def relative_error(self) -> float:
-        """The standard deviation of `quadratic`, relative to its value; 0 where it is exact."""
+        """The standard deviation of `quadratic`, relative to z^T M z plus its diagonal part; 0 where it is exact."""
 
     def quadratic(self, z: Float) -> Float:
         """z^T M z of every row of z, float64[P]; z: float64[P, D]. A row's value does not depend on the others."""
@@ -151,7 +152,7 @@ class SketchedMoment:
 
     @property
     def relative_error(self) -> float:
-        """sqrt(2 / num_buckets), as if all of z^T M z were estimated: an upper limit where the diagonal is exact."""
+        """sqrt(2 / num_buckets): an upper limit, reached where directions cancel in z^T M z but not on its diagonal."""
         return math.sqrt(2 / len(self.rows))
 
     @property

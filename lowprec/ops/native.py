@@ -1,4 +1,7 @@
-"""Rows to stored rows and back, by the compiled kernels (fp32 and fp16, which are plain values, by NumPy)."""
+"""Rows to stored rows and back, and sums over them, by the compiled kernels.
+
+fp32 and fp16, which are plain values, are stored and restored by NumPy.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lowprec
-from lowprec.errors import KernelError, WeightError
+from lowprec.errors import KernelError, ModelError, TrafficError, WeightError
+from lowprec.ops.fbgemm import Pooling
 from lowprec.ops.layout import row_bytes
 from lowprec.plan import Precision
 
@@ -21,7 +25,7 @@ try:
 except ImportError as error:  # said by check_kernels: costs and plans need this package, but no kernel
     _import_error = error
 
-__all__ = ["check_kernels", "dequantize", "first_overflow", "quantize", "quantize_gathered"]
+__all__ = ["check_kernels", "dequantize", "first_overflow", "pooled_dots", "quantize", "quantize_gathered"]
 
 _HOW_TO_BUILD = "build it with `make setup` (or `pip install .`), which needs a C++17 compiler"
 
@@ -103,6 +107,55 @@ def dequantize(
         _native.dequantize_rows(stored, precision.bits, out, num_threads)
     else:
         out[...] = np.ascontiguousarray(stored).view(_plain_dtype(precision))
+    return out
+
+
+def pooled_dots(
+    stored: NDArray[np.uint8],
+    precision: Precision,
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    gradients: NDArray[np.float32],
+    *,
+    mode: Pooling,
+    weights: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """`gradients[b] . pooled[b]` for every bag, float32[B], where `pooled` is what `pooled_lookup` returns.
+
+    stored: uint8[num_rows, row_bytes(dim, precision)]; ids: int64[num_ids]; offsets: int64[B + 1]; weights:
+    float32[num_ids], with `sum` only; gradients: float32[B, dim]; all but `stored` contiguous. An empty bag gives 0.
+    The order of the sums is that of `lowprec.ops.reference`, on every CPU; it is not FBGEMM's, so results agree up to
+    rounding. One thread. fp32 rows are not taken.
+
+    Raises `TrafficError` when an id is not a row of the table or the offsets do not fit, `ModelError` for a weighted
+    mean, `TypeError` for arrays of another form.
+    """
+    if precision is Precision.FP32:
+        raise ValueError("pooled_dots takes low-precision rows; fp32 rows have no kernel here")
+    check_kernels()
+    _check_matrix(stored, np.uint8, "stored")
+    _check_matrix(gradients, np.float32, "gradients")
+    num_bags, dim = gradients.shape
+    if stored.shape[1] != row_bytes(dim, precision):
+        expected = row_bytes(dim, precision)
+        raise ValueError(f"stored {precision} rows of dim {dim} have {expected} bytes; got {stored.shape[1]}")
+    vectors = {"ids": (ids, np.int64), "offsets": (offsets, np.int64), "weights": (weights, np.float32)}
+    for name, (array, dtype) in vectors.items():
+        if array is not None and (array.ndim != 1 or array.dtype != dtype or not array.flags.c_contiguous):
+            raise TypeError(f"{name} must be contiguous {np.dtype(dtype)}[n]; got {_described(array)}")
+    if not gradients.flags.c_contiguous:
+        raise TypeError(f"gradients must be contiguous; got strides {gradients.strides}")
+    if weights is not None and mode == "mean":
+        raise ModelError("weights need sum pooling: a weighted mean is not defined by PyTorch; use mode sum")
+    if weights is not None and len(weights) != len(ids):
+        raise TrafficError(f"every id needs one weight; got {len(ids)} ids and {len(weights)} weights")
+    if len(offsets) != num_bags + 1:
+        raise TrafficError(f"{num_bags} gradients need {num_bags + 1} offsets; got {len(offsets)}")
+    out = np.empty(num_bags, np.float32)
+    try:
+        _native.pooled_dots(stored, precision.bits, ids, offsets, gradients, out, mode == "mean", weights)
+    except (IndexError, ValueError) as error:  # the ids, the offsets: all else was checked above
+        raise TrafficError(str(error)) from None
     return out
 
 

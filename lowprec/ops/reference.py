@@ -1,4 +1,6 @@
-"""Row-wise quantization in NumPy: the definition that the native kernel and FBGEMM must agree with, bit for bit.
+"""The kernels in NumPy: the definition that the native ones must agree with, bit for bit.
+
+Row-wise quantization agrees with FBGEMM bit for bit as well, dot products of pooled rows up to rounding.
 
 For a row x of `dim` floats and `bits` of 8, 4 or 2, with half(v) = v rounded to fp16, nearest even:
 
@@ -30,9 +32,10 @@ from numpy.typing import NDArray
 
 from lowprec.errors import WeightError
 
-__all__ = ["dequantize_rows", "quantize_rows"]
+__all__ = ["dequantize_rows", "pooled_dots", "quantize_rows"]
 
 _LANES = 8
+_SUM_LANES = 16
 
 
 def quantize_rows(rows: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
@@ -66,6 +69,53 @@ def dequantize_rows(stored: NDArray[np.uint8], bits: int, dim: int) -> NDArray[n
     scale, bias = halves[:, :1], halves[:, 1:]
     with np.errstate(invalid="ignore"):
         return scale * _unpack(stored[:, 4:], bits, dim).astype(np.float32) + bias
+
+
+def pooled_dots(
+    stored: NDArray[np.uint8],
+    bits: int,
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    gradients: NDArray[np.float32],
+    *,
+    mean: bool,
+    weights: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """float32[B]: `gradients[b]` times the sum or mean of the stored rows of bag b; `bits` 16 for rows of fp16 values.
+
+    A row-wise row counts as scale * (codes . g) + bias * sum(g), in fp32. Sums over the row are `_in_lanes`; rows are
+    added in the order of the bag, each after its weight; a mean divides last. An empty bag gives 0.
+    """
+    dim = gradients.shape[1]
+    bag_of_id = np.repeat(np.arange(len(gradients)), np.diff(offsets))
+    rows, g = np.ascontiguousarray(stored[ids]), gradients[bag_of_id]
+    if bits == 16:
+        values = _in_lanes(rows.view(np.float16).astype(np.float32) * g)
+    else:
+        halves = np.ascontiguousarray(rows[:, :4]).view(np.float16).astype(np.float32)
+        codes = _unpack(rows[:, 4:], bits, dim).astype(np.float32)
+        values = halves[:, 0] * _in_lanes(codes * g) + halves[:, 1] * _in_lanes(g)
+    if weights is not None:
+        values = weights * values
+    out = np.zeros(len(gradients), np.float32)
+    for bag, value in zip(bag_of_id, values, strict=True):
+        out[bag] += value
+    if mean:
+        out /= np.maximum(np.diff(offsets), 1).astype(np.float32)
+    return out
+
+
+def _in_lanes(products: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Row sums of float32[n, dim]: column i goes to lane i % 16 in the order of i, then lanes are added in halves."""
+    num_rows, dim = products.shape
+    blocks = np.pad(products, ((0, 0), (0, -dim % _SUM_LANES))).reshape(num_rows, -1, _SUM_LANES)
+    lanes = np.zeros((num_rows, _SUM_LANES), np.float32)
+    for block in range(blocks.shape[1]):
+        lanes = lanes + blocks[:, block]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
 
 
 def _row_min(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -66,7 +66,8 @@ def confirm(
     while failed := [budget for budget in budgets if best[budget].verdict != "certified"]:
         fresh: dict[float, Choice] = {}
         for budget in failed:
-            tested = {c.choice.trial.plan for c in tried[budget]}
+            # Nor what was confirmed for another budget in an earlier try: its interval is not as strict as this one's.
+            tested = {c.choice.trial.plan for c in tried[budget]} | {p for p, t in known.items() if t.wave < later}
             if choice := next_try(trials, budget, tested, later):
                 fresh[budget] = choice
         if not fresh:

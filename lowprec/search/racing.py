@@ -78,8 +78,8 @@ def race(
 
     `run_lap` evaluates plans on slices. A plan stops when every budget has its verdict, when a rival that costs no more
     is better on this window with confidence, or when the slices not seen no longer matter (or would take too long).
-    Plans of one race are no rivals of each other, so what is found of a plan does not depend on its company: a wave that
-    was cut in two is the same as a whole one.
+    Plans of one race are no rivals of each other, so what is found of a plan does not depend on its company: a wave
+    that was cut in two is the same as a whole one.
     """
     known = [(rival.cost, rival.on_window.upper) for rival in rivals]
     finished: dict[int, Finish] = {}

@@ -31,6 +31,7 @@ from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
+from lowprec.traffic import TrafficWindow
 
 __all__ = ["run_search"]
 
@@ -90,10 +91,9 @@ class _Search:
         self._began = time.monotonic()
         self._window = job.window("search")
         self._confirm_window = job.window("confirm")  # opened first: an empty window must not cost a search
-        self._num_parts = max(1, self._window.batch_size // SLICE_EXAMPLES)
+        self._slices = _slices(self._window)
         # The one random order in which slices are raced: plans of different waves meet on the same slices.
-        num_slices = self._window.num_batches * self._num_parts
-        self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(num_slices)]
+        self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
         progress.note(f"run {record.run_id}")
 
     def run(self) -> SearchOutcome:
@@ -269,21 +269,22 @@ class _Search:
         return trials
 
     def _lap(self, surrogate: Surrogate, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
-        """Plans on slices of the search window; slice k is part k mod P of batch k // P."""
+        """Plans on slices of the search window, counted in its order."""
         name = f"{self._job.window_text('search')} {self._window.fingerprint}"
         order = sorted(slices)
         tasks = []
         for first in range(0, len(order), SLICES_PER_TASK):
-            parts: dict[int, list[int]] = {}
+            parts: dict[tuple[int, int], list[int]] = {}
             for k in order[first : first + SLICES_PER_TASK]:
-                parts.setdefault(k // self._num_parts, []).append(k % self._num_parts)
+                batch, part, num_parts = self._slices[k]
+                parts.setdefault((batch, num_parts), []).append(part)
             tasks.append(
                 RaceTask(
                     plans=tuple(plans),
                     columns=surrogate.profile.columns,
-                    batches=tuple(parts),
+                    batches=tuple(batch for batch, _ in parts),
                     parts=tuple(tuple(found) for found in parts.values()),
-                    num_parts=self._num_parts,
+                    num_parts=tuple(num_parts for _, num_parts in parts),
                     keep=name,
                 )
             )
@@ -380,3 +381,13 @@ class _Search:
         path = self._record.artifacts / ("plan.json" if len(self._budgets) == 1 else f"plan-{budget:g}.json")
         write_plan(file, path)
         return path
+
+
+def _slices(window: TrafficWindow) -> list[tuple[int, int, int]]:
+    """Every slice of a window: its batch, which part of it, and of how many; of about equal sizes, also in the end."""
+    found = []
+    for batch in range(window.num_batches):
+        num_rows = min(window.batch_size, window.num_rows - batch * window.batch_size)
+        num_parts = max(1, num_rows // SLICE_EXAMPLES)
+        found += [(batch, part, num_parts) for part in range(num_parts)]
+    return found

@@ -106,8 +106,8 @@ def _study(
     seed: int,
 ) -> optuna.Study:
     known = [item for item in known if math.isfinite(item.gap_pct)]
-    # What is known is the first generation; children cross two of its best and mutate. TPE asks tables one by one, which
-    # takes far longer, and its proposals lie further from the front.
+    # What is known is the first generation; children cross two of its best and mutate. TPE asks tables one by one,
+    # which takes far longer, and its proposals lie further from the front.
     sampler = optuna.samplers.NSGAIISampler(population_size=max(2, len(known)), seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     for item in known:

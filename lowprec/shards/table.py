@@ -16,6 +16,8 @@ from lowprec.plan import Precision
 
 __all__ = ["TableShard"]
 
+Floats = NDArray[np.float32]
+
 
 class TableShard:
     """The fp32 rows of a table, and low-precision copies of those rows only that traffic has touched.
@@ -66,6 +68,24 @@ class TableShard:
                 weights=call.weights,
             )
         return outputs
+
+    def dots(self, call: BagCall, precisions: Sequence[Precision], gradient: Tensor) -> dict[Precision, Floats]:
+        """`gradient[b] . pooled[b]`, float32[B], of what `pooled` returns for each of `precisions`, none of them fp32.
+
+        gradient: float32[B, dim]. No pooled vector is made. Raises `WeightError` as `pooled` does.
+        """
+        low = list(precisions)
+        if not low:
+            return {}
+        slots = self._slots(call.indices.numpy(), low)
+        offsets, gradients = call.offsets.contiguous().numpy(), gradient.contiguous().numpy()
+        weights = None if call.weights is None else call.weights.detach().contiguous().numpy()
+        return {
+            precision: ops.pooled_dots(
+                self._quantized[precision], precision, slots, offsets, gradients, mode=call.mode, weights=weights
+            )
+            for precision in low
+        }
 
     def check_finite(self, call: BagCall) -> None:
         """Raise `WeightError` naming the first row of the call that holds NaN or Inf."""

@@ -62,7 +62,7 @@ def raced(examples: Examples, replay: Replay, plans: Sequence[Plan], *, predicte
     for index, first in enumerate(range(0, len(examples), 4096)):
         batch = examples.batch(np.arange(first, min(first + 4096, len(examples))), index)
         for part in range(NUM_PARTS):
-            task = RaceTask(tuple(plans), columns, (index,), ((part,),), NUM_PARTS, keep="")
+            task = RaceTask(tuple(plans), columns, (index,), ((part,),), (NUM_PARTS,), keep="")
             sums = task.sums(replay, batch)
             # The AUC is not looked at: one bin is kept of thousands, for every plan and slice.
             bins = sums.exact.histogram.sum(axis=2, keepdims=True)

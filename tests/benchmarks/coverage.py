@@ -114,7 +114,7 @@ class Drawn:
 
     def lap(self, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
         """Plans on some of the window's slices."""
-        task = RaceTask(tuple(plans), self._pool.examples.columns, tuple(slices), (), 1, keep="")
+        task = RaceTask(tuple(plans), self._pool.examples.columns, tuple(slices), (), (), keep="")
         return next(self.run(None, [task])).sums
 
 
@@ -144,7 +144,7 @@ def make_pool(examples: Examples, logits: Mapping[Plan, NDArray[np.float32]], ga
         for rows in np.split(rng.permutation(len(examples)), len(examples) // SLICE):
             batch = by_plan.batch(rows)
             profile = ProfileTask(by_plan.columns, 20, (0,)).sums(replay, batch)
-            sums = RaceTask(tuple(alone), by_plan.columns, (0,), ((0,),), 1, "").sums(replay, batch)
+            sums = RaceTask(tuple(alone), by_plan.columns, (0,), ((0,),), (1,), "").sums(replay, batch)
             # AUC is not looked at: one bin is kept of thousands.
             bins = sums.exact.histogram.sum(axis=2, keepdims=True)
             slices.append(Slice(profile, replace(sums, exact=replace(sums.exact, histogram=bins))))

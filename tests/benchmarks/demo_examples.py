@@ -83,7 +83,7 @@ class Replay:
     def __init__(self, examples: Examples, logits: Mapping[Plan, Single]) -> None:
         self._examples, self._logits = examples, logits
         self._rows = {column: k for k, column in enumerate(examples.columns)}
-        self.shards = {unit: SimpleNamespace(pooled=self._pooled) for unit, _ in examples.columns}
+        self.shards = {unit: SimpleNamespace(pooled=self._pooled, dots=self._dots) for unit, _ in examples.columns}
         self.kept = SimpleNamespace(get=_made)
 
     def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
@@ -101,6 +101,9 @@ class Replay:
     def _pooled(self, call: Any, precisions: Sequence[Precision]) -> dict[Precision, torch.Tensor]:
         rows = {p: self._rows[call.table, p] for p in precisions}
         return {p: torch.from_numpy(self._examples.changes[k, call.rows])[:, None] for p, k in rows.items()}
+
+    def _dots(self, call: Any, precisions: Sequence[Precision], gradient: torch.Tensor) -> dict[Precision, Single]:
+        return {p: (gradient * pooled)[:, 0].numpy() for p, pooled in self._pooled(call, precisions).items()}
 
 
 def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:

@@ -1,9 +1,9 @@
 """What a search misses: a 6-table model small enough that all 15,625 plans are evaluated exactly.
 
-The search may evaluate 64 plans; every plan's exact gap on the same 20,000 examples is known here. Prints one JSON object
-as its last line: `hypervolume_ratio` (the plans that the search evaluated / all plans, both by exact gaps, bytes as a share
-of fp32, against the corner of fp32's bytes and the gap of all-int2), `exact_evaluations` of the search; `by_kl` is the
-same ratio with KL gaps, which have no label noise that a front could be made of.
+The search may evaluate 64 plans; every plan's exact gap on the same 20,000 examples is known here. Prints one JSON
+object as its last line: `hypervolume_ratio` (the plans that the search evaluated / all plans, both by exact gaps, bytes
+as a share of fp32, against the corner of fp32's bytes and the gap of all-int2), `exact_evaluations` of the search;
+`by_kl` is the same ratio with KL gaps, which have no label noise that a front could be made of.
 """
 
 import itertools

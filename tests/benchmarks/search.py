@@ -6,9 +6,9 @@ exact gaps on the later window that none of them saw: the plans that each method
 search window) span a hypervolume (bytes as a share of fp32, gaps up to that of all-int2).
 
 Prints one JSON object as its last line: `hypervolume_ratio` (ours / the best of the others, on the later window),
-`passes` (CPU time of all of `lowprec search`, its confirmation included, / one fp32 pass over the search window, both on
-one thread). Nested: the same on the search window itself, where 500 trials can choose what its labels favour, by KL gap
-and by logarithm of bytes; and what each method cost. NUM_TRIALS=50 in the environment makes it quick.
+`passes` (CPU time of all of `lowprec search`, its confirmation included, / one fp32 pass over the search window, both
+on one thread). Nested: the same on the search window itself, where 500 trials can choose what its labels favour, by KL
+gap and by logarithm of bytes; and what each method cost. NUM_TRIALS=50 in the environment makes it quick.
 """
 
 import json

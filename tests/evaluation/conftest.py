@@ -81,7 +81,7 @@ class Toy:
     def lap(self, plans, slices):
         """The sums of plans on some slices; slices are batches here."""
         slices = tuple(int(k) for k in slices)
-        task = RaceTask(tuple(plans), self.columns, slices, ((0,),) * len(slices), 1, "toy")
+        task = RaceTask(tuple(plans), self.columns, slices, ((0,),) * len(slices), (1,) * len(slices), "toy")
         return next(self.run(self, [task])).sums
 
     # What an evaluator does for tasks.

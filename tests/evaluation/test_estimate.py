@@ -105,7 +105,7 @@ def small(small_config):
 
     def lap(plans, slices):
         slices = tuple(map(int, slices))
-        task = RaceTask(tuple(plans), job.columns, slices, ((0,),) * len(slices), 1, "small")
+        task = RaceTask(tuple(plans), job.columns, slices, ((0,),) * len(slices), (1,) * len(slices), "small")
         return next(workers.run(window, [task])).sums
 
     return job, workers, window, profile, lap

@@ -28,7 +28,7 @@ def random_plans(units, count, seed=0):
 
 def lap(job, plans, batches, parts, num_parts, *, workers=None):
     workers = workers or LocalWorkers(job.spec, job.adapter)
-    task = RaceTask(tuple(plans), job.columns, batches, parts, num_parts, "here")
+    task = RaceTask(tuple(plans), job.columns, batches, parts, (num_parts,) * len(batches), "here")
     return next(workers.run(job.window("search"), [task])).sums
 
 
@@ -156,7 +156,7 @@ def test_weights_multiply_and_rows_without_a_label_are_left_out(job):
     rows = np.flatnonzero(~np.isnan(holes))
 
     def sums(changed, name):
-        return RaceTask(tuple(plans), job.columns, (0,), ((0,),), 1, name).sums(evaluator, changed)
+        return RaceTask(tuple(plans), job.columns, (0,), ((0,),), (1,), name).sums(evaluator, changed)
 
     some = sums(replace(batch, labels=holes), "holes")
     ones = sums(replace(batch, labels=holes, weights=np.ones(batch.num_rows)), "ones")
@@ -175,7 +175,7 @@ def test_a_slice_without_rows_counts_as_a_slice(job):
     sums = lap(job, random_plans(job.units, 2), (5,), ((1500,),), 2000)
     assert sums.num_slices == 1 and sums.exact.num_rows in (0, 1)
     empty = job.window("search").batch(0).part(0, 5000)
-    task = RaceTask(tuple(random_plans(job.units, 2)), job.columns, (0,), ((0,),), 1, "empty")
+    task = RaceTask(tuple(random_plans(job.units, 2)), job.columns, (0,), ((0,),), (1,), "empty")
     nothing = task.sums(ExactEvaluator(job.adapter), empty)
     assert nothing.y == 0 and not nothing.gap.e.any() and nothing.num_slices == 1
 

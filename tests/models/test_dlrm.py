@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, ModelError
-from lowprec.models.dlrm import _PairwiseDots, _pairwise_dots, build
+from lowprec.models.dlrm import _pairwise_dots, _PairwiseDots, build
 from lowprec.traffic.schema import Schema, SparseFeature
 
 

@@ -1,4 +1,4 @@
-"""native = reference = FBGEMM: codes and restored floats bit for bit."""
+"""native = reference = FBGEMM: codes and restored floats bit for bit, sums over them up to their order."""
 
 import fbgemm_gpu  # noqa: F401  (registers the operators)
 import numpy as np
@@ -13,6 +13,7 @@ from lowprec import ops
 from lowprec.ops import reference
 from lowprec.plan import Precision
 
+LOW = [p for p in Precision if p is not Precision.FP32]
 ROWWISE = [p for p in Precision if p.is_rowwise]
 SCALES = (1e-42, 1e-9, 1e-7, 1e-5, 1e-3, 1.0, 1e3, 6e4, 1e6, 1e30)
 
@@ -119,3 +120,65 @@ def test_result_does_not_depend_on_the_number_of_threads(precision: Precision) -
         np.testing.assert_array_equal(ops.quantize(rows, precision, num_threads=num_threads), stored)
         again = ops.dequantize(stored, precision, 13, num_threads=num_threads)
         np.testing.assert_array_equal(again, ops.dequantize(stored, precision, 13))
+
+
+def some_bags(num_rows: int, dim: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Ids with repeats, offsets with empty bags (the first and last among them), a vector for each bag."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([0, 1, 7, 0, *rng.integers(0, 4, 12), 0])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(0, num_rows, offsets[-1])
+    ids[2:5] = ids[1]
+    return ids, offsets, rng.standard_normal((len(lengths), dim), dtype=np.float32)
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("mean", False), ("sum", True)])
+def test_dots_are_those_of_the_reference_and_of_fbgemm(precision: Precision, mode: ops.Pooling, weighted: bool) -> None:
+    for dim in range(1, 71):
+        rng = np.random.default_rng(dim)
+        rows = rng.standard_normal((12, dim), dtype=np.float32) * rng.choice([1e-7, 1e-5, 1, 100], (12, 1))
+        stored = ops.quantize(rows.astype(np.float32), precision)
+        ids, offsets, g = some_bags(len(rows), dim, seed=dim)
+        weights = rng.standard_normal(len(ids), dtype=np.float32) if weighted else None
+        found = ops.pooled_dots(stored, precision, ids, offsets, g, mode=mode, weights=weights)
+        told = reference.pooled_dots(stored, precision.bits, ids, offsets, g, mean=mode == "mean", weights=weights)
+        np.testing.assert_array_equal(found, told, err_msg=f"dim {dim}")
+
+        pooled = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode=mode, weights=weights)
+        served = torch.linalg.vecdot(torch.from_numpy(g), pooled).numpy()
+        # Each side adds, in some order, terms whose magnitudes sum to `size`: scale * code, bias and g apart, as they
+        # cancel. A term meets at most dim + bag length roundings of sums, and 5 more of its products, weight and mean.
+        values = np.abs(ops.dequantize(stored, precision, dim)).astype(np.float64)
+        if precision.is_rowwise:
+            scale, bias = (np.abs(half).astype(np.float64) for half in stored[:, :4].copy().view(np.float16).T)
+            values += 2 * bias[:, None]  # |scale * code| + |bias| <= |value| + 2 |bias|
+            assert (scale > 0).all()
+        bag_of_id = np.repeat(np.arange(len(g)), np.diff(offsets))
+        terms = (values[ids] * np.abs(g[bag_of_id])).sum(axis=1) * (1 if weights is None else np.abs(weights))
+        size = np.bincount(bag_of_id, terms, minlength=len(g))
+        if mode == "mean":
+            size /= np.maximum(np.diff(offsets), 1)
+        bound = 2 * (dim + 7 + 5) * 2.0**-24 * size
+        assert (np.abs(found.astype(np.float64) - served) <= bound).all(), f"dim {dim}"
+        assert (found[[0, 3, -1]] == 0).all()
+
+
+def test_dots_of_every_half_are_exact() -> None:
+    halves = np.arange(2**16, dtype=np.uint16)
+    ids, offsets = np.arange(2**16), np.arange(2**16 + 1)
+    found = ops.pooled_dots(
+        halves[:, None].view(np.uint8), Precision.FP16, ids, offsets, np.ones((2**16, 1), np.float32), mode="sum"
+    )
+    np.testing.assert_array_equal(found, halves.view(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_dots_read_nothing_beside_the_rows(precision: Precision) -> None:
+    for dim in (1, 15, 16, 17, 37):
+        stored = ops.quantize(np.random.default_rng(dim).standard_normal((12, dim), dtype=np.float32), precision)
+        padded = np.full((12, stored.shape[1] + 5), 0xFF, np.uint8)  # as halves, NaN
+        padded[:, : stored.shape[1]] = stored
+        ids, offsets, g = some_bags(12, dim, seed=dim)
+        apart = ops.pooled_dots(padded[:, : stored.shape[1]], precision, ids, offsets, g, mode="sum")
+        np.testing.assert_array_equal(apart, ops.pooled_dots(stored, precision, ids, offsets, g, mode="sum"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowprec import _native, ops
-from lowprec.errors import KernelError, WeightError
+from lowprec.errors import KernelError, ModelError, TrafficError, WeightError
 from lowprec.ops import native
 from lowprec.plan import Precision
 
@@ -114,11 +114,102 @@ def test_native_module_copies_no_argument_and_checks_shapes() -> None:
         _native.quantize_rows(rows, 4, out[:, :7].copy())
 
 
+LOW = [p for p in EVERY if p is not Precision.FP32]
+IDS, OFFSETS = np.array([0, 19, 3, 3]), np.array([0, 2, 2, 4])
+
+
+def dots(ids=IDS, offsets=OFFSETS, gradients=None, *, precision=Precision.INT4, mode="sum", weights=None, stored=None):
+    stored = ops.quantize(np.ones((20, 7), np.float32), precision) if stored is None else stored
+    gradients = np.ones((3, 7), np.float32) if gradients is None else gradients
+    return ops.pooled_dots(stored, precision, ids, offsets, gradients, mode=mode, weights=weights)
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_dots_of_ones_count_the_ids(precision: Precision) -> None:
+    np.testing.assert_array_equal(dots(precision=precision), [14, 0, 14])
+    np.testing.assert_array_equal(dots(precision=precision, mode="mean"), [7, 0, 7])
+    weights = np.array([1, 2, 3, -3], np.float32)
+    np.testing.assert_array_equal(dots(precision=precision, weights=weights), [21, 0, 0])
+    none = np.empty(0, np.int64)
+    assert dots(none, np.zeros(1, np.int64), np.empty((0, 7), np.float32), precision=precision).shape == (0,)
+    np.testing.assert_array_equal(dots(none, np.zeros(4, np.int64), precision=precision), [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([0, 2, 2, 5], "offsets.3. is 5"),
+        ([0, 2, 1, 4], "offsets.2. is 1"),
+        ([1, 2, 2, 4], "offsets.0. is 1"),
+        ([0, 2, 2, 3], "offsets.3. is 3"),
+        ([0, -1, 2, 4], "offsets.1. is -1"),
+        ([0, 2, 4], "need 4 offsets; got 3"),
+    ],
+)
+def test_dots_refuse_offsets_that_do_not_fit(offsets: list[int], said: str) -> None:
+    with pytest.raises(TrafficError, match=said):
+        dots(offsets=np.array(offsets))
+
+
+@pytest.mark.parametrize("outside", [-1, 20, 2**62])
+def test_dots_refuse_an_id_that_is_no_row(outside: int) -> None:
+    with pytest.raises(TrafficError, match=rf"ids\[2\] is {outside}, outside the 20 rows"):
+        dots(np.array([0, 1, outside, 3]))
+
+
+def test_dots_refuse_arrays_of_another_form() -> None:
+    ones = np.ones((3, 14), np.float32)
+    for wrong in ({"ids": IDS.astype(np.int32)}, {"ids": np.repeat(IDS, 2)[::2]}, {"offsets": OFFSETS.astype(float)}):
+        with pytest.raises(TypeError, match="ids must be|offsets must be"):
+            dots(**wrong)
+    for gradients in (ones[:, ::2], ones[:, :7], ones[:, :7].astype(np.float64), ones[0, :7], ones[:, :0]):
+        with pytest.raises(TypeError, match="gradients"):
+            dots(gradients=gradients)
+    with pytest.raises(ValueError, match="of dim 14 have 11 bytes; got 8"):
+        dots(gradients=ones)
+    with pytest.raises(ValueError, match="fp32"):
+        dots(precision=Precision.FP32)
+    with pytest.raises(TypeError, match="weights"):
+        dots(weights=np.ones(4))
+    with pytest.raises(TrafficError, match="4 ids and 3 weights"):
+        dots(weights=np.ones(3, np.float32))
+    with pytest.raises(ModelError, match="sum pooling"):
+        dots(weights=np.ones(4, np.float32), mode="mean")
+
+
+def test_native_dots_copy_no_argument_and_check_it() -> None:
+    good = {"stored": np.zeros((20, 8), np.uint8), "bits": 4, "ids": IDS, "offsets": OFFSETS, "mean": False}
+    good |= {"gradients": np.ones((3, 7), np.float32), "out": np.empty(3, np.float32), "weights": None}
+    _native.pooled_dots(**good)
+    read_only = np.empty(3, np.float32)
+    read_only.flags.writeable = False
+    others = {
+        "stored": [np.zeros((20, 9), np.uint8), np.zeros((20, 8), np.int8), np.zeros((20, 16), np.uint8)[:, ::2]],
+        "bits": [3, 16, 32],
+        "ids": [
+            IDS.astype(np.int32),
+            np.repeat(IDS, 2)[::2],
+            IDS[:3],
+            np.array([0, 1, 2, 20]),
+            np.array([0, 1, 2, -1]),
+        ],
+        "offsets": [OFFSETS[:3], np.repeat(OFFSETS, 2)[::2], OFFSETS.astype(np.int32), OFFSETS + 1],
+        "gradients": [np.ones((3, 7)), np.ones((2, 7), np.float32), np.ones((7, 3), np.float32).T],
+        "out": [np.empty(3), np.empty(2, np.float32), np.empty(6, np.float32)[::2], read_only],
+        "weights": [np.ones(4), np.ones(3, np.float32)],
+    }
+    for name, wrong in others.items():
+        for value in wrong:
+            with pytest.raises((TypeError, ValueError, IndexError)):
+                _native.pooled_dots(**{**good, name: value})
+
+
 def test_read_only_rows_are_taken() -> None:
     rows = some_rows()
     rows.flags.writeable = False
     ops.quantize(rows, Precision.INT8)
     ops.quantize_gathered(rows, np.arange(3), Precision.INT8)
+    dots(gradients=rows[:3])
 
 
 def test_rows_may_lie_backwards_and_a_single_column_may_have_any_stride() -> None:

@@ -228,9 +228,6 @@ def test_over_all_finalists_and_tries_plans_at_the_budget_are_certified_at_the_r
     assert len(LADDER) == 3 and len(LATER_TRIES) == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a later try takes a plan that another budget read at the first try's confidence"
-)
 def test_several_budgets_keep_the_rate_of_each():
     """The finalist of a tight budget is the later try of a loose one, whose error rate it must not use up twice."""
     alpha, runs = 0.2, 3000

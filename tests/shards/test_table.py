@@ -43,6 +43,26 @@ def test_equals_serving_the_whole_table_bit_for_bit(dim, mode, weights, cache_by
             torch.testing.assert_close(answers[p], served, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("mode", "weights"), [("sum", False), ("sum", True), ("mean", False)])
+@pytest.mark.parametrize("dim", [16, 7])
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 3000, 1])
+def test_dots_are_those_of_the_pooled_outputs(dim, mode, weights, cache_bytes):
+    shard, other = (TableShard("table:t", table(dim=dim), cache_bytes=cache_bytes) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for step in range(6):
+        asked = call(500, rng, mode, weights)
+        g = torch.randn(dim, 40, generator=torch.Generator().manual_seed(step)).T  # not contiguous
+        precisions = LOW if step % 2 else LOW[step // 2 :]
+        found = shard.dots(asked, precisions, g)
+        assert set(found) == set(precisions)
+        for p, pooled in other.pooled(asked, precisions).items():
+            # fp32 sums of a few dozen terms, of values up to about 4 and vectors of norm about sqrt(dim): errors far
+            # below 1e-5 of what is added, differences between precisions far above.
+            size = (g.abs() * (pooled.abs() + 10)).sum(dim=1).numpy()
+            assert (np.abs(found[p] - torch.linalg.vecdot(g, pooled).numpy()) <= 1e-5 * size).all()
+    assert shard.dots(asked, [], g) == {}
+
+
 def test_only_touched_rows_are_quantized():
     shard = TableShard("table:t", table(100_000), cache_bytes=1 << 30)
     asked = BagCall("table:t", torch.tensor([5, 99_999, 5]), torch.tensor([0, 3]), None, "sum", torch.zeros(1, 16))
