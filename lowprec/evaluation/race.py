@@ -104,16 +104,17 @@ class RaceTask:
         """What the slices of one batch add."""
         total: RaceSums | None = None
         here = self.batches.index(batch.index)
+        num_parts = self.num_parts[here]
         for part in self.parts[here]:
-            sums = self._slice(evaluator, batch.part(part, self.num_parts[here]), part)
+            sums = self._slice(evaluator, batch.part(part, num_parts), (batch.index, part, num_parts))
             total = sums if total is None else total + sums
         assert total is not None, "a task names no batch without parts"
         return total
 
-    def _slice(self, evaluator: ExactEvaluator, batch: Batch, part: int) -> RaceSums:
+    def _slice(self, evaluator: ExactEvaluator, batch: Batch, place: tuple[int, int, int]) -> RaceSums:
         logits = evaluator.logits(batch, self.plans)
         s = evaluator.kept.get(
-            (self.keep, batch.index, part, self.columns),
+            (self.keep, place, self.columns),
             lambda: swaps(evaluator, batch, self.columns)[1],
             _num_bytes,
         )
