@@ -16,7 +16,7 @@ from lowprec.plan import Precision
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pooling", "pooled_lookup"]
+__all__ = ["Pooling", "pooled_lookup", "unchecked_lookup"]
 
 Pooling = Literal["sum", "mean"]
 
@@ -46,7 +46,7 @@ def pooled_lookup(
     Raises `TrafficError` when an id is not a row of the table or the offsets do not fit: FBGEMM itself takes id -1
     for a pruned row and reads beyond `indices`. Raises `ModelError` for a weighted mean, `KernelError` without FBGEMM.
     """
-    op = _lookup_op()
+    _lookup_op()  # without FBGEMM nothing else is worth saying
     rows = _tensor(stored)
     indices, offsets = _tensor(indices), _tensor(offsets)
     if rows.ndim != 2 or rows.shape[1] != row_bytes(dim, precision):
@@ -59,9 +59,27 @@ def pooled_lookup(
         weights = _tensor(weights).detach()
         if weights.shape != indices.shape:
             raise TrafficError(f"every id needs one weight; got {len(indices)} ids and {len(weights)} weights")
+    pooled = unchecked_lookup(rows.contiguous().view(-1), precision, dim, indices, offsets, mode, weights)
+    return pooled if pooled.shape[1] == dim else pooled[:, :dim].contiguous()
+
+
+def unchecked_lookup(
+    stored: torch.Tensor,
+    precision: Precision,
+    dim: int,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    mode: Pooling = "sum",
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """FBGEMM's operator and nothing else: float32[num_bags, dim rounded up to whole bytes of codes].
+
+    stored: uint8, the rows one after the other; the rest as for `pooled_lookup`. What does not fit is read beyond its
+    end. Raises `KernelError` without FBGEMM.
+    """
     fixed = _constants(precision, dim)
-    pooled: torch.Tensor = op(
-        rows.contiguous().view(-1),
+    pooled: torch.Tensor = _lookup_op()(
+        stored,
         fixed.no_device_weights,
         fixed.placements,
         fixed.weights_offsets,
@@ -76,7 +94,7 @@ def pooled_lookup(
         _OUTPUT_FP32,
         row_alignment=_CPU_ROW_ALIGNMENT,
     )
-    return pooled if fixed.dim == dim else pooled[:, :dim].contiguous()
+    return pooled
 
 
 class _Constants(NamedTuple):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lowprec.errors import ConfigError
-from lowprec.ops.fbgemm import _constants, _lookup_op
+from lowprec.ops.fbgemm import unchecked_lookup
 from lowprec.ops.layout import row_bytes
 from lowprec.plan import Precision
 from lowprec.progress import Progress, Silent
@@ -167,38 +167,12 @@ def _seconds_per_call(buffer: torch.Tensor, cell: Cell, num_bags: int, rng: np.r
     warm_up, *timed = ids.unbind()
     offsets = torch.arange(0, num_bags * cell.pooling + 1, cell.pooling)
     table = buffer[: cell.table_bytes]
-    _lookup(table, cell.precision, cell.dim, warm_up, offsets)
+    # The operator alone: checks and their passes over ids take as long as a short lookup, and are not part of FBGEMM.
+    unchecked_lookup(table, cell.precision, cell.dim, warm_up, offsets)
     began = time.perf_counter()
     for indices in timed:
-        _lookup(table, cell.precision, cell.dim, indices, offsets)
+        unchecked_lookup(table, cell.precision, cell.dim, indices, offsets)
     return (time.perf_counter() - began) / num_calls
-
-
-def _lookup(
-    table: torch.Tensor, precision: Precision, dim: int, indices: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
-    """`pooled_lookup` with sum pooling and nothing but the operator, for `dim` rounded up to whole bytes of codes.
-
-    The checks and their passes over ids take as long as a short lookup, and are not part of FBGEMM.
-    """
-    fixed = _constants(precision, dim)
-    pooled: torch.Tensor = _lookup_op()(
-        table,
-        fixed.no_device_weights,
-        fixed.placements,
-        fixed.weights_offsets,
-        fixed.types,
-        fixed.dim_offsets,
-        fixed.dim,
-        *fixed.max_dims,
-        indices,
-        offsets,
-        0,  # sum
-        None,  # no weights
-        0,  # fp32 output
-        row_alignment=1,
-    )
-    return pooled
 
 
 def _summary(cell: Cell, seconds: Sequence[float], num_bags: int) -> LookupTime:

@@ -40,7 +40,7 @@ def test_what_is_timed_is_the_pooled_lookup(precision: Precision, dim: int) -> N
     ids, offsets = torch.from_numpy(rng.integers(0, 50, 60)), torch.arange(0, 61, 3)
     expected = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode="sum")
     # A dim of no whole bytes of codes is served as the next one that is: the surplus columns are cut off.
-    timed = timing._lookup(stored.view(-1), precision, dim, ids, offsets)
+    timed = timing.unchecked_lookup(stored.view(-1), precision, dim, ids, offsets)
     assert torch.equal(timed[:, :dim], expected)
 
 
@@ -63,7 +63,7 @@ def test_ids_are_fresh_in_every_call_and_cover_the_table(monkeypatch: pytest.Mon
         assert offsets[-1] == len(indices)
         seen.setdefault(cell, []).append(indices.numpy())
 
-    monkeypatch.setattr(timing, "_lookup", look_up)
+    monkeypatch.setattr(timing, "unchecked_lookup", look_up)
     grid = small_grid()
     measure_lookups(grid)
     assert seen.keys() == set(grid.cells())
