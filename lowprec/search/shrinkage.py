@@ -5,8 +5,8 @@ plans that noise favours. What is real in them comes from the reference model be
 its inputs, the expectation of r, and so of a, is zero. Two ways of being wrong are told apart:
 
 - its logits are shifted or scaled as a whole. These are two numbers, well known from a few thousand examples, and they
-  imply a: with r = h (shift + scale z_ref) it is the same combination of two columns of Q. Each is dropped where its
-  square is within three standard deviations of what noise would give, else shrunk by its expected noise.
+  imply a: with r = h (shift + scale z_ref) it is the same combination of two columns of Q. Each is dropped
+  where it is within three standard errors of zero, else shrunk by its expected noise.
 - anything else. The rest of a is kept by the share that a chi-squared statistic says is more than noise: a share too
   small by three standard deviations of the statistic, because a search exploits whatever noise is left.
 """
@@ -80,8 +80,7 @@ def _estimate(a: float, curvature: float, noise: float) -> tuple[float, float]:
     if curvature <= 0 or noise <= 0:
         return 0.0, 0.0
     t_squared = a**2 / noise
-    is_more_than_noise = t_squared > 1 + NUM_DEVIATIONS * math.sqrt(2)
-    return a / curvature, 1 - 1 / t_squared if is_more_than_noise else 0.0
+    return a / curvature, 1 - 1 / t_squared if t_squared > NUM_DEVIATIONS**2 else 0.0
 
 
 def _kept_of_rest(rest: Float, profile: Profile) -> float:

@@ -84,17 +84,17 @@ def test_a_shift_and_a_scale_are_found_within_their_errors(kind, shift, scale):
         off = np.array([found.shift, found.scale]) - aim
         deviations.append(off / np.sqrt(np.diag(covariance)))
         assert 0 <= found.shift_kept <= 1 and 0 <= found.scale_kept <= 1
-    # Where the truth is 2 to 3 errors from zero, dropping what is within noise costs most: a mean square error of about
-    # 3 (by simulation of a normal value), known here to within about a fifth.
-    assert np.square(deviations).mean() < 3.0 + 0.6
+    # Where the truth is about 3 errors from zero, dropping what may be noise costs most: a mean square error of 5 (by
+    # simulation of a normal value), known here to within about a fifth.
+    assert np.square(deviations).mean() < 5.0 + 1.0
     if shift == scale == 0:
-        assert np.square(deviations).mean() < 0.5  # without shrinkage it would be 1
+        assert np.square(deviations).mean() < 0.3  # without shrinkage it would be 1
 
 
 def test_a_shift_and_a_scale_imply_the_first_order_sums():
     rng, num_columns, errors, raw = np.random.default_rng(2), 30, [], []
     for _ in range(30):
-        z, s, y, truth = draw(rng, 6000, num_columns, shift=0.2, scale=0.1)
+        z, s, y, truth = draw(rng, 20_000, num_columns, shift=0.2, scale=0.1)
         profile = profile_of(z, s, y)
         found, expected = shrunk_first_order(profile), s @ (sigmoid(z) - truth)
         implied = profile.second.columns(num_columns)[:num_columns] @ [found.shift, found.scale]
