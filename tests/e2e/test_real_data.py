@@ -57,7 +57,10 @@ def test_search_finds_a_plan_and_every_gap_has_its_evidence(job, searched):
     rows = document["rows"]["confirm"]
     assert rows["num_bad"] == 0 and rows["out_of_range"] == {}
     for item in (document["search"], document["confirm"], *document["front"], *document["finalists"]):
-        assert item["gap_lower_pct"] <= item["gap_pct"] <= item["gap_upper_pct"] and item["num_examples"] > 0
+        assert item["num_examples"] > 0
+        # Where a plan changes hardly any of a few thousand examples there is no interval, and that is said.
+        if item["gap_lower_pct"] is not None or item in (document["search"], document["confirm"]):
+            assert item["gap_lower_pct"] <= item["gap_pct"] <= item["gap_upper_pct"]
     plan = json.loads(Path(document["plan_path"]).read_text())
     assert plan["bytes"] == document["bytes"] and plan["evidence"]["verdict"] == "certified"
     assert len(plan["units"]) == {"movielens": 3, "criteo": 26}[name]

