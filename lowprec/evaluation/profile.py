@@ -237,7 +237,7 @@ class ProfileTask:
             second = DenseMoment.of(moved, curvature)
         else:
             second = SketchedMoment.of(moved, curvature, keys, _sketch_buckets(self.num_blocks), by_group=False)
-        first = moved @ residual.astype(np.float32)
+        first = torch.mv(torch.from_numpy(moved), torch.from_numpy(residual.astype(np.float32))).numpy()
         # In place: the terms of `first`, with the loss in the last direction.
         np.multiply(moved, residual.astype(np.float32), out=moved)
         directions[-1] = loss

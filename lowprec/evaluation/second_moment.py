@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 __all__ = ["DenseMoment", "SecondMoment", "SketchedMoment", "mixed"]
@@ -68,8 +69,9 @@ class DenseMoment:
         The products of one batch are summed in float32, batches in float64: of 4,096 terms the sum is good to about
         1e-6, far below what any sample says.
         """
-        scaled = v * np.sqrt(weights).astype(np.float32)
-        return cls((scaled @ scaled.T).astype(np.float64))
+        # By PyTorch, which keeps to the worker's number of threads; NumPy's BLAS takes every core.
+        scaled = torch.from_numpy(v * np.sqrt(weights).astype(np.float32))
+        return cls((scaled @ scaled.T).numpy().astype(np.float64))
 
     def __add__(self, other: DenseMoment) -> DenseMoment:
         return DenseMoment(self.matrix + other.matrix)
