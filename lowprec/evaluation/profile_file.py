@@ -109,7 +109,7 @@ def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
         raise
     except Exception as error:  # a broken archive may fail in any way: zlib.error, TypeError, NotImplementedError ...
         raise ConfigError(
-            f"profile {path}: is no profile of lowprec, or a broken one ({type(error).__name__}: {error}); "
+            f"profile {path}: is no profile of lowprec, or a broken one ({type(error).__name__}); "
             "leave --profile out to measure it again"
         ) from None
 

@@ -56,7 +56,8 @@ def run_search(
     listener = progress or Silent()
     for note in notes_on(job):
         listener.note(note)
-    # Read before the run begins: a profile of something else must leave no trace.
+    # Read before the run begins: what is missing or of something else must cost no pass and leave no trace.
+    open_costs(config.cost, job.space, {})
     given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     record = RunRecord(job, resume)
     record.state("running")

@@ -244,3 +244,11 @@ def test_latency_is_minimised_and_limited(small_config, tmp_path):
 def test_latency_without_calibration_is_a_config_error(small_config):
     with pytest.raises(ConfigError, match="lowprec calibrate"):
         small_config("cost.minimize=latency")
+
+
+def test_a_calibration_that_is_not_there_costs_no_pass(small_config, tmp_path):
+    listener = Listener()
+    config = small_config("cost.minimize=latency", f"cost.calibration={tmp_path / 'none.json'}")
+    with pytest.raises(ConfigError, match=r"none\.json.*lowprec calibrate"):
+        run_search(config, progress=listener)
+    assert listener.stages == [] and not (tmp_path / "runs" / "runs").exists()
