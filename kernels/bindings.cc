@@ -1,13 +1,18 @@
 // lowprec._native: checks arguments and releases the GIL; the arithmetic is in the kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
-#include "pooled_dots.h"
-#include "rowwise.h"
+#include "dispatch.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,42 +21,43 @@ namespace {
 
 // Rows may begin any distance apart; the values of a row are contiguous (checked by require_rows).
 template <typename T>
-using Rows = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+using Strided = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ids = Vector<const std::int64_t>;
+using Ranges = Matrix<const std::uint16_t>;
+
+static_assert(sizeof(lowprec::RowRange) == 4, "ranges are read as uint16[n, 2]");
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void require_bits(int bits) {
-  require(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8; got " + std::to_string(bits));
+void require_bits(int bits, bool plain) {
+  require(bits == 2 || bits == 4 || bits == 8 || (plain && bits == 16),
+          std::string("bits must be 2, 4") + (plain ? ", 8 or 16" : " or 8") + "; got " + std::to_string(bits));
+}
+
+lowprec::RangeKind range_kind(const std::string& name) {
+  if (name == "minmax") return lowprec::RangeKind::kMinMax;
+  require(name == "mse", "range must be minmax or mse; got " + name);
+  return lowprec::RangeKind::kMse;
 }
 
 template <typename T>
-void require_rows(const Rows<T>& rows, const char* name) {
+void require_rows(const Strided<T>& rows, const char* name) {
   require(rows.shape(1) > 0, std::string(name) + " must have at least one column");
   require(rows.shape(0) == 0 || rows.shape(1) == 1 || rows.stride(1) == 1,
           std::string(name) + " must be contiguous along a row");
 }
 
-template <typename T>
-void require_shape(const Matrix<T>& array, std::size_t num_rows, std::size_t num_columns, const char* name) {
+template <typename Array>
+void require_shape(const Array& array, std::size_t num_rows, std::size_t num_columns, const char* name) {
   require(array.shape(0) == num_rows && array.shape(1) == num_columns,
           std::string(name) + " must be [" + std::to_string(num_rows) + ", " + std::to_string(num_columns) +
               "]; got [" + std::to_string(array.shape(0)) + ", " + std::to_string(array.shape(1)) + "]");
-}
-
-std::int64_t quantize_rows(Rows<const float> rows, int bits, Matrix<std::uint8_t> out, int num_threads) {
-  require_bits(bits);
-  require_rows(rows, "rows");
-  require_shape(out, rows.shape(0), lowprec::row_bytes(rows.shape(1), bits), "out");
-  nb::gil_scoped_release release;
-  return lowprec::quantize_rows(rows.data(), rows.stride(0), rows.shape(0), rows.shape(1), bits, out.data(),
-                                num_threads);
 }
 
 void require_ids(const Ids& ids, std::size_t num_rows) {
@@ -62,51 +68,107 @@ void require_ids(const Ids& ids, std::size_t num_rows) {
   }
 }
 
-std::int64_t quantize_gathered(Rows<const float> table, Ids ids, int bits, Matrix<std::uint8_t> out, int num_threads) {
-  require_bits(bits);
-  require_rows(table, "table");
-  require_shape(out, ids.shape(0), lowprec::row_bytes(table.shape(1), bits), "out");
-  nb::gil_scoped_release release;
-  require_ids(ids, table.shape(0));
-  return lowprec::quantize_gathered(table.data(), table.stride(0), ids.data(), ids.shape(0), table.shape(1), bits,
-                                    out.data(), num_threads);
-}
-
-void dequantize_rows(Rows<const std::uint8_t> codes, int bits, Matrix<float> out, int num_threads) {
-  require_bits(bits);
-  require_rows(codes, "codes");
-  const std::size_t dim = out.shape(1);
-  require(dim > 0 && codes.shape(0) == out.shape(0) && codes.shape(1) == lowprec::row_bytes(dim, bits),
-          "codes must be [" + std::to_string(out.shape(0)) + ", " + std::to_string(lowprec::row_bytes(dim, bits)) +
-              "] for out [" + std::to_string(out.shape(0)) + ", " + std::to_string(dim) + "]; got [" +
-              std::to_string(codes.shape(0)) + ", " + std::to_string(codes.shape(1)) + "]");
-  nb::gil_scoped_release release;
-  lowprec::dequantize_rows(codes.data(), codes.stride(0), codes.shape(0), dim, bits, out.data(), num_threads);
-}
-
-void pooled_dots(Rows<const std::uint8_t> stored, int bits, Ids ids, Ids offsets, Matrix<const float> gradients,
-                 Vector<float> out, bool mean, Vector<const float> weights) {
-  if (bits != 16) require_bits(bits);
-  require_rows(stored, "stored");
-  const std::size_t num_bags = out.shape(0), dim = gradients.shape(1);
-  require(dim > 0, "gradients must have at least one column");
-  require_shape(gradients, num_bags, dim, "gradients");
-  const std::size_t num_bytes = bits == 16 ? 2 * dim : lowprec::row_bytes(dim, bits);
-  require(stored.shape(1) == num_bytes, "stored rows of dim " + std::to_string(dim) + " must have " +
-                                            std::to_string(num_bytes) + " bytes; got " +
-                                            std::to_string(stored.shape(1)));
-  require(offsets.shape(0) == num_bags + 1, "offsets must be one more than the " + std::to_string(num_bags) + " bags");
-  const float* weight = weights.is_valid() ? weights.data() : nullptr;
-  require(weight == nullptr || weights.shape(0) == ids.shape(0), "every id needs one weight");
-  require(weight == nullptr || !mean, "weights need sum pooling");
-  nb::gil_scoped_release release;
+void require_offsets(const Ids& offsets, std::size_t num_ids) {
+  require(offsets.shape(0) > 0, "offsets must be one more than the bags");
   const std::int64_t wrong =
-      lowprec::first_wrong_offset(offsets.data(), num_bags, static_cast<std::int64_t>(ids.shape(0)));
-  require(wrong < 0, "offsets must rise from 0 to the " + std::to_string(ids.shape(0)) + " ids; offsets[" +
+      lowprec::first_wrong_offset(offsets.data(), offsets.shape(0) - 1, static_cast<std::int64_t>(num_ids));
+  require(wrong < 0, "offsets must rise from 0 to the " + std::to_string(num_ids) + " ids; offsets[" +
                          std::to_string(wrong) + "] is " + std::to_string(wrong < 0 ? 0 : offsets.data()[wrong]));
-  require_ids(ids, stored.shape(0));
-  lowprec::pooled_dots(stored.data(), stored.stride(0), dim, bits, ids.data(), offsets.data(), num_bags, weight, mean,
-                       gradients.data(), out.data());
+}
+
+lowprec::Rows rows_of(const Strided<const float>& table) {
+  return {table.data(), table.stride(0), table.shape(0), table.shape(1)};
+}
+
+const lowprec::RowRange* ranges_of(const Ranges& ranges, std::size_t num_ids, const char* name) {
+  if (!ranges.is_valid()) return nullptr;
+  require_shape(ranges, num_ids, 2, name);
+  return reinterpret_cast<const lowprec::RowRange*>(ranges.data());
+}
+
+std::size_t num_picked(const Strided<const float>& table, const Ids& ids) {
+  return ids.is_valid() ? ids.shape(0) : table.shape(0);
+}
+
+std::int64_t quantize(Strided<const float> table, Ids ids, int bits, const std::string& range,
+                      Matrix<std::uint8_t> out, int num_threads) {
+  require_bits(bits, true);
+  require_rows(table, "table");
+  const lowprec::RangeKind kind = range_kind(range);
+  const std::size_t num_rows = num_picked(table, ids);
+  require_shape(out, num_rows, lowprec::row_bytes(table.shape(1), bits), "out");
+  nb::gil_scoped_release release;
+  if (ids.is_valid()) require_ids(ids, table.shape(0));
+  return lowprec::quantize(rows_of(table), ids.is_valid() ? ids.data() : nullptr, num_rows, bits, kind, out.data(),
+                           num_threads);
+}
+
+std::int64_t row_ranges(Strided<const float> table, Ids ids, int bits, const std::string& range,
+                        Matrix<std::uint16_t> out, int num_threads) {
+  require_bits(bits, false);
+  require_rows(table, "table");
+  const lowprec::RangeKind kind = range_kind(range);
+  const std::size_t num_rows = num_picked(table, ids);
+  require_shape(out, num_rows, 2, "out");
+  nb::gil_scoped_release release;
+  if (ids.is_valid()) require_ids(ids, table.shape(0));
+  return lowprec::row_ranges(rows_of(table), ids.is_valid() ? ids.data() : nullptr, num_rows, bits, kind,
+                             reinterpret_cast<lowprec::RowRange*>(out.data()), num_threads);
+}
+
+void dequantize(Strided<const std::uint8_t> stored, int bits, Matrix<float> out, int num_threads) {
+  require_bits(bits, false);
+  require_rows(stored, "stored");
+  const std::size_t dim = out.shape(1);
+  require(dim > 0, "out must have at least one column");
+  require_shape(stored, out.shape(0), lowprec::row_bytes(dim, bits), "stored");
+  nb::gil_scoped_release release;
+  lowprec::dequantize(stored.data(), stored.stride(0), stored.shape(0), dim, bits, out.data(), num_threads);
+}
+
+// After everything else that can be wrong has been looked at.
+lowprec::Bags bags_of(const Strided<const float>& table, const Ids& ids, const Ids& offsets,
+                      const Vector<const float>& weights, bool mean) {
+  require(!weights.is_valid() || weights.shape(0) == ids.shape(0), "every id needs one weight");
+  require(!weights.is_valid() || !mean, "weights need sum pooling");
+  require_offsets(offsets, ids.shape(0));
+  require_ids(ids, table.shape(0));
+  return {ids.data(), offsets.data(), offsets.shape(0) - 1, weights.is_valid() ? weights.data() : nullptr, mean};
+}
+
+void pooled(Strided<const float> table, int bits, Ids ids, Ids offsets, Matrix<float> out, bool mean,
+            Vector<const float> weights, Ranges ranges, int num_threads) {
+  require_bits(bits, true);
+  require_rows(table, "table");
+  require(offsets.shape(0) > 0, "offsets must be one more than the bags");
+  require_shape(out, offsets.shape(0) - 1, table.shape(1), "out");
+  const lowprec::RowRange* given = ranges_of(ranges, ids.shape(0), "ranges");
+  nb::gil_scoped_release release;
+  lowprec::pooled(rows_of(table), bags_of(table, ids, offsets, weights, mean), bits, given, out.data(), num_threads);
+}
+
+void scores(Strided<const float> table, Ids ids, Ids offsets, Matrix<const float> gradients,
+            std::array<std::optional<Vector<float>>, lowprec::kNumScored> out, bool mean, Vector<const float> weights,
+            std::array<std::optional<Ranges>, lowprec::kNumScored> ranges, int num_threads) {
+  require_rows(table, "table");
+  require(offsets.shape(0) > 0, "offsets must be one more than the bags");
+  const std::size_t num_bags = offsets.shape(0) - 1;
+  require_shape(gradients, num_bags, table.shape(1), "gradients");
+  float* outputs[lowprec::kNumScored];
+  const lowprec::RowRange* given[lowprec::kNumScored];
+  for (std::size_t k = 0; k < lowprec::kNumScored; ++k) {
+    require(!out[k] || out[k]->shape(0) == num_bags, "out must have a value for each bag");
+    outputs[k] = out[k] ? out[k]->data() : nullptr;
+    given[k] = ranges[k] ? ranges_of(*ranges[k], ids.shape(0), "ranges") : nullptr;
+  }
+  require(given[0] == nullptr, "fp16 has no ranges");
+  nb::gil_scoped_release release;
+  lowprec::scores(rows_of(table), bags_of(table, ids, offsets, weights, mean), gradients.data(), given + 1, outputs,
+                  num_threads);
+}
+
+void use_cpu_path(const std::string& name) {
+  require(lowprec::use_cpu_path(name), "this CPU has no kernels called " + name);
 }
 
 }  // namespace
@@ -115,16 +177,23 @@ void pooled_dots(Rows<const std::uint8_t> stored, int bits, Ids ids, Ids offsets
 NB_MODULE(_native, m) {
   m.doc() = "Compiled kernels of lowprec; lowprec.ops is their public face.";
   m.attr("SOURCE_DIGEST") = LOWPREC_SOURCE_DIGEST;
-  m.def("quantize_rows", &quantize_rows, nb::arg("rows").noconvert(), "bits"_a, nb::arg("out").noconvert(),
-        "num_threads"_a = 1,
-        "Quantizes float32[n, dim] into out uint8[n, row_bytes]; returns the first row with NaN or Inf, or -1.");
-  m.def("quantize_gathered", &quantize_gathered, nb::arg("table").noconvert(), nb::arg("ids").noconvert(), "bits"_a,
+  m.def("cpu_paths", &lowprec::cpu_paths, "The CPU paths that run here, best first.");
+  m.def("cpu_path", &lowprec::cpu_path, "The CPU path in use.");
+  m.def("use_cpu_path", &use_cpu_path, "name"_a, "Chooses a CPU path for the process.");
+  m.def("quantize", &quantize, nb::arg("table").noconvert(), nb::arg("ids").noconvert().none(), "bits"_a, "range"_a,
         nb::arg("out").noconvert(), "num_threads"_a = 1,
-        "Quantizes table[ids] into out uint8[len(ids), row_bytes]; returns the first bad position, or -1.");
-  m.def("dequantize_rows", &dequantize_rows, nb::arg("codes").noconvert(), "bits"_a, nb::arg("out").noconvert(),
+        "Stores table[ids] (or all rows) in out uint8[n, row_bytes]; returns the first position with NaN or Inf, or -1.");
+  m.def("row_ranges", &row_ranges, nb::arg("table").noconvert(), nb::arg("ids").noconvert().none(), "bits"_a, "range"_a,
+        nb::arg("out").noconvert(), "num_threads"_a = 1,
+        "Writes fp16 scale and bias of table[ids] to out uint16[n, 2]; returns as quantize does.");
+  m.def("dequantize", &dequantize, nb::arg("stored").noconvert(), "bits"_a, nb::arg("out").noconvert(),
         "num_threads"_a = 1, "Restores uint8[n, row_bytes] to out float32[n, dim].");
-  m.def("pooled_dots", &pooled_dots, nb::arg("stored").noconvert(), "bits"_a, nb::arg("ids").noconvert(),
-        nb::arg("offsets").noconvert(), nb::arg("gradients").noconvert(), nb::arg("out").noconvert(),
-        nb::arg("mean").noconvert(), nb::arg("weights").noconvert().none() = nb::none(),
-        "Writes gradients[b] . pooled[b] to out float32[num_bags], over stored uint8[n, row_bytes] (bits 16: halves).");
+  m.def("pooled", &pooled, nb::arg("table").noconvert(), "bits"_a, nb::arg("ids").noconvert(),
+        nb::arg("offsets").noconvert(), nb::arg("out").noconvert(), "mean"_a,
+        nb::arg("weights").noconvert().none() = nb::none(), nb::arg("ranges").noconvert().none() = nb::none(),
+        "num_threads"_a = 1, "Writes the bags of the quantized table to out float32[num_bags, dim].");
+  m.def("scores", &scores, nb::arg("table").noconvert(), nb::arg("ids").noconvert(), nb::arg("offsets").noconvert(),
+        nb::arg("gradients").noconvert(), nb::arg("out").noconvert(), "mean"_a,
+        nb::arg("weights").noconvert().none() = nb::none(), nb::arg("ranges").noconvert(), "num_threads"_a = 1,
+        "Writes gradients[b] . (low precision - fp32) of each bag to out[k] float32[num_bags], for bits 16, 8, 4, 2.");
 }

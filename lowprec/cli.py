@@ -208,6 +208,19 @@ def calibrate(
     _show(console.json_document("calibrate", content), as_json, render.render_calibration)
 
 
+@_command("doctor", config=False)
+@click.option("--address", metavar="ADDRESS", help="Of a Ray cluster [default: RAY_ADDRESS, or one on this machine].")
+def doctor(address: str | None, as_json: bool) -> int:
+    """Look at this machine: kernels, libraries, memory bandwidth, GPU, Ray."""
+    from lowprec import console, render
+    from lowprec.doctor import examine
+
+    with console.Bars().shown() as bars:
+        content = examine(address=address, progress=bars)
+    _show(console.json_document("doctor", content), as_json, render.render_doctor)
+    return 0 if content["state"] == "ok" else 3
+
+
 @_command("results", config=False)
 @click.argument("sql", required=False, metavar="[SQL|sensitivities]")
 @click.option("--root", default=lambda: os.environ.get("LOWPREC_RESULTS", "runs"), help="Results root [default: runs].")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lowprec.errors import ConfigError
-from lowprec.plan import Precision
+from lowprec.plan import Precision, RowRange
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
 
 __all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
@@ -161,9 +161,10 @@ class UnitRule(_Section):
 
 
 class SpaceConfig(_Section):
-    """The plans that a search may choose from."""
+    """The plans that a search may choose from, and how row-wise precisions choose the range of a row."""
 
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = tuple(Precision)
+    row_range: RowRange = RowRange.MINMAX
     row_alignment: Annotated[int, Field(gt=0)] = 1
     units: tuple[UnitRule, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
@@ -225,7 +226,6 @@ class EvaluationConfig(_Section):
     num_workers: Annotated[int, Field(ge=0)] = 2
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
     batches_per_task: Annotated[int, Field(gt=0)] = 4
-    cache_bytes: Annotated[int, Field(gt=0)] = 1 << 30
     address: str | None = None
 
 

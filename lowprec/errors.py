@@ -7,6 +7,7 @@ and exits with `exit_code`; `--debug` shows the traceback as well.
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ExportError",
     "KernelError",
     "LowprecError",
     "ModelError",
@@ -57,6 +58,10 @@ class ModelError(LowprecError, TypeError):
 
 class WeightError(LowprecError, ValueError):
     """A weight has no low-precision form (NaN, Inf, or beyond fp16 range)."""
+
+
+class ExportError(LowprecError, OSError):
+    """What serving loads cannot be written."""
 
 
 class ResultsError(LowprecError, OSError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
 
-__all__ = ["Plan", "PlanFile", "Precision", "Unit", "precision_counts", "read_plan", "write_plan"]
+__all__ = ["Plan", "PlanFile", "Precision", "RowRange", "Unit", "precision_counts", "read_plan", "write_plan"]
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -45,6 +45,15 @@ class Precision(enum.StrEnum):
         except ValueError:
             allowed = ", ".join(cls)
             raise PlanError(f'{where}: precision must be one of {allowed}; got "{text}"') from None
+
+
+class RowRange(enum.StrEnum):
+    """How a row-wise precision chooses the scale and bias of a row; the bytes are the same."""
+
+    MINMAX = "minmax"
+    """From the smallest to the largest value: what FBGEMM does by itself."""
+    MSE = "mse"
+    """A squared error near the least, never above that of `minmax`."""
 
 
 @dataclass(frozen=True, order=True)
@@ -111,14 +120,22 @@ class Plan(Mapping[str, Precision]):
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What `plan.json` holds: a plan, the checkpoint it was made for, its bytes and its evidence."""
+    """What `plan.json` holds: a plan, the checkpoint it was made for, its bytes and its evidence.
+
+    row_ranges: by unit, for row-wise precisions; minmax for one left out.
+    """
 
     plan: Plan
     model: str
     checkpoint_sha256: str
     size_bytes: int
     row_alignment: int = 1
+    row_ranges: Mapping[str, RowRange] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def row_range(self, unit: str) -> RowRange:
+        """How the rows of a unit choose their range."""
+        return self.row_ranges.get(unit, RowRange.MINMAX)
 
 
 def write_plan(file: PlanFile, path: Path) -> None:
@@ -129,7 +146,7 @@ def write_plan(file: PlanFile, path: Path) -> None:
         "checkpoint_sha256": file.checkpoint_sha256,
         "row_alignment": file.row_alignment,
         "units": {
-            name: {"precision": str(p), **({"range": "minmax"} if p.is_rowwise else {})}
+            name: {"precision": str(p), **({"range": str(file.row_range(name))} if p.is_rowwise else {})}
             for name, p in file.plan.items()
         },
         "bytes": file.size_bytes,
@@ -175,6 +192,7 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
             "search again, or point model.checkpoint at the file that the plan was made for"
         )
     precisions = {name: _unit_precision(name, entry, path) for name, entry in document["units"].items()}
+    row_ranges = {name: _unit_range(name, entry, path) for name, entry in document["units"].items() if "range" in entry}
     try:
         plan = Plan.of(units, precisions)
     except PlanError as error:
@@ -185,6 +203,7 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
         checkpoint_sha256=made_for,
         size_bytes=document["bytes"],
         row_alignment=document["row_alignment"],
+        row_ranges=row_ranges,
         evidence=document.get("evidence", {}),
     )
 
@@ -198,9 +217,16 @@ def precision_counts(precisions: Iterable[str]) -> str:
 def _unit_precision(name: str, entry: Any, path: Path) -> Precision:
     if not isinstance(entry, dict) or "precision" not in entry:
         raise PlanError(f'plan {path}: unit "{name}" needs {{"precision": ...}}; got {entry!r}')
-    if entry.get("range", "minmax") != "minmax":
-        raise PlanError(f'plan {path}: unit "{name}": range must be minmax; got {entry["range"]!r}')
     return Precision.parse(str(entry["precision"]), where=f'plan {path}: unit "{name}"')
+
+
+def _unit_range(name: str, entry: Any, path: Path) -> RowRange:
+    try:
+        return RowRange(entry["range"])
+    except ValueError:
+        raise PlanError(
+            f'plan {path}: unit "{name}": range must be one of {", ".join(RowRange)}; got {entry["range"]!r}'
+        ) from None
 
 
 def _preview(names: list[str], limit: int = 6) -> str:

@@ -84,7 +84,14 @@ def test_sdist_holds_what_a_build_needs_and_no_leftovers(tmp_path: Path) -> None
     sdist = build("build_sdist", tmp_path, tmp_path / "build")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "kernels/CMakeLists.txt", "kernels/rowwise.cc", "lowprec/cli.py"} <= names
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "kernels/CMakeLists.txt",
+        "kernels/path.cc",
+        "kernels/mse.h",
+        "lowprec/cli.py",
+    } <= names
     built = re.compile(r"\.(so|a|o|pyc|parquet)$|CMakeCache|CMakeFiles|(^|/)(\.venv|build|runs|\.\w+_cache)(/|$)")
     assert not [name for name in names if built.search(name)]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lowprec.errors import PlanError
-from lowprec.plan import Plan, PlanFile, Precision, Unit, precision_counts, read_plan, write_plan
+from lowprec.plan import Plan, PlanFile, Precision, RowRange, Unit, precision_counts, read_plan, write_plan
 
 UNITS = (Unit("table:a", 10, 4), Unit("table:b", 20, 8))
 PLAN = Plan({"table:a": Precision.INT4, "table:b": Precision.FP16})
@@ -14,7 +14,7 @@ PLAN = Plan({"table:a": Precision.INT4, "table:b": Precision.FP16})
 @pytest.fixture
 def plan_path(tmp_path):
     path = tmp_path / "deep" / "plan.json"
-    write_plan(PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"gap_pct": 0.01}), path)
+    write_plan(PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"table:a": RowRange.MSE}, {"gap_pct": 0.01}), path)
     return path
 
 
@@ -27,8 +27,8 @@ def rewritten(path, change):
 
 def test_round_trip(plan_path):
     file = read_plan(plan_path, units=UNITS, checkpoint_sha256="ab" * 32)
-    assert file == PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"gap_pct": 0.01})
-    assert json.loads(plan_path.read_text())["units"]["table:a"] == {"precision": "int4", "range": "minmax"}
+    assert file == PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"table:a": RowRange.MSE}, {"gap_pct": 0.01})
+    assert json.loads(plan_path.read_text())["units"]["table:a"] == {"precision": "int4", "range": "mse"}
     assert not list(plan_path.parent.glob("*.partial"))
 
 
@@ -62,7 +62,7 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d["units"].pop("table:b"), "misses table:b"),
         (lambda d: d["units"].update({"table:zz": {"precision": "int8"}}), "does not know table:zz"),
         (lambda d: d["units"]["table:a"].update(precision="int5"), 'fp32, fp16, int8, int4, int2; got "int5"'),
-        (lambda d: d["units"]["table:a"].update(range="mse"), "range must be minmax"),
+        (lambda d: d["units"]["table:a"].update(range="best"), "range must be one of minmax, mse; got 'best'"),
         (lambda d: d["units"].update({"table:a": "int4"}), "needs"),
         (lambda d: d.update(schema_version=9), "schema_version must be 1"),
         (lambda d: d.pop("bytes"), "misses bytes"),

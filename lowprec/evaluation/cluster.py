@@ -14,7 +14,7 @@ from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.worker import Chunk, Summable, Task, Worker, WorkerSpec
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["RayWorkers"]
+__all__ = ["RayWorkers", "cluster_resources"]
 
 T = TypeVar("T", bound=Summable)
 
@@ -112,6 +112,24 @@ class RayWorkers:
             ray.shutdown()
 
 
+def cluster_resources(address: str) -> dict[str, Any]:
+    """Address, nodes, CPUs and GPUs of the Ray cluster at `address` ("auto": the one that runs on this machine).
+
+    Raises `WorkerError` where none answers. Ray must not be in use by this process.
+    """
+    _init_ray(0, address)
+    try:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return {
+            "address": ray.get_runtime_context().gcs_address,
+            "num_nodes": sum(bool(node["Alive"]) for node in ray.nodes()),  # type: ignore[no-untyped-call]
+            "num_cpus": resources.get("CPU", 0.0),
+            "num_gpus": resources.get("GPU", 0.0),
+        }
+    finally:
+        ray.shutdown()
+
+
 def _result(reference: Any, task: Task[T]) -> Chunk[T]:
     where = f"batches {task.batches[0]} to {task.batches[-1]}"
     try:
@@ -119,14 +137,14 @@ def _result(reference: Any, task: Task[T]) -> Chunk[T]:
     except ray.exceptions.RayActorError as error:
         raise WorkerError(
             f"evaluation of {where}: the worker died {MAX_RESTARTS + 1} times, most often for want of memory; lower "
-            f"evaluation.num_workers or evaluation.cache_bytes, then resume ({str(error).splitlines()[0]})"
+            f"evaluation.num_workers, then resume ({str(error).splitlines()[0]})"
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise WorkerError(f"evaluation of {where}: the worker failed: {error.cause!r}") from error
     except ray.exceptions.RayError as error:
         raise WorkerError(
             f"evaluation of {where}: {type(error).__name__}: {str(error).splitlines()[0]}; resume the run when the "
-            "cluster is well, with fewer workers where memory ran out (evaluation.num_workers, evaluation.cache_bytes)"
+            "cluster is well, with fewer workers where memory ran out (evaluation.num_workers)"
         ) from error
     if isinstance(result, LowprecError):
         raise result
@@ -144,9 +162,12 @@ def _init_ray(num_cpus: int, address: str | None) -> None:
             _check_reachable(address)
             ray.init(address=address, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
+        # Ray sends no token to an address that it was given, and a cluster that wants one does not say so.
+        asks_token = address is not None and "RAY_AUTH_MODE" not in os.environ and "Failed to connect" in str(error)
         raise WorkerError(
             f"Ray at {address or 'this machine'}: cannot be reached or started: {str(error).splitlines()[0]}; "
-            "check evaluation.address, or leave it out to run on this machine"
+            + ("set RAY_AUTH_MODE=token if the cluster asks for a token; " if asks_token else "")
+            + "check evaluation.address, or leave it out to run on this machine"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Exact evaluation: plans and the reference score the same rows, with the kernels that serving uses."""
+"""Exact evaluation: plans and the reference score the same rows; pooled outputs are those of serving, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Plan, Precision, RowRange
 from lowprec.shards import TableShard
 from lowprec.traffic.batch import Batch
 
@@ -38,13 +38,13 @@ class ExactEvaluator:
     Plans share the reference pass and every (table, precision) pooled output that any of them needs.
     """
 
-    def __init__(self, adapter: ModelAdapter, *, cache_bytes: int = 1 << 30) -> None:
-        """Serve the adapter's model; `cache_bytes` bounds the quantized rows kept, split over tables by their size."""
+    def __init__(self, adapter: ModelAdapter, *, row_ranges: Mapping[str, RowRange] | None = None) -> None:
+        """Serve the adapter's model, with the ranges of rows by table; minmax for one left out."""
         self.adapter = adapter
         weights = adapter.weights
-        total = sum(w.numel() for w in weights.values())
+        ranges = row_ranges or {}
         self.shards = {
-            name: TableShard(name, w, cache_bytes=cache_bytes * w.numel() // total) for name, w in weights.items()
+            name: TableShard(name, w, row_range=ranges.get(name, RowRange.MINMAX)) for name, w in weights.items()
         }
         # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(weights, 0))

@@ -259,7 +259,7 @@ def swaps(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The reference logits float32[B] and the first-order logit changes s of every column, float32[K, B].
 
-    One forward and one backward pass, and one lookup a column.
+    One forward and one backward pass, and one reading of the rows.
     """
     if batch.num_rows == 0:  # every row was bad
         return np.empty(0, np.float32), np.empty((len(columns), 0), np.float32)
@@ -273,10 +273,8 @@ def swaps(
             wanted = rows.get(call.table, {})
             if not wanted:
                 continue
-            g = gradient.contiguous()  # often a slice of the gradient of all outputs
-            at_reference = torch.linalg.vecdot(g, call.output).numpy()
-            for precision, dots in evaluator.shards[call.table].dots(call, list(wanted), g).items():
-                s[wanted[precision]] += dots - at_reference
+            for precision, change in evaluator.shards[call.table].scores(call, list(wanted), gradient).items():
+                s[wanted[precision]] += change
     return reference.logits.numpy(), s
 
 

@@ -16,11 +16,11 @@ from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile import BlockSums, Column, Profile
 from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
-from lowprec.plan import Precision
+from lowprec.plan import Precision, RowRange
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SCALARS = ("num_rows", "num_unlabelled", "weight", "label", "prediction", "loss")
 
 
@@ -29,11 +29,13 @@ class ProfileOrigin:
     """What a profile was measured on; two profiles with equal origins are of the same thing.
 
     traffic: what else decides the examples and what the model makes of them (columns, files, batch size, model).
+    row_range: how row-wise precisions choose the range of a row.
     """
 
     checkpoint_sha256: str
     window: str
     traffic: str
+    row_range: RowRange
     columns: tuple[Column, ...]
 
     def differences(self, other: ProfileOrigin) -> list[str]:
@@ -46,6 +48,8 @@ class ProfileOrigin:
             found.append(f"the window (the profile is of {other.window}, this is {self.window})")
         elif self.traffic != other.traffic:
             found.append("the traffic or the model (files, columns, batch size or model.args are not those profiled)")
+        if self.row_range != other.row_range:
+            found.append(f"the row range (the profile is of {other.row_range}, this is {self.row_range})")
         if self.columns != other.columns:
             wanted, known = set(self.columns), set(other.columns)
             lists = (("misses", wanted - known), ("has", known - wanted))
@@ -62,6 +66,7 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Path) 
         "checkpoint_sha256": origin.checkpoint_sha256,
         "window": origin.window,
         "traffic": origin.traffic,
+        "row_range": str(origin.row_range),
         "columns": [[unit, str(precision)] for unit, precision in origin.columns],
         "rows": measured.rows.to_dict(),
         "use": {table: [use.bags_per_example, use.ids_per_bag] for table, use in measured.use.items()},
@@ -116,7 +121,9 @@ def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
 
 def _origin(meta: Mapping[str, Any]) -> ProfileOrigin:
     columns = tuple((str(unit), Precision(precision)) for unit, precision in meta["columns"])
-    return ProfileOrigin(meta["checkpoint_sha256"], meta["window"], meta["traffic"], columns)
+    return ProfileOrigin(
+        meta["checkpoint_sha256"], meta["window"], meta["traffic"], RowRange(meta["row_range"]), columns
+    )
 
 
 def _measured(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> MeasuredProfile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -15,7 +15,7 @@ from lowprec.evaluation.metrics import Sums
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import load_checkpoint
 from lowprec.models.factory import build_model, without_table_init
-from lowprec.plan import Plan
+from lowprec.plan import Plan, RowRange
 from lowprec.traffic import BadRow, Schema, TrafficWindow
 from lowprec.traffic.batch import Batch
 
@@ -24,14 +24,17 @@ __all__ = ["Chunk", "ExactTask", "LocalWorkers", "Summable", "Task", "Worker", "
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker needs to become ready, small enough to send anywhere."""
+    """All that a worker needs to become ready, small enough to send anywhere.
+
+    row_ranges: by table; minmax for one left out.
+    """
 
     factory: str
     args: dict[str, Any]
     checkpoint: str
     schema: Schema
     threads: int
-    cache_bytes: int
+    row_ranges: Mapping[str, RowRange] = field(default_factory=dict)
     import_paths: tuple[str, ...] = ()
 
 
@@ -113,7 +116,7 @@ class Worker:
         """Load the model, or use the one at hand, and fix the number of threads."""
         self._threads = spec.threads
         torch.set_num_threads(spec.threads)
-        self._evaluator = ExactEvaluator(adapter or load_adapter(spec), cache_bytes=spec.cache_bytes)
+        self._evaluator = ExactEvaluator(adapter or load_adapter(spec), row_ranges=spec.row_ranges)
 
     def run(self, window: TrafficWindow, task: Task[T]) -> Chunk[T]:
         """Do one task. The same task gives the same bits in any worker with as many threads."""

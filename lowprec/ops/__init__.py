@@ -5,15 +5,26 @@ Importing this package imports neither PyTorch nor the native module; the first 
 
 from lowprec.ops.fbgemm import Pooling, pooled_lookup
 from lowprec.ops.layout import row_bytes
-from lowprec.ops.native import dequantize, first_overflow, pooled_dots, quantize, quantize_gathered
+from lowprec.ops.native import check_kernels, cpu_path, cpu_paths, using_cpu_path
+from lowprec.ops.pooled import SCORED, pooled_as, scores
+from lowprec.ops.rows import check_overflow, dequantize, first_overflow, not_finite, overflow, quantize, row_ranges
 
 __all__ = [
+    "SCORED",
     "Pooling",
+    "check_kernels",
+    "check_overflow",
+    "cpu_path",
+    "cpu_paths",
     "dequantize",
     "first_overflow",
-    "pooled_dots",
+    "not_finite",
+    "overflow",
+    "pooled_as",
     "pooled_lookup",
     "quantize",
-    "quantize_gathered",
     "row_bytes",
+    "row_ranges",
+    "scores",
+    "using_cpu_path",
 ]

@@ -1,4 +1,4 @@
-"""How long the serving kernels (FBGEMM, on the CPU) take for pooled lookups on this machine."""
+"""What this machine does in a second: pooled lookups by the serving kernels (FBGEMM, on the CPU), bytes copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,18 @@ from lowprec.progress import Progress, Silent
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Cell", "Grid", "LookupTime", "default_grid", "machine_facts", "measure_lookups"]
+__all__ = [
+    "Cell",
+    "Grid",
+    "LookupTime",
+    "copy_bandwidth",
+    "cpu_model",
+    "default_grid",
+    "fbgemm_version",
+    "machine_facts",
+    "measure_lookups",
+    "num_cores",
+]
 
 # Read as fp32, as fp16, or as scale, bias and codes, this byte repeated is a normal number: no NaN, no denormal, whose
 # arithmetic takes other times.
@@ -145,18 +156,61 @@ def machine_facts(grid: Grid, *, seed: int, num_threads: int) -> dict[str, str |
     import torch
 
     return {
-        "cpu": _cpu_model(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cpu": cpu_model(),
+        "num_cores": num_cores(),
         "num_threads": num_threads,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fbgemm": _fbgemm_version(),
+        "fbgemm": fbgemm_version(),
         "num_bags": grid.num_bags,
         "num_repeats": grid.num_repeats,
         "seed": seed,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def cpu_model() -> str:
+    """The name that the CPU gives itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def fbgemm_version() -> str:
+    """The installed package and its version."""
+    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            return f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def copy_bandwidth(*, num_threads: int = 1, num_bytes: int = 2**28, num_repeats: int = 5) -> float:
+    """Bytes a second, read and written each counted, that copies of `num_bytes` move: the best of the repetitions.
+
+    By PyTorch, which copies on `num_threads` threads. Takes twice `num_bytes` of memory.
+    """
+    import torch
+
+    source = torch.full((num_bytes,), _FILL_BYTE, dtype=torch.uint8)
+    copied = torch.zeros_like(source)
+    seconds = []
+    with _torch_threads(num_threads):
+        for _ in range(num_repeats):
+            began = time.perf_counter()
+            copied.copy_(source)
+            seconds.append(time.perf_counter() - began)
+    return 2 * num_bytes / min(seconds)
 
 
 def _seconds_per_call(buffer: torch.Tensor, cell: Cell, num_bags: int, rng: np.random.Generator) -> float:
@@ -204,21 +258,3 @@ def _torch_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _fbgemm_version() -> str:
-    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"

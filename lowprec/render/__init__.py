@@ -1,6 +1,6 @@
 """Documents of commands as text for people."""
 
-from lowprec.render.job import render_calibration, render_dry_run, render_train
+from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
 from lowprec.render.text import bytes_text, gap_text, render_frame
 
@@ -8,6 +8,7 @@ __all__ = [
     "bytes_text",
     "gap_text",
     "render_calibration",
+    "render_doctor",
     "render_dry_run",
     "render_frame",
     "render_front",

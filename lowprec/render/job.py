@@ -11,7 +11,7 @@ from rich.table import Table
 from lowprec.console import stdout
 from lowprec.render.text import bytes_text, count_text, number, render_rows
 
-__all__ = ["render_calibration", "render_dry_run", "render_train"]
+__all__ = ["render_calibration", "render_doctor", "render_dry_run", "render_train"]
 
 
 def render_dry_run(document: Mapping[str, Any]) -> None:
@@ -68,6 +68,14 @@ def render_train(document: Mapping[str, Any]) -> None:
         f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
     )
     stdout.print(f"checkpoint written to {document['checkpoint']} (sha256 {document['checkpoint_sha256'][:12]})")
+
+
+def render_doctor(document: Mapping[str, Any]) -> None:
+    """A line for each finding."""
+    colors = {"ok": "green", "absent": "yellow", "broken": "red"}
+    for finding in document["findings"]:
+        state = f"[{colors[finding['state']]}]{finding['state']:<6}[/]"
+        stdout.print(f"{state}  {finding['name']:<9}  {escape(finding['summary'])}")
 
 
 def render_calibration(document: Mapping[str, Any]) -> None:

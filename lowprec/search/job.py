@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_adapter
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import checkpoint_sha256
-from lowprec.plan import Plan, Precision, Unit
+from lowprec.plan import Plan, Precision, RowRange, Unit
 from lowprec.search.space import SearchSpace, build_space
 from lowprec.traffic import (
     BadRow,
@@ -67,15 +67,22 @@ class Job:
         """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
         columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
         model = self.config.model.model_dump(exclude={"checkpoint"})
-        return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment]
+        ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
+        return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, ranges]
+
+    def with_row_ranges(self, row_ranges: Mapping[str, RowRange]) -> Job:
+        """The same job with other ranges of rows, by unit; minmax for one left out."""
+        whole = {unit.name: row_ranges.get(unit.name, RowRange.MINMAX) for unit in self.units}
+        return replace(self, spec=replace(self.spec, row_ranges=whole))
 
     def profile_origin(self, name: str) -> ProfileOrigin:
         """What a profile of the window called `name` is of."""
-        window, *traffic = self.evaluated_on(name, self.window(name))
+        window, *traffic, _ = self.evaluated_on(name, self.window(name))
         return ProfileOrigin(
             checkpoint_sha256=self.checkpoint_sha256,
             window=str(window),
             traffic=hashlib.sha256(json.dumps(traffic, default=str).encode()).hexdigest()[:16],
+            row_range=self.config.space.row_range,
             columns=self.columns,
         )
 
@@ -168,20 +175,20 @@ def open_job(config: Config) -> Job:
         checkpoint=os.path.abspath(config.model.checkpoint),
         schema=columns,
         threads=config.evaluation.threads_per_worker,
-        cache_bytes=config.evaluation.cache_bytes,
         import_paths=(os.getcwd(),),
     )
     adapter = load_adapter(spec)
     features = adapter.tables_of_features(columns)
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
+    row_ranges = {unit.name: config.space.row_range for unit in adapter.units}
     return Job(
         config=config,
         reader=reader.with_schema(schema),
         adapter=adapter,
         # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
         space=build_space(adapter.units, config.space, prune=config.cost.calibration is None),
-        spec=spec,
+        spec=replace(spec, row_ranges=row_ranges),
         checkpoint_sha256=checkpoint_sha256(spec.checkpoint),
         features=features,
     )

@@ -119,6 +119,7 @@ def plan_file(
         checkpoint_sha256=job.checkpoint_sha256,
         size_bytes=trial.size_bytes,
         row_alignment=job.space.row_alignment,
+        row_ranges=job.spec.row_ranges,
         evidence={
             "run_id": run_id,
             "kind": kind,

@@ -25,7 +25,6 @@ FREE_TO_CHANGE = (
     "search.max_trials",
     "search.timeout_s",
     "evaluation.num_workers",
-    "evaluation.cache_bytes",
     "evaluation.address",
     "results",
     "train",

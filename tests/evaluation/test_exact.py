@@ -53,7 +53,7 @@ def test_plans_evaluated_together_get_the_bits_that_they_get_alone(job, batch):
     plans = random_plans(job.units, 12)
     together = ExactEvaluator(job.adapter).logits(batch, plans).plans
     for k, plan in enumerate(plans):
-        alone = ExactEvaluator(job.adapter, cache_bytes=1).logits(batch, [plan]).plans[0]
+        alone = ExactEvaluator(job.adapter).logits(batch, [plan]).plans[0]
         np.testing.assert_array_equal(together[k], alone)
 
 
@@ -117,7 +117,7 @@ def test_a_weight_that_is_not_finite_is_named_although_its_table_stays_fp32(job,
     row = int(batch.sparse["c1"].values[0])
     with torch.no_grad():
         job.adapter.model.tables["c1"].weight[row, 3] = float("nan")
-    with pytest.raises(WeightError, match=f'"table:c1": row {row}, column 3 is nan'):
+    with pytest.raises(WeightError, match=f'"table:c1": row {row} holds nan in column 3'):
         evaluator.logits(batch, [Plan.uniform(job.units, Precision.FP32)])
 
 

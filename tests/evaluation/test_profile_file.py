@@ -11,7 +11,7 @@ from lowprec.errors import ConfigError, ResultsError
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.profile_file import FORMAT_VERSION, read_profile, write_profile
 from lowprec.evaluation.worker import LocalWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Plan, Precision, RowRange
 from lowprec.search import open_job
 
 KINDS = ["dense", "sketch", "groups"]
@@ -85,6 +85,7 @@ def test_a_profile_of_something_else_is_refused_with_what_differs(made, small_co
     for wanted, words, others in [
         (replace(origin, checkpoint_sha256="f" * 64), ["the checkpoint", "f" * 12], ["window", "space", "traffic"]),
         (job.profile_origin("confirm"), ["the window", job.window_text("search"), job.window_text("confirm")], []),
+        (replace(origin, row_range=RowRange.MSE), ["the row range", "minmax", "mse"], ["checkpoint (", "space"]),
         (replace(origin, traffic="x"), ["the traffic or the model", "batch size"], ["checkpoint", "window", "space"]),
         (
             narrow.profile_origin("search"),

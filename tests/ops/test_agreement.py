@@ -1,4 +1,4 @@
-"""native = reference = FBGEMM: codes and restored floats bit for bit, sums over them up to their order."""
+"""native = reference = FBGEMM, bit for bit, on every CPU path: stored rows and restored values."""
 
 import fbgemm_gpu  # noqa: F401  (registers the operators)
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lowprec import ops
 from lowprec.ops import reference
-from lowprec.plan import Precision
+from lowprec.plan import Precision, RowRange
 
-LOW = [p for p in Precision if p is not Precision.FP32]
+PATHS = ops.cpu_paths()
 ROWWISE = [p for p in Precision if p.is_rowwise]
 SCALES = (1e-42, 1e-9, 1e-7, 1e-5, 1e-3, 1.0, 1e3, 6e4, 1e6, 1e30)
 
@@ -52,27 +52,36 @@ def assert_same_floats(left: NDArray[np.float32], right: NDArray[np.float32]) ->
     np.testing.assert_array_equal(left_bits, right_bits)
 
 
-def assert_native_is_reference(rows: NDArray[np.float32], precision: Precision, num_threads: int = 1) -> None:
-    stored = ops.quantize(rows, precision, num_threads=num_threads)
-    np.testing.assert_array_equal(stored, reference.quantize_rows(rows, precision.bits))
+def assert_native_is_reference(
+    rows: NDArray[np.float32], precision: Precision, row_range: RowRange, num_threads: int = 1
+) -> None:
+    expected = reference.quantize_rows(rows, precision.bits, row_range)
+    for path in PATHS:
+        with ops.using_cpu_path(path):
+            stored = ops.quantize(rows, precision, row_range=row_range, num_threads=num_threads)
+            np.testing.assert_array_equal(stored, expected, err_msg=path)
+            ranges = ops.row_ranges(rows, precision, row_range)
+            np.testing.assert_array_equal(ranges.view(np.uint8), expected[:, :4], err_msg=path)
     restored = ops.dequantize(stored, precision, rows.shape[1], num_threads=num_threads)
     assert_same_floats(restored, reference.dequantize_rows(stored, precision.bits, rows.shape[1]))
 
 
+@pytest.mark.parametrize("row_range", RowRange)
 @pytest.mark.parametrize("precision", ROWWISE)
 @settings(max_examples=150)
 @given(
-    dim=st.integers(1, 130), seed=st.integers(0, 2**32 - 1), gap=st.integers(0, 3), num_threads=st.sampled_from([1, 3])
+    dim=st.integers(1, 257), seed=st.integers(0, 2**32 - 1), gap=st.integers(0, 3), num_threads=st.sampled_from([1, 3])
 )
 def test_native_is_reference_for_any_dim_and_stride(
-    precision: Precision, dim: int, seed: int, gap: int, num_threads: int
+    precision: Precision, row_range: RowRange, dim: int, seed: int, gap: int, num_threads: int
 ) -> None:
     rows = rows_of_every_kind(dim, seed)
     padded = np.full((len(rows), dim + gap), np.nan, np.float32)  # NaN beside the rows must not be read
     padded[:, :dim] = rows
-    assert_native_is_reference(padded[:, :dim], precision, num_threads)
+    assert_native_is_reference(padded[:, :dim], precision, row_range, num_threads)
 
 
+@pytest.mark.parametrize("row_range", RowRange)
 @pytest.mark.parametrize("precision", ROWWISE)
 @settings(max_examples=150)
 @given(
@@ -84,8 +93,10 @@ def test_native_is_reference_for_any_dim_and_stride(
 )
 @example(rows=np.array([[65504.0, -65519.996], [65519.996, 65520.0], [-65520.0, 1.0], [0.0, 65520 * 15.0]], np.float32))
 @example(rows=np.array([[1.0, 1.0 + 2**-11], [-1.0 - 2**-12, -1.0 - 2**-12], [2**-25, 2**-24]], np.float32))
-def test_native_is_reference_for_any_floats(precision: Precision, rows: NDArray[np.float32]) -> None:
-    assert_native_is_reference(rows, precision)
+def test_native_is_reference_for_any_floats(
+    precision: Precision, row_range: RowRange, rows: NDArray[np.float32]
+) -> None:
+    assert_native_is_reference(rows, precision, row_range)
 
 
 @pytest.mark.parametrize("precision", ROWWISE)
@@ -93,8 +104,11 @@ def test_native_is_fbgemm_where_fbgemm_takes_the_dim(precision: Precision) -> No
     step = 16 // precision.bits  # FBGEMM refuses dims that leave half a byte pair
     for dim in [*range(step, 72, step), 128, 200]:
         rows = rows_of_every_kind(dim, seed=dim, num_each=10)
-        stored = ops.quantize(rows, precision)
-        np.testing.assert_array_equal(stored, fbgemm_rows(rows, precision.bits), err_msg=f"dim {dim}")
+        theirs = fbgemm_rows(rows, precision.bits)
+        for path in PATHS:
+            with ops.using_cpu_path(path):
+                stored = ops.quantize(rows, precision)
+                np.testing.assert_array_equal(stored, theirs, err_msg=f"{path}, dim {dim}")
         assert_same_floats(ops.dequantize(stored, precision, dim), fbgemm_values(stored, precision.bits))
 
 
@@ -132,53 +146,15 @@ def some_bags(num_rows: int, dim: int, seed: int) -> tuple[NDArray[np.int64], ND
     return ids, offsets, rng.standard_normal((len(lengths), dim), dtype=np.float32)
 
 
-@pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("mean", False), ("sum", True)])
-def test_dots_are_those_of_the_reference_and_of_fbgemm(precision: Precision, mode: ops.Pooling, weighted: bool) -> None:
-    for dim in range(1, 71):
-        rng = np.random.default_rng(dim)
-        rows = rng.standard_normal((12, dim), dtype=np.float32) * rng.choice([1e-7, 1e-5, 1, 100], (12, 1))
-        stored = ops.quantize(rows.astype(np.float32), precision)
-        ids, offsets, g = some_bags(len(rows), dim, seed=dim)
-        weights = rng.standard_normal(len(ids), dtype=np.float32) if weighted else None
-        found = ops.pooled_dots(stored, precision, ids, offsets, g, mode=mode, weights=weights)
-        told = reference.pooled_dots(stored, precision.bits, ids, offsets, g, mean=mode == "mean", weights=weights)
-        np.testing.assert_array_equal(found, told, err_msg=f"dim {dim}")
-
-        pooled = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode=mode, weights=weights)
-        served = torch.linalg.vecdot(torch.from_numpy(g), pooled).numpy()
-        # Each side adds, in some order, terms whose magnitudes sum to `size`: scale * code, bias and g apart, as they
-        # cancel. A term meets at most dim + bag length roundings of sums, and 5 more of its products, weight and mean.
-        values = np.abs(ops.dequantize(stored, precision, dim)).astype(np.float64)
-        if precision.is_rowwise:
-            scale, bias = (np.abs(half).astype(np.float64) for half in stored[:, :4].copy().view(np.float16).T)
-            values += 2 * bias[:, None]  # |scale * code| + |bias| <= |value| + 2 |bias|
-            assert (scale > 0).all()
-        bag_of_id = np.repeat(np.arange(len(g)), np.diff(offsets))
-        terms = (values[ids] * np.abs(g[bag_of_id])).sum(axis=1) * (1 if weights is None else np.abs(weights))
-        size = np.bincount(bag_of_id, terms, minlength=len(g))
-        if mode == "mean":
-            size /= np.maximum(np.diff(offsets), 1)
-        bound = 2 * (dim + 7 + 5) * 2.0**-24 * size
-        assert (np.abs(found.astype(np.float64) - served) <= bound).all(), f"dim {dim}"
-        assert (found[[0, 3, -1]] == 0).all()
-
-
-def test_dots_of_every_half_are_exact() -> None:
-    halves = np.arange(2**16, dtype=np.uint16)
-    ids, offsets = np.arange(2**16), np.arange(2**16 + 1)
-    found = ops.pooled_dots(
-        halves[:, None].view(np.uint8), Precision.FP16, ids, offsets, np.ones((2**16, 1), np.float32), mode="sum"
-    )
-    np.testing.assert_array_equal(found, halves.view(np.float16).astype(np.float32))
-
-
-@pytest.mark.parametrize("precision", LOW)
-def test_dots_read_nothing_beside_the_rows(precision: Precision) -> None:
-    for dim in (1, 15, 16, 17, 37):
-        stored = ops.quantize(np.random.default_rng(dim).standard_normal((12, dim), dtype=np.float32), precision)
-        padded = np.full((12, stored.shape[1] + 5), 0xFF, np.uint8)  # as halves, NaN
-        padded[:, : stored.shape[1]] = stored
-        ids, offsets, g = some_bags(12, dim, seed=dim)
-        apart = ops.pooled_dots(padded[:, : stored.shape[1]], precision, ids, offsets, g, mode="sum")
-        np.testing.assert_array_equal(apart, ops.pooled_dots(stored, precision, ids, offsets, g, mode="sum"))
+@pytest.mark.parametrize("path", PATHS)
+def test_every_half_is_stored_as_numpy_rounds_it(path: str) -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = halves[np.isfinite(halves)]
+    between = (halves + np.nextafter(halves, np.float32(np.inf))) / 2
+    ties = (halves[:-1].astype(np.float64) + halves[1:]) / 2
+    subnormal = np.random.default_rng(0).standard_normal(5000) * 2.0**-24
+    values = np.concatenate([halves, between, ties, subnormal]).astype(np.float32)
+    values = np.concatenate([values, np.zeros(-len(values) % 37, np.float32)]).reshape(-1, 37)
+    with ops.using_cpu_path(path):
+        stored = ops.quantize(values, Precision.FP16)
+    np.testing.assert_array_equal(stored, values.astype(np.float16).view(np.uint8))

@@ -1,5 +1,6 @@
 """The Python face of the native module: arguments, errors, gathering, plain precisions."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from lowprec import _native, ops
-from lowprec.errors import KernelError, ModelError, TrafficError, WeightError
+from lowprec.errors import ConfigError, KernelError, WeightError
 from lowprec.ops import native
 from lowprec.plan import Precision
 
@@ -46,8 +47,8 @@ def test_no_rows(precision: Precision) -> None:
     assert ops.quantize(some_rows(0), precision).shape == (0, ops.row_bytes(7, precision))
     assert ops.dequantize(ops.quantize(some_rows(0), precision), precision, 7).shape == (0, 7)
     no_ids = np.empty(0, np.int64)
-    assert ops.quantize_gathered(some_rows(), no_ids, precision).shape == (0, ops.row_bytes(7, precision))
-    assert _native.quantize_rows(some_rows(0), 4, np.empty((0, 8), np.uint8)) == -1
+    assert ops.quantize(some_rows(), precision, ids=no_ids).shape == (0, ops.row_bytes(7, precision))
+    assert _native.quantize(some_rows(0), None, 4, "minmax", np.empty((0, 8), np.uint8)) == -1
 
 
 def test_fp32_is_exact_and_fp16_is_rounded_to_nearest_even() -> None:
@@ -67,7 +68,7 @@ def test_a_row_that_is_not_finite_is_named(precision: Precision, bad: float, col
         with pytest.raises(WeightError, match=rf"row 4321 .* column {column}"):
             ops.quantize(rows, precision, num_threads=num_threads)
     with pytest.raises(WeightError, match=rf"row 4400 .* column {column}"):
-        ops.quantize_gathered(rows, np.array([1, 2, 4400, 4321]), precision)
+        ops.quantize(rows, precision, ids=np.array([1, 2, 4400, 4321]))
 
 
 @pytest.mark.parametrize("precision", EVERY)
@@ -75,17 +76,17 @@ def test_gathered_is_quantized_rows_picked(precision: Precision) -> None:
     table = some_rows(50, 9)[:, 1:8]
     ids = RNG.integers(0, 50, 200)
     expected = ops.quantize(np.ascontiguousarray(table[ids]), precision)
-    np.testing.assert_array_equal(ops.quantize_gathered(table, ids, precision), expected)
-    np.testing.assert_array_equal(ops.quantize_gathered(table, ids[::2], precision), expected[::2])
+    np.testing.assert_array_equal(ops.quantize(table, precision, ids=ids), expected)
+    np.testing.assert_array_equal(ops.quantize(table, precision, ids=ids[::2]), expected[::2])
 
 
 @pytest.mark.parametrize("outside", [-1, 50, 2**62])
 def test_gathering_a_row_that_is_not_there(outside: int) -> None:
     ids = np.array([0, outside, 3])
     with pytest.raises(WeightError, match=rf"ids\[1\] is {outside}, outside the 50 rows"):
-        ops.quantize_gathered(some_rows(50), ids, Precision.INT4)
+        ops.quantize(some_rows(50), Precision.INT4, ids=ids)
     with pytest.raises(IndexError, match=r"ids\[1\]"):
-        _native.quantize_gathered(some_rows(50), ids, 4, np.empty((3, 8), np.uint8))
+        _native.quantize(some_rows(50), ids, 4, "minmax", np.empty((3, 8), np.uint8))
 
 
 def test_wrong_arguments_are_refused_before_anything_is_written() -> None:
@@ -107,109 +108,20 @@ def test_native_module_copies_no_argument_and_checks_shapes() -> None:
     transposed = np.empty((8, 20), np.uint8).T
     for bad_rows, bad_out in ((rows.astype(np.float64), out), (rows, transposed), (rows[:, ::-1], out)):
         with pytest.raises((TypeError, ValueError)):
-            _native.quantize_rows(bad_rows, 4, bad_out)
+            _native.quantize(bad_rows, None, 4, "minmax", bad_out)
     with pytest.raises(ValueError, match="bits"):
-        _native.quantize_rows(rows, 3, out)
+        _native.quantize(rows, None, 3, "minmax", out)
     with pytest.raises(ValueError, match=r"out must be \[20, 8\]"):
-        _native.quantize_rows(rows, 4, out[:, :7].copy())
-
-
-LOW = [p for p in EVERY if p is not Precision.FP32]
-IDS, OFFSETS = np.array([0, 19, 3, 3]), np.array([0, 2, 2, 4])
-
-
-def dots(ids=IDS, offsets=OFFSETS, gradients=None, *, precision=Precision.INT4, mode="sum", weights=None, stored=None):
-    stored = ops.quantize(np.ones((20, 7), np.float32), precision) if stored is None else stored
-    gradients = np.ones((3, 7), np.float32) if gradients is None else gradients
-    return ops.pooled_dots(stored, precision, ids, offsets, gradients, mode=mode, weights=weights)
-
-
-@pytest.mark.parametrize("precision", LOW)
-def test_dots_of_ones_count_the_ids(precision: Precision) -> None:
-    np.testing.assert_array_equal(dots(precision=precision), [14, 0, 14])
-    np.testing.assert_array_equal(dots(precision=precision, mode="mean"), [7, 0, 7])
-    weights = np.array([1, 2, 3, -3], np.float32)
-    np.testing.assert_array_equal(dots(precision=precision, weights=weights), [21, 0, 0])
-    none = np.empty(0, np.int64)
-    assert dots(none, np.zeros(1, np.int64), np.empty((0, 7), np.float32), precision=precision).shape == (0,)
-    np.testing.assert_array_equal(dots(none, np.zeros(4, np.int64), precision=precision), [0, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("offsets", "said"),
-    [
-        ([0, 2, 2, 5], "offsets.3. is 5"),
-        ([0, 2, 1, 4], "offsets.2. is 1"),
-        ([1, 2, 2, 4], "offsets.0. is 1"),
-        ([0, 2, 2, 3], "offsets.3. is 3"),
-        ([0, -1, 2, 4], "offsets.1. is -1"),
-        ([0, 2, 4], "need 4 offsets; got 3"),
-    ],
-)
-def test_dots_refuse_offsets_that_do_not_fit(offsets: list[int], said: str) -> None:
-    with pytest.raises(TrafficError, match=said):
-        dots(offsets=np.array(offsets))
-
-
-@pytest.mark.parametrize("outside", [-1, 20, 2**62])
-def test_dots_refuse_an_id_that_is_no_row(outside: int) -> None:
-    with pytest.raises(TrafficError, match=rf"ids\[2\] is {outside}, outside the 20 rows"):
-        dots(np.array([0, 1, outside, 3]))
-
-
-def test_dots_refuse_arrays_of_another_form() -> None:
-    ones = np.ones((3, 14), np.float32)
-    for wrong in ({"ids": IDS.astype(np.int32)}, {"ids": np.repeat(IDS, 2)[::2]}, {"offsets": OFFSETS.astype(float)}):
-        with pytest.raises(TypeError, match="ids must be|offsets must be"):
-            dots(**wrong)
-    for gradients in (ones[:, ::2], ones[:, :7], ones[:, :7].astype(np.float64), ones[0, :7], ones[:, :0]):
-        with pytest.raises(TypeError, match="gradients"):
-            dots(gradients=gradients)
-    with pytest.raises(ValueError, match="of dim 14 have 11 bytes; got 8"):
-        dots(gradients=ones)
-    with pytest.raises(ValueError, match="fp32"):
-        dots(precision=Precision.FP32)
-    with pytest.raises(TypeError, match="weights"):
-        dots(weights=np.ones(4))
-    with pytest.raises(TrafficError, match="4 ids and 3 weights"):
-        dots(weights=np.ones(3, np.float32))
-    with pytest.raises(ModelError, match="sum pooling"):
-        dots(weights=np.ones(4, np.float32), mode="mean")
-
-
-def test_native_dots_copy_no_argument_and_check_it() -> None:
-    good = {"stored": np.zeros((20, 8), np.uint8), "bits": 4, "ids": IDS, "offsets": OFFSETS, "mean": False}
-    good |= {"gradients": np.ones((3, 7), np.float32), "out": np.empty(3, np.float32), "weights": None}
-    _native.pooled_dots(**good)
-    read_only = np.empty(3, np.float32)
-    read_only.flags.writeable = False
-    others = {
-        "stored": [np.zeros((20, 9), np.uint8), np.zeros((20, 8), np.int8), np.zeros((20, 16), np.uint8)[:, ::2]],
-        "bits": [3, 16, 32],
-        "ids": [
-            IDS.astype(np.int32),
-            np.repeat(IDS, 2)[::2],
-            IDS[:3],
-            np.array([0, 1, 2, 20]),
-            np.array([0, 1, 2, -1]),
-        ],
-        "offsets": [OFFSETS[:3], np.repeat(OFFSETS, 2)[::2], OFFSETS.astype(np.int32), OFFSETS + 1],
-        "gradients": [np.ones((3, 7)), np.ones((2, 7), np.float32), np.ones((7, 3), np.float32).T],
-        "out": [np.empty(3), np.empty(2, np.float32), np.empty(6, np.float32)[::2], read_only],
-        "weights": [np.ones(4), np.ones(3, np.float32)],
-    }
-    for name, wrong in others.items():
-        for value in wrong:
-            with pytest.raises((TypeError, ValueError, IndexError)):
-                _native.pooled_dots(**{**good, name: value})
+        _native.quantize(rows, None, 4, "minmax", out[:, :7].copy())
+    with pytest.raises(ValueError, match="range must be minmax or mse; got best"):
+        _native.quantize(rows, None, 4, "best", out)
 
 
 def test_read_only_rows_are_taken() -> None:
     rows = some_rows()
     rows.flags.writeable = False
     ops.quantize(rows, Precision.INT8)
-    ops.quantize_gathered(rows, np.arange(3), Precision.INT8)
-    dots(gradients=rows[:3])
+    ops.quantize(rows, Precision.INT8, ids=np.arange(3))
 
 
 def test_rows_may_lie_backwards_and_a_single_column_may_have_any_stride() -> None:
@@ -244,7 +156,7 @@ def test_other_threads_run_while_rows_are_quantized() -> None:
     try:
         for _ in range(20):  # a busy machine may leave the other thread without a turn in one call, not in all
             began = time.perf_counter()
-            _native.quantize_rows(rows, 8, out)
+            _native.quantize(rows, None, 8, "minmax", out)
             ended = time.perf_counter()
             # With the GIL held, a tick could fall only beside the call, within one switch interval of its ends.
             margin = (ended - began) / 4
@@ -276,15 +188,43 @@ except KernelError as error:
 
 
 def test_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    native.check_kernels.cache_clear()
+    native.kernels.cache_clear()
     native.check_kernels()
     monkeypatch.setattr(_native, "SOURCE_DIGEST", "0" * 64)
-    native.check_kernels.cache_clear()
+    native.kernels.cache_clear()
     try:
         with pytest.raises(KernelError, match="built from other sources"):
             ops.quantize(some_rows(), Precision.INT8)
     finally:
-        native.check_kernels.cache_clear()
+        native.kernels.cache_clear()
+
+
+def test_a_cpu_path_is_asked_for_and_given_back() -> None:
+    before = ops.cpu_path()
+    assert before in ops.cpu_paths()
+    assert ops.cpu_paths()[-1] == "portable"
+    with ops.using_cpu_path("portable"):
+        assert ops.cpu_path() == "portable"
+    assert ops.cpu_path() == before
+    with pytest.raises(ConfigError, match='CPU path: this CPU has .*portable; got "sse9"'), ops.using_cpu_path("sse9"):
+        pass
+    with pytest.raises(ValueError, match="sse9"):
+        _native.use_cpu_path("sse9")
+
+
+@pytest.mark.parametrize(("asked", "said"), [("portable", "portable\n"), ("sse9", "LOWPREC_CPU_PATH: this CPU has")])
+def test_the_environment_chooses_the_cpu_path(asked: str, said: str) -> None:
+    code = """
+from lowprec import ops
+from lowprec.errors import ConfigError
+try:
+    print(ops.cpu_path())
+except ConfigError as error:
+    print(error)
+"""
+    environment = {**os.environ, "LOWPREC_CPU_PATH": asked}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert said in done.stdout
 
 
 def test_sources_lie_where_the_check_looks_for_them() -> None:

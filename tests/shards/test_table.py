@@ -1,4 +1,7 @@
-"""A shard answers what FBGEMM serves from the whole quantized table, whatever its cache holds."""
+"""A shard answers what FBGEMM serves from the whole quantized table."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from lowprec import ops
 from lowprec.errors import WeightError
 from lowprec.ops.bags import BagCall
-from lowprec.plan import Precision
+from lowprec.plan import Precision, RowRange
 from lowprec.shards import TableShard
 
 LOW = [Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2]
@@ -27,11 +30,11 @@ def call(num_rows, rng, mode="sum", weights=False):
 
 @pytest.mark.parametrize(("mode", "weights"), [("sum", False), ("sum", True), ("mean", False)])
 @pytest.mark.parametrize("dim", [16, 7])
-@pytest.mark.parametrize("cache_bytes", [1 << 20, 3000, 1])
-def test_equals_serving_the_whole_table_bit_for_bit(dim, mode, weights, cache_bytes):
+@pytest.mark.parametrize("row_range", list(RowRange))
+def test_equals_serving_the_whole_table_bit_for_bit(dim, mode, weights, row_range):
     weight = table(dim=dim)
-    shard = TableShard("table:t", weight, cache_bytes=cache_bytes)
-    whole = {p: ops.quantize(weight.numpy(), p) for p in LOW}
+    shard = TableShard("table:t", weight, row_range=row_range)
+    whole = {p: ops.quantize(weight.numpy(), p, row_range=row_range) for p in LOW}
     rng = np.random.default_rng(0)
     for step in range(6):
         asked = call(500, rng, mode, weights)
@@ -45,44 +48,57 @@ def test_equals_serving_the_whole_table_bit_for_bit(dim, mode, weights, cache_by
 
 @pytest.mark.parametrize(("mode", "weights"), [("sum", False), ("sum", True), ("mean", False)])
 @pytest.mark.parametrize("dim", [16, 7])
-@pytest.mark.parametrize("cache_bytes", [1 << 20, 3000, 1])
-def test_dots_are_those_of_the_pooled_outputs(dim, mode, weights, cache_bytes):
-    shard, other = (TableShard("table:t", table(dim=dim), cache_bytes=cache_bytes) for _ in range(2))
+@pytest.mark.parametrize("row_range", list(RowRange))
+def test_scores_are_those_of_the_pooled_outputs(dim, mode, weights, row_range):
+    weight = table(dim=dim)
+    shard, other = (TableShard("table:t", weight, row_range=row_range) for _ in range(2))
     rng = np.random.default_rng(0)
     for step in range(6):
         asked = call(500, rng, mode, weights)
+        bag = torch.nn.functional.embedding_bag
+        reference = bag(asked.indices, weight, asked.offsets[:-1], mode=mode, per_sample_weights=asked.weights)
         g = torch.randn(dim, 40, generator=torch.Generator().manual_seed(step)).T  # not contiguous
         precisions = LOW if step % 2 else LOW[step // 2 :]
-        found = shard.dots(asked, precisions, g)
+        found = shard.scores(asked, precisions, g)
         assert set(found) == set(precisions)
         for p, pooled in other.pooled(asked, precisions).items():
             # fp32 sums of a few dozen terms, of values up to about 4 and vectors of norm about sqrt(dim): errors far
             # below 1e-5 of what is added, differences between precisions far above.
             size = (g.abs() * (pooled.abs() + 10)).sum(dim=1).numpy()
-            assert (np.abs(found[p] - torch.linalg.vecdot(g, pooled).numpy()) <= 1e-5 * size).all()
-    assert shard.dots(asked, [], g) == {}
+            assert (np.abs(found[p] - torch.linalg.vecdot(g, pooled - reference).numpy()) <= 1e-5 * size).all()
+    assert shard.scores(asked, [], g) == {}
 
 
-def test_only_touched_rows_are_quantized():
-    shard = TableShard("table:t", table(100_000), cache_bytes=1 << 30)
-    asked = BagCall("table:t", torch.tensor([5, 99_999, 5]), torch.tensor([0, 3]), None, "sum", torch.zeros(1, 16))
-    shard.pooled(asked, LOW)
-    row = sum(ops.row_bytes(16, p) for p in LOW)
-    assert shard.cached_bytes <= 4 * row
-
-
-def test_the_cache_stays_within_its_bound():
-    bound = 20_000
-    shard = TableShard("table:t", table(5000), cache_bytes=bound)
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        shard.pooled(call(5000, rng), LOW)
-        assert shard.cached_bytes <= bound
+def test_nothing_is_kept_for_a_row_but_the_range_that_is_costly_to_find():
+    """A lookup of the whole table at every precision, in a process that may grow by less than one copy at int2."""
+    code = """
+import resource, sys
+import numpy as np, torch
+from lowprec.ops.bags import BagCall
+from lowprec.plan import Precision, RowRange
+from lowprec.shards import TableShard
+torch.set_num_threads(1)
+rows, dim = 200_000, 256
+weight = torch.ones(rows, dim)
+shard = TableShard("table:t", weight, row_range=RowRange(sys.argv[1]))
+low = [p for p in Precision if p is not Precision.FP32]
+def lookup(first, num):
+    ids = torch.arange(first, first + num)
+    shard.pooled(BagCall("table:t", ids, torch.tensor([0, num]), None, "sum", torch.zeros(1, dim)), low)
+lookup(0, 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for first in range(0, rows, 1000):
+    lookup(first, 1000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    for row_range, bytes_a_row in (("minmax", 0), ("mse", 3 * 4)):
+        done = subprocess.run([sys.executable, "-c", code, row_range], capture_output=True, text=True, check=True)
+        assert int(done.stdout) * 1024 <= bytes_a_row * 200_000 + (2 << 20), row_range
 
 
 def test_fp32_is_the_output_of_the_model_itself():
     asked = call(500, np.random.default_rng(0))
-    assert TableShard("table:t", table(), cache_bytes=1).pooled(asked, [Precision.FP32])[Precision.FP32] is asked.output
+    assert TableShard("table:t", table()).pooled(asked, [Precision.FP32])[Precision.FP32] is asked.output
 
 
 @pytest.mark.parametrize(
@@ -97,7 +113,7 @@ def test_fp32_is_the_output_of_the_model_itself():
 def test_a_row_without_a_low_precision_form_is_named(value, precision, said):
     weight = table()
     weight[3, 2] = value
-    shard = TableShard("table:t", weight, cache_bytes=1 << 20)
+    shard = TableShard("table:t", weight)
     fine = BagCall("table:t", torch.tensor([1, 2]), torch.tensor([0, 2]), None, "sum", torch.zeros(1, 16))
     shard.pooled(fine, [precision])
     touched = BagCall("table:t", torch.tensor([1, 3]), torch.tensor([0, 2]), None, "sum", torch.zeros(1, 16))
@@ -109,5 +125,5 @@ def test_a_row_that_is_large_but_representable_is_served():
     weight = table()
     weight[3, 2] = 1e6  # bias is the small minimum and the scale 1e6 / 255 fits fp16
     asked = BagCall("table:t", torch.tensor([3]), torch.tensor([0, 1]), None, "sum", torch.zeros(1, 16))
-    answer = TableShard("table:t", weight, cache_bytes=1 << 20).pooled(asked, [Precision.INT8])[Precision.INT8]
+    answer = TableShard("table:t", weight).pooled(asked, [Precision.INT8])[Precision.INT8]
     assert answer[0, 2] == pytest.approx(1e6, rel=1e-3)

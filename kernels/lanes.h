@@ -1,0 +1,46 @@
+// Sixteen floats and what can be done with them, on the CPU path that this file is compiled for (see path.cc).
+//
+// Every path has the same sixteen lanes and the same arithmetic, operation by operation, so that no result depends on
+// the CPU. Everything is in an unnamed namespace: a function compiled for one path must never be linked into another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+#if defined(LOWPREC_AVX512)
+#include "lanes_avx512.h"
+#elif defined(LOWPREC_AVX2)
+#include "lanes_avx2.h"
+#else
+#include "lanes_portable.h"
+#endif
+
+namespace lowprec::LOWPREC_PATH {
+namespace {
+
+struct Add {
+  Lanes operator()(Lanes a, Lanes b) const { return a + b; }
+};
+struct Min {
+  Lanes operator()(Lanes a, Lanes b) const { return min(a, b); }
+};
+struct Max {
+  Lanes operator()(Lanes a, Lanes b) const { return max(a, b); }
+};
+
+// The lanes from n on are zero.
+Lanes load_first(const float* in, std::size_t n) {
+  if (n >= kLanes) return load(in);
+  return load_part(in, n);
+}
+
+void store_first(float* out, Lanes a, std::size_t n) {
+  if (n >= kLanes) return store(out, a);
+  store_part(out, a, n);
+}
+
+}  // namespace
+}  // namespace lowprec::LOWPREC_PATH
