@@ -142,6 +142,8 @@ class _DistributedFolder:
         for file in self.files:
             if not file.is_file():
                 raise CheckpointError(f"checkpoint {path}: file {file.name} is missing")
+        # Those that were read last: a table that is read by row ranges comes back to its chunks.
+        self._kept: dict[MetadataIndex, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -155,12 +157,17 @@ class _DistributedFolder:
         if not entry.size:
             return self._chunk(name, entry.chunks[0].offsets)
         out = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
+        touched = {}
         for chunk in entry.chunks:
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
             if first < last:
                 columns = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-                rows = self._chunk(name, chunk.offsets)[first - chunk.offsets[0] : last - chunk.offsets[0]]
-                out[(slice(first - start, last - start), *columns)] = rows
+                index = MetadataIndex(self._prefix + name, chunk.offsets)
+                touched[index] = whole = self._kept[index] if index in self._kept else self._chunk(name, chunk.offsets)
+                out[(slice(first - start, last - start), *columns)] = whole[
+                    first - chunk.offsets[0] : last - chunk.offsets[0]
+                ]
+        self._kept = touched if stop - start < entry.size[0] else {}
         return out
 
     def _chunk(self, name: str, offsets: torch.Size) -> Tensor:

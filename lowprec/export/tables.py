@@ -1,0 +1,118 @@
+"""A table of a checkpoint to a file of stored rows, block by block: a table may be larger than memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lowprec import ops
+from lowprec.errors import CheckpointError, ExportError, WeightError
+from lowprec.models.tensor_files import TensorSource, open_tensors
+from lowprec.plan import Precision, RowRange
+from lowprec.progress import Progress, Silent
+
+__all__ = ["StoredTable", "write_table"]
+
+_BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A file of `num_rows` rows of `row_bytes` bytes, one after the other and nothing else.
+
+    A row is what FBGEMM serves: fp16 scale, fp16 bias and packed codes (low-order bits first), or plain fp16 or fp32
+    values. `sha256` is that of the file.
+    """
+
+    path: Path
+    precision: Precision
+    row_range: RowRange
+    num_rows: int
+    dim: int
+    row_bytes: int
+    sha256: str
+
+
+def write_table(
+    checkpoint: str | Path,
+    tensor: str,
+    out: str | Path,
+    precision: Precision,
+    *,
+    row_range: RowRange = RowRange.MINMAX,
+    num_threads: int = 1,
+    block_bytes: int = _BLOCK_BYTES,
+    progress: Progress | None = None,
+) -> StoredTable:
+    """Quantize the table `tensor`, float[num_rows, dim], of a checkpoint into the file `out`, whole or not at all.
+
+    Rows are read, quantized and written `block_bytes` of fp32 at a time, and memory does not grow with the table (a
+    `torch.distributed.checkpoint` folder is read by its own chunks). The bytes depend on neither `num_threads` nor the
+    CPU. `row_range` does nothing to fp32 and fp16.
+
+    Raises `CheckpointError` where the checkpoint has no such table, `WeightError` naming the first row that holds NaN
+    or Inf or that `precision` cannot hold, `ExportError` where the file cannot be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    source = open_tensors(checkpoint, [tensor])
+    num_rows, dim = _shape(source, tensor, checkpoint)
+    row_bytes = ops.row_bytes(dim, precision)
+    block_rows = max(1, block_bytes // (4 * dim))
+    progress = progress or Silent()
+    progress.stage(tensor, num_rows)
+    digest = hashlib.sha256()
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for start, rows in _blocks(source, tensor, num_rows, block_rows):
+                stored = _stored(rows, start, tensor, precision, row_range, num_threads)
+                digest.update(stored.data)
+                file.write(stored.data)
+                progress.advance(len(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(out)
+    except OSError as error:
+        raise ExportError(f"export {out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
+    return StoredTable(out, precision, row_range, num_rows, dim, row_bytes, digest.hexdigest())
+
+
+def _shape(source: TensorSource, tensor: str, checkpoint: Path) -> tuple[int, int]:
+    shape = source.shapes.get(tensor)
+    if shape is None:
+        tables = [f'"{name}"' for name, found in source.shapes.items() if len(found) == 2]
+        some = ", ".join(tables[:3]) + (f", and {len(tables) - 3} more" if len(tables) > 3 else "")
+        raise CheckpointError(f'checkpoint {checkpoint}: has no table "{tensor}"; it has {some or "none"}')
+    if len(shape) != 2 or not shape[1]:
+        raise CheckpointError(f'checkpoint {checkpoint}: "{tensor}" is {list(shape)}; a table is [num_rows, dim]')
+    return shape[0], shape[1]
+
+
+def _blocks(
+    source: TensorSource, tensor: str, num_rows: int, block_rows: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The number of the first row, and the rows, float32[n, dim]."""
+    for start in range(0, num_rows, block_rows):
+        rows = source.rows(tensor, start, min(start + block_rows, num_rows))
+        yield start, rows.to(torch.float32).contiguous().numpy()
+
+
+def _stored(
+    rows: NDArray[np.float32], start: int, tensor: str, precision: Precision, row_range: RowRange, num_threads: int
+) -> NDArray[np.uint8]:
+    try:
+        stored = ops.quantize(rows, precision, row_range=row_range, num_threads=num_threads, first_row=start)
+        ops.check_overflow(rows, stored, precision, first_row=start)
+    except WeightError as error:
+        raise WeightError(f'"{tensor}": {error}') from None
+    return stored

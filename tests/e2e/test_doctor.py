@@ -1,0 +1,67 @@
+"""`lowprec doctor` says what is there, and what to do about what is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = ["python", "cpu", "kernels", "fbgemm", "libraries", "threads", "memory", "gpu", "ray"]
+
+
+def findings(done):
+    document = json.loads(done.out)
+    return document, {finding["name"]: finding for finding in document["findings"]}
+
+
+def test_a_machine_that_is_well(lowprec, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("LOWPREC_CPU_PATH", raising=False)
+    done = lowprec("doctor", "--json")
+    document, found = findings(done)
+    assert (done.code, document["state"]) == (0, "ok")
+    assert list(found) == NAMES
+    facts = found["kernels"]["facts"]
+    assert facts["cpu_path"] == facts["cpu_paths"][0] and facts["cpu_paths"][-1] == "portable"
+    assert min(found["memory"]["facts"]["copy_gb_per_s"].values()) > 0.1
+    assert found["memory"]["facts"]["available_bytes"] <= found["memory"]["facts"]["total_bytes"]
+    assert found["libraries"]["facts"]["versions"]["ray"].startswith("2.")
+    assert found["gpu"]["state"] in ("ok", "absent") and found["ray"]["state"] in ("ok", "absent")
+
+
+def test_text_has_a_line_for_each_finding_and_names_the_path_that_was_asked_for(lowprec, monkeypatch):
+    monkeypatch.setenv("LOWPREC_CPU_PATH", "portable")
+    done = lowprec("doctor")
+    assert done.code == 0
+    assert [line.split()[1] for line in done.out.splitlines()] == NAMES
+    assert "portable (asked for by LOWPREC_CPU_PATH" in done.out
+
+
+def test_what_is_broken_is_said_and_the_rest_is_still_looked_at(lowprec, monkeypatch):
+    monkeypatch.setenv("LOWPREC_CPU_PATH", "sse9")
+    done = lowprec("doctor", "--address", "127.0.0.1:9", "--json")
+    document, found = findings(done)
+    assert (done.code, document["state"]) == (3, "broken")
+    assert "LOWPREC_CPU_PATH: this CPU has" in found["kernels"]["summary"]
+    assert found["ray"]["state"] == "broken" and "127.0.0.1:9: cannot be reached" in found["ray"]["summary"]
+    assert found["memory"]["state"] == "ok"
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of one node with five CPUs, started as a user would."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = [ray, "start", "--head", "--num-cpus=5", "--port=0", "--include-dashboard=false"]
+    started = subprocess.run(start, capture_output=True, text=True, timeout=120)
+    assert started.returncode == 0, started.stderr
+    yield
+    subprocess.run([ray, "stop", "--force"], capture_output=True, timeout=60)
+
+
+@pytest.mark.slow  # `ray stop` stops every Ray of the machine, other tests' too
+def test_a_cluster_on_this_machine_is_found(lowprec, cluster, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _, found = findings(lowprec("doctor", "--json"))
+    assert found["ray"]["state"] == "ok"
+    assert (found["ray"]["facts"]["num_nodes"], found["ray"]["facts"]["num_cpus"]) == (1, 5)
