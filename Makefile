@@ -19,7 +19,7 @@ NATIVE := $(VENV)/.native-$(call digest,pyproject.toml $(KERNEL_SOURCES))
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-.PHONY: help setup demo lint test test-all bench clean
+.PHONY: help setup demo lint test test-all test-asan bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -55,6 +55,18 @@ test: lint  ## What CI checks: ruff, mypy and all tests but the slow ones
 
 test-all: lint  ## The slow tests too
 	$(PYTEST)
+
+# The installed module stays as it is. Memory of other libraries is not ours to watch: leaks are not looked for.
+ASAN_MODULE = build/asan/_native$(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+
+test-asan: setup  ## The tests of the kernels on a build that stops at accesses out of bounds and undefined behaviour
+	$(BIN)/cmake -S kernels -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Debug \
+	  -DLOWPREC_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build build/asan
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/sanitized.py $(ASAN_MODULE) --capture=sys tests/ops tests/shards
 
 bench: setup  ## Run one benchmark: make bench NAME=exact (a file in tests/benchmarks)
 	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench NAME=...: one of" \

@@ -108,19 +108,20 @@ inline void transpose(Lanes (&row)[kLanes]) {
   }
 }
 
+template <int kLow, int kHigh, typename Op>
+Lanes folded_chunks(Lanes a, Lanes b, Op op) {
+  return op(Lanes{_mm512_shuffle_f32x4(a.v, b.v, kLow)}, Lanes{_mm512_shuffle_f32x4(a.v, b.v, kHigh)});
+}
+
 // Lane i of the result is row[i] folded: lanes i and i + 8, then 4, 2 and 1 apart.
 template <typename Op>
 Lanes folded_each(const Lanes (&row)[kLanes], Op op) {
-  const auto chunks = [&op](Lanes a, Lanes b, auto low, auto high) {
-    return op(Lanes{_mm512_shuffle_f32x4(a.v, b.v, low)}, Lanes{_mm512_shuffle_f32x4(a.v, b.v, high)});
-  };
-  using std::integral_constant;
   Lanes four[4];
   for (std::size_t k = 0; k < 4; ++k) {
     // Rows k, k + 4, k + 8 and k + 12, so that the last step leaves row i in lane i.
-    const Lanes ab = chunks(row[k], row[k + 4], integral_constant<int, 0x44>{}, integral_constant<int, 0xee>{});
-    const Lanes cd = chunks(row[k + 8], row[k + 12], integral_constant<int, 0x44>{}, integral_constant<int, 0xee>{});
-    four[k] = chunks(ab, cd, integral_constant<int, 0x88>{}, integral_constant<int, 0xdd>{});
+    const Lanes ab = folded_chunks<0x44, 0xee>(row[k], row[k + 4], op);
+    const Lanes cd = folded_chunks<0x44, 0xee>(row[k + 8], row[k + 12], op);
+    four[k] = folded_chunks<0x88, 0xdd>(ab, cd, op);
   }
   const auto pairs = [&op](Lanes a, Lanes b) {
     return op(Lanes{_mm512_unpacklo_ps(a.v, b.v)}, Lanes{_mm512_unpackhi_ps(a.v, b.v)});

@@ -164,7 +164,7 @@ class SpaceConfig(_Section):
     """The plans that a search may choose from, and how row-wise precisions choose the range of a row."""
 
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = tuple(Precision)
-    row_range: RowRange = RowRange.MINMAX
+    row_range: RowRange = RowRange.MSE
     row_alignment: Annotated[int, Field(gt=0)] = 1
     units: tuple[UnitRule, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()

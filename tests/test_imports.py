@@ -20,7 +20,7 @@ LAYERS = (
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},
     {"search", "monitor", "debug", "export"},
-    {"cli", "demo", "report"},
+    {"cli", "demo", "doctor", "report"},
 )
 LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 

@@ -83,7 +83,7 @@ class Replay:
     def __init__(self, examples: Examples, logits: Mapping[Plan, Single]) -> None:
         self._examples, self._logits = examples, logits
         self._rows = {column: k for k, column in enumerate(examples.columns)}
-        self.shards = {unit: SimpleNamespace(pooled=self._pooled, dots=self._dots) for unit, _ in examples.columns}
+        self.shards = {unit: SimpleNamespace(pooled=self._pooled, scores=self._scores) for unit, _ in examples.columns}
         self.kept = SimpleNamespace(get=_made)
 
     def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
@@ -102,13 +102,13 @@ class Replay:
         rows = {p: self._rows[call.table, p] for p in precisions}
         return {p: torch.from_numpy(self._examples.changes[k, call.rows])[:, None] for p, k in rows.items()}
 
-    def _dots(self, call: Any, precisions: Sequence[Precision], gradient: torch.Tensor) -> dict[Precision, Single]:
+    def _scores(self, call: Any, precisions: Sequence[Precision], gradient: torch.Tensor) -> dict[Precision, Single]:
         return {p: (gradient * pooled)[:, 0].numpy() for p, pooled in self._pooled(call, precisions).items()}
 
 
 def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
     """All examples of the windows, with the changes of every column of the job."""
-    evaluator = ExactEvaluator(load_adapter(job.spec))
+    evaluator = ExactEvaluator(load_adapter(job.spec), row_ranges=job.spec.row_ranges)
     logits, changes, labels = [], [], []
     for batch in _batches(job, windows):
         reference, s = swaps(evaluator, batch, job.columns)
@@ -120,7 +120,7 @@ def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
 
 def exact_logits(job: Job, plans: Sequence[Plan], windows: Sequence[str] = WINDOWS) -> dict[Plan, Single]:
     """The logits of every plan on all examples of the windows, by the kernels that serve, float32[N] each."""
-    evaluator = ExactEvaluator(load_adapter(job.spec))
+    evaluator = ExactEvaluator(load_adapter(job.spec), row_ranges=job.spec.row_ranges)
     distinct = list(dict.fromkeys(plans))
     found = [evaluator.logits(batch, distinct).plans for batch in _batches(job, windows)]
     return dict(zip(distinct, np.concatenate(found, axis=1), strict=True))

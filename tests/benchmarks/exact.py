@@ -35,7 +35,7 @@ def seconds(work) -> float:
 
 def dense_seconds(job: Job, plans: list[Plan]) -> float:
     """The dense passes of all plans and nothing else: pooled outputs are made before the clock starts."""
-    evaluator = ExactEvaluator(job.adapter)
+    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
     total = 0.0
     for batch in job.window("search").batches():
         inputs = inputs_of(batch)

@@ -1,53 +1,325 @@
-"""Row-wise quantizers: ours against FBGEMM's on the same rows, one thread. Prints one JSON object as its last line.
+"""The kernels against FBGEMM's and PyTorch's, in turn, on the same rows and bags. Prints one JSON object at its end.
 
-`minmax_int8`, `minmax_int4` and `minmax_int2` are the worst ratio of rows/s (ours / FBGEMM's) over dims 32 to 128;
-`grid` holds the medians by dim in million rows/s.
+At its top the worst of dims 32 to 128 on one thread (of poolings 1 and 20, where there are bags):
+
+- `minmax_int8`, `minmax_int4`, `minmax_int2`: rows/s of ours / FBGEMM's `FloatToFusedNBitRowwiseQuantizedSBHalf`.
+- `mse_int4`: rows/s of ours / PyTorch's `embedding_bag_4bit_prepack(optimized_qparams=True)`; `mse_int4_error`: the
+  mean over rows of the squared error (ours / PyTorch's); `mse_int4_over_least`: its sum over some rows / a proven
+  lower bound.
+- `score_cold`, `score_hot`: all four precisions scored / one fp32 lookup by FBGEMM over the same bags, on a table of
+  1 GiB with fresh ids and on one of 512 KiB. `score_vs_lookups`: five lookups by FBGEMM and the dot products / ours.
+- `on_the_fly`: pooled lookup from fp32 rows at int8, int4 and int2 / FBGEMM's fp32 lookup, cold.
+- `extra_bytes_per_row`: what a table needs beside its fp32 rows while its bags are looked up and scored, cold.
+
+`all_threads` has the same worst cases on all cores, where FBGEMM and PyTorch get as many. `grid` has every cell, with
+GB/s of memory read and written by ours; `copy_gb_per_s` is what a copy reaches. One thread is timed by its CPU clock,
+which other users of the machine disturb least, several by the clock on the wall; ratios are medians over rounds.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lowprec import ops
-from lowprec.plan import Precision
+from lowprec.ops import reference
+from lowprec.ops.fbgemm import unchecked_lookup
+from lowprec.ops.timing import copy_bandwidth, cpu_model, num_cores
+from lowprec.plan import Precision, RowRange
 
-DIMS, ROWS, REPEATS = (16, 32, 64, 128), 200_000, 7
-PRECISIONS = (Precision.INT8, Precision.INT4, Precision.INT2)
+DIMS, JUDGED_DIMS, POOLINGS = (16, 32, 64, 128), (32, 64, 128), (1, 20)
+ROWS, MSE_ROWS, ROUNDS = 200_000, 2_000, 9
+HOT_BYTES, COLD_BYTES, IDS = 2**19, 2**30, 200_000
+ROWWISE = (Precision.INT8, Precision.INT4, Precision.INT2)
+LOW = (Precision.FP16, *ROWWISE)
+
+Cell = dict[str, Any]
+ByDim = dict[int, list[Cell]]
 
 
-def million_rows_per_s(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return ROWS / statistics.median(seconds) / 1e6
+def timed(works: dict[str, Callable[[], object]], threads: int) -> dict[str, list[float]]:
+    """Seconds of each work, one after the other in every round; the first round warms up."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(ROUNDS + 1):
+        for name, work in works.items():
+            began = clock()
+            work()
+            if round_number:
+                seconds[name].append(clock() - began)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 3)
+
+
+def gb_per_s(num_bytes: float, seconds: list[float]) -> float:
+    return round(num_bytes / statistics.median(seconds) / 1e9, 2)
+
+
+def quantizers(threads: int) -> dict[str, ByDim]:
+    """`minmax_*` by dim: rows/s against FBGEMM, the same bytes."""
+    fbgemm = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf
+    found: dict[str, ByDim] = {}
+    for dim in DIMS:
+        rows = torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(dim))
+        table = rows.numpy()
+        for precision in ROWWISE:
+            out = ops.quantize(table, precision, num_threads=threads)
+            # FBGEMM's quantizer puts scale and bias last, its serving layout has them first.
+            theirs = np.roll(fbgemm(rows, precision.bits).numpy(), 4, axis=1)
+            assert np.array_equal(out, theirs), f"{precision} dim {dim}: other bytes than FBGEMM's"
+            seconds = timed(
+                {
+                    "ours": lambda p=precision, t=table, o=out: ops.quantize(t, p, num_threads=threads, out=o),
+                    "fbgemm": lambda b=precision.bits, r=rows: fbgemm(r, b),
+                },
+                threads,
+            )
+            cell = {
+                "ratio": ratio(seconds["fbgemm"], seconds["ours"]),
+                "million_rows_per_s": round(ROWS / statistics.median(seconds["ours"]) / 1e6, 2),
+                "gb_per_s": gb_per_s(table.nbytes + out.nbytes, seconds["ours"]),
+            }
+            found.setdefault(f"minmax_{precision}", {})[dim] = [cell]
+    return found
+
+
+def mse(threads: int) -> ByDim:
+    """`mse_int4` by dim: rows/s and squared error against PyTorch's optimizer, error against minmax and the optimum."""
+    prepack = torch.ops.quantized.embedding_bag_4bit_prepack
+    found = {}
+    for dim in DIMS:
+        rows = torch.randn(MSE_ROWS, dim, generator=torch.Generator().manual_seed(dim))
+        table = rows.numpy()
+
+        def errors(values: NDArray[np.float32], table: NDArray[np.float32] = table) -> NDArray[np.float64]:
+            return np.square(values.astype(np.float64) - table).sum(axis=1)
+
+        def ours(
+            row_range: RowRange, table: NDArray[np.float32] = table, num_threads: int = threads
+        ) -> NDArray[np.uint8]:
+            return ops.quantize(table, Precision.INT4, row_range=row_range, num_threads=num_threads)
+
+        minmax, least = (errors(ops.dequantize(ours(r), Precision.INT4, dim)) for r in RowRange)
+        stored = prepack(rows, optimized_qparams=True)
+        theirs = errors(torch.ops.quantized.embedding_bag_4bit_unpack(stored).numpy())
+        assert (least <= minmax * (1 + 1e-5)).all(), f"dim {dim}: a row is worse than minmax"
+        assert (least / theirs).mean() <= 1, f"dim {dim}: the error is above PyTorch's"
+        some = range(0, MSE_ROWS, MSE_ROWS // 6)
+        bounds = [reference.least_squared_error(table[i], 4, reached=float(least[i])) for i in some]
+        seconds = timed(
+            {"ours": lambda o=ours: o(RowRange.MSE), "pytorch": lambda r=rows: prepack(r, optimized_qparams=True)},
+            threads,
+        )
+        cell = {
+            "ratio": ratio(seconds["pytorch"], seconds["ours"]),
+            "ns_per_row": round(statistics.median(seconds["ours"]) / MSE_ROWS * 1e9, 1),
+            "error_over_pytorch": round(float((least / theirs).mean()), 4),
+            "rows_above_pytorch": round(float((least > theirs).mean()), 4),
+            "error_over_minmax": round(float((least / minmax).mean()), 4),
+            "over_least": round(float(sum(least[i] for i in some) / sum(bounds)), 4),
+        }
+        found[dim] = [cell]
+    return found
+
+
+class Tables:
+    """A table of `num_bytes` in fp32, and as FBGEMM serves it at every precision."""
+
+    def __init__(self, num_bytes: int, dim: int) -> None:
+        self.dim, self.num_rows = dim, num_bytes // (4 * dim)
+        # Allocated by PyTorch for all sides alike: NumPy asks for huge pages, PyTorch does not.
+        self.weight = torch.empty(self.num_rows, dim).normal_(generator=torch.Generator().manual_seed(dim))
+        self.rows = self.weight.numpy()
+        self.served = {Precision.FP32: self.weight.view(torch.uint8).view(-1)}
+        for precision in LOW:
+            stored = torch.empty(self.num_rows, ops.row_bytes(dim, precision), dtype=torch.uint8)
+            ops.quantize(self.rows, precision, num_threads=num_cores(), out=stored.numpy())
+            self.served[precision] = stored.view(-1)
+
+    def lookup(self, precision: Precision, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return unchecked_lookup(self.served[precision], precision, self.dim, ids, offsets)
+
+
+class Bags:
+    """Fresh ids for every call, so that a cold table stays cold; gradients for every bag."""
+
+    def __init__(self, num_rows: int, pooling: int, dim: int) -> None:
+        self._rng, self._num_rows = np.random.default_rng(pooling), num_rows
+        self.num_bags, self.pooling = IDS // pooling, pooling
+        self.offsets = torch.arange(0, self.num_bags * pooling + 1, pooling)
+        self.gradients = torch.from_numpy(self._rng.standard_normal((self.num_bags, dim), dtype=np.float32))
+        self.fresh()
+
+    def fresh(self) -> None:
+        self.ids = torch.from_numpy(self._rng.integers(0, self._num_rows, self.num_bags * self.pooling))
+
+
+def lookups(num_bytes: int, threads: int) -> dict[str, ByDim]:
+    """Scores and lookups on the fly, against FBGEMM's lookups; a cell for each pooling."""
+    found: dict[str, ByDim] = {"score": {}, "on_the_fly": {}}
+    for dim in DIMS:
+        tables = Tables(num_bytes, dim)
+        for pooling in POOLINGS:
+            bags = Bags(tables.num_rows, pooling, dim)
+            check(tables, bags)
+            for name, cell_of in (("score", score_cell), ("on_the_fly", on_the_fly_cell)):
+                cell = {"pooling": pooling, **cell_of(tables, bags, threads)}
+                found[name].setdefault(dim, []).append(cell)
+                print(f"threads {threads}, {tables.num_rows} rows of dim {dim}, {name}: {cell}", flush=True)
+    return found
+
+
+def arrays(bags: Bags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return bags.ids.numpy(), bags.offsets.numpy()
+
+
+def check(tables: Tables, bags: Bags) -> None:
+    """Lookups equal FBGEMM's bit for bit, scores up to rounding."""
+    ids, offsets = arrays(bags)
+    scores = ops.scores(tables.rows, LOW, ids, offsets, bags.gradients.numpy(), mode="sum")
+    exact = tables.lookup(Precision.FP32, bags.ids, bags.offsets)
+    for precision in LOW:
+        served = tables.lookup(precision, bags.ids, bags.offsets)
+        assert np.array_equal(ops.pooled_as(tables.rows, precision, ids, offsets, mode="sum"), served.numpy()), (
+            precision
+        )
+        products = bags.gradients.double() * (served.double() - exact.double())
+        np.testing.assert_allclose(scores[precision], products.sum(1).numpy(), atol=1e-4 * bags.pooling)
+
+
+def score_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
+    gradients = bags.gradients.numpy()
+
+    def ours() -> object:
+        return ops.scores(tables.rows, LOW, *arrays(bags), gradients, mode="sum", num_threads=threads)
+
+    def five_lookups() -> object:
+        exact = tables.lookup(Precision.FP32, bags.ids, bags.offsets)
+        low = [tables.lookup(p, bags.ids, bags.offsets) for p in LOW]
+        return [torch.linalg.vecdot(bags.gradients, pooled - exact) for pooled in low]
+
+    seconds = timed(
+        {
+            "fresh": bags.fresh,
+            "ours": ours,
+            "fresh again": bags.fresh,
+            "fp32": lambda: tables.lookup(Precision.FP32, bags.ids, bags.offsets),
+            "fresh once more": bags.fresh,
+            "five lookups": five_lookups,
+            "fresh at last": bags.fresh,
+            "pytorch": lambda: torch.nn.functional.embedding_bag(
+                bags.ids, tables.weight, bags.offsets[:-1], mode="sum"
+            ),
+        },
+        threads,
+    )
+    read = 4 * tables.dim * (IDS + bags.num_bags)
+    return {
+        "over_fp32_lookup": ratio(seconds["ours"], seconds["fp32"]),
+        "lookups_over_ours": ratio(seconds["five lookups"], seconds["ours"]),
+        "ns_per_id": round(statistics.median(seconds["ours"]) / IDS * 1e9, 2),
+        "fbgemm_fp32_ns_per_id": round(statistics.median(seconds["fp32"]) / IDS * 1e9, 2),
+        "pytorch_fp32_ns_per_id": round(statistics.median(seconds["pytorch"]) / IDS * 1e9, 2),
+        "gb_per_s": gb_per_s(read, seconds["ours"]),
+    }
+
+
+def on_the_fly_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
+    """All three precisions; the worst stands for the cell."""
+    works: dict[str, Callable[[], object]] = {}
+    for precision in ROWWISE:
+        works[f"fresh {precision}"] = bags.fresh
+        works[precision] = lambda p=precision: ops.pooled_as(
+            tables.rows, p, *arrays(bags), mode="sum", num_threads=threads
+        )
+        works[f"served {precision}"] = lambda p=precision: tables.lookup(p, bags.ids, bags.offsets)
+    works["fresh"] = bags.fresh
+    works["fp32"] = lambda: tables.lookup(Precision.FP32, bags.ids, bags.offsets)
+    seconds = timed(works, threads)
+    ratios = {str(p): ratio(seconds[p], seconds["fp32"]) for p in ROWWISE}
+    moved = 4 * tables.dim * (IDS + bags.num_bags)
+    return {
+        "over_fp32_lookup": max(ratios.values()),
+        **ratios,
+        "gb_per_s": {str(p): gb_per_s(moved, seconds[p]) for p in ROWWISE},
+    }
+
+
+def extra_bytes_per_row() -> float:
+    """The growth of the process over lookups and scores of a cold table at all precisions, without their results."""
+    dim = 64
+    weight = torch.ones(COLD_BYTES // (4 * dim), dim)
+    bags = Bags(len(weight), 20, dim)
+    results = 4 * bags.num_bags * (dim + len(LOW))
+
+    def own_memory() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+    def once() -> object:
+        pooled = ops.pooled_as(weight.numpy(), Precision.INT4, *arrays(bags), mode="sum")
+        return pooled, ops.scores(weight.numpy(), LOW, *arrays(bags), bags.gradients.numpy(), mode="sum")
+
+    once()
+    before = own_memory()
+    kept = once()
+    grown = max(0, own_memory() - before - results)
+    assert kept
+    return round(grown / len(weight), 3)
+
+
+def worst(grid: dict[str, Any]) -> Cell:
+    """The worst cells of the judged dims."""
+
+    def of(cells: ByDim, key: str, pick: Callable[..., float]) -> float:
+        return float(pick(cell[key] for dim in JUDGED_DIMS for cell in cells[dim]))
+
+    return {
+        **{name: of(grid[name], "ratio", min) for name in ("minmax_int8", "minmax_int4", "minmax_int2", "mse_int4")},
+        "mse_int4_error": of(grid["mse_int4"], "error_over_pytorch", max),
+        "mse_int4_over_least": of(grid["mse_int4"], "over_least", max),
+        "score_cold": of(grid["cold"]["score"], "over_fp32_lookup", max),
+        "score_hot": of(grid["hot"]["score"], "over_fp32_lookup", max),
+        "score_vs_lookups": min(of(grid[kind]["score"], "lookups_over_ours", min) for kind in ("cold", "hot")),
+        "on_the_fly": of(grid["cold"]["on_the_fly"], "over_fp32_lookup", max),
+    }
+
+
+def measured(threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    grid: dict[str, Any] = {**quantizers(threads), "mse_int4": mse(threads)}
+    print({name: {dim: cell["ratio"] for dim, (cell,) in cells.items()} for name, cells in grid.items()}, flush=True)
+    return {**grid, "cold": lookups(COLD_BYTES, threads), "hot": lookups(HOT_BYTES, threads)}
 
 
 def main() -> None:
     import fbgemm_gpu  # noqa: F401  (registers the operators)
 
-    torch.set_num_threads(1)
-    fbgemm = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf
-    grid: dict[str, dict[str, dict[str, float]]] = {}
-    for dim in DIMS:
-        rows = torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(dim))
-        for precision in PRECISIONS:
-            out = ops.quantize(rows.numpy(), precision)
-            theirs = fbgemm(rows, precision.bits).numpy()
-            # FBGEMM's quantizer puts scale and bias last, its serving layout has them first.
-            assert np.array_equal(out, np.roll(theirs, 4, axis=1)), f"{precision} dim {dim}: other bytes than FBGEMM's"
-            ours = million_rows_per_s(lambda p=precision, r=rows, o=out: ops.quantize(r.numpy(), p, out=o))
-            other = million_rows_per_s(lambda b=precision.bits, r=rows: fbgemm(r, b))
-            cell = {"ours": round(ours, 2), "fbgemm": round(other, 2), "ratio": round(ours / other, 3)}
-            grid.setdefault(str(precision), {})[str(dim)] = cell
-            print(precision, dim, cell, flush=True)
-    worst = {f"minmax_{p}": min(grid[str(p)][str(d)]["ratio"] for d in DIMS if d >= 32) for p in PRECISIONS}
-    print(json.dumps({**worst, "threads": 1, "num_rows": ROWS, "repeats": REPEATS, "grid": grid}))
+    copies = {str(n): round(copy_bandwidth(num_threads=n) / 1e9, 1) for n in sorted({1, num_cores()})}
+    grids = {threads: measured(threads) for threads in sorted({1, num_cores()})}
+    print(
+        json.dumps(
+            {
+                **worst(grids[1]),
+                "extra_bytes_per_row": extra_bytes_per_row(),
+                "all_threads": {"num_threads": num_cores(), **worst(grids[num_cores()])},
+                "copy_gb_per_s": copies,
+                "cpu": cpu_model(),
+                "cpu_path": ops.cpu_path(),
+                "rounds": ROUNDS,
+                "grid": {f"threads {threads}": grid for threads, grid in grids.items()},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def small_config() -> Config:
 
 def exact_gaps(job: Job, plans: list[Plan]) -> tuple[np.ndarray, np.ndarray]:
     """The gap and the KL gap of every plan on the search window, in percent."""
-    evaluator = ExactEvaluator(job.adapter)
+    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
     change, divergence, loss = np.zeros(len(plans)), np.zeros(len(plans)), 0.0
     batches = list(job.window("search").batches())
     for first in range(0, len(plans), PLANS_AT_ONCE):

@@ -177,6 +177,8 @@ def test_a_budget_that_nothing_meets_returns_the_best_and_says_so(lowprec, train
         "--set",
         "space.precisions=[int2]",
         "--set",
+        "space.row_range=minmax",
+        "--set",
         "results.root=strict",
     )
     done = lowprec("search", "job.yaml", "--json", *settings, cwd=folder)
@@ -189,7 +191,7 @@ def test_a_budget_that_nothing_meets_returns_the_best_and_says_so(lowprec, train
 def test_help_is_quick_and_knows_no_torch(lowprec):
     done = lowprec("--help")
     assert done.code == 0
-    for command in ("demo", "generate", "convert", "train", "search", "verify", "results"):
+    for command in ("demo", "generate", "convert", "train", "search", "verify", "results", "doctor"):
         assert command in done.out
 
 

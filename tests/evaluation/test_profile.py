@@ -19,7 +19,7 @@ def job(small_config):
 
 @pytest.fixture
 def evaluator(job):
-    return ExactEvaluator(job.adapter)
+    return ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
 
 
 @pytest.fixture

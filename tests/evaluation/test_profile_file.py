@@ -85,7 +85,7 @@ def test_a_profile_of_something_else_is_refused_with_what_differs(made, small_co
     for wanted, words, others in [
         (replace(origin, checkpoint_sha256="f" * 64), ["the checkpoint", "f" * 12], ["window", "space", "traffic"]),
         (job.profile_origin("confirm"), ["the window", job.window_text("search"), job.window_text("confirm")], []),
-        (replace(origin, row_range=RowRange.MSE), ["the row range", "minmax", "mse"], ["checkpoint (", "space"]),
+        (replace(origin, row_range=RowRange.MINMAX), ["the row range", "minmax", "mse"], ["checkpoint (", "space"]),
         (replace(origin, traffic="x"), ["the traffic or the model", "batch size"], ["checkpoint", "window", "space"]),
         (
             narrow.profile_origin("search"),

@@ -45,7 +45,10 @@ def losses(logits, y):
 def test_sums_are_those_of_their_definitions(job):
     plans = random_plans(job.units, 5)
     sums = lap(job, plans, (1,), ((2,),), 4)
-    batch, evaluator = job.window("search").batch(1).part(2, 4), ExactEvaluator(job.adapter)
+    batch, evaluator = (
+        job.window("search").batch(1).part(2, 4),
+        ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges),
+    )
     logits = evaluator.logits(batch, plans)
     z, changed = logits.reference.astype(float), logits.plans.astype(float)
     s = swaps(evaluator, batch, job.columns)[1].astype(float)
@@ -74,7 +77,7 @@ def test_all_parts_of_all_batches_are_the_whole_evaluation(job):
     plans = random_plans(job.units, 4)
     every = tuple(range(6))
     sums = lap(job, plans, every, ((0, 1, 2),) * 6, 3)
-    evaluator = ExactEvaluator(job.adapter)
+    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
     whole = evaluator.sums(job.window("search").batch(0), plans)
     for k in every[1:]:
         whole = whole + evaluator.sums(job.window("search").batch(k), plans)
@@ -150,7 +153,7 @@ def test_the_fp32_plan_leaves_no_residual(job):
 
 def test_weights_multiply_and_rows_without_a_label_are_left_out(job):
     plans = random_plans(job.units, 3)
-    evaluator, batch = ExactEvaluator(job.adapter), job.window("search").batch(0)
+    evaluator, batch = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges), job.window("search").batch(0)
     rng = np.random.default_rng(1)
     holes = np.where(rng.random(batch.num_rows) < 0.3, np.nan, batch.labels).astype(np.float32)
     rows = np.flatnonzero(~np.isnan(holes))
@@ -176,7 +179,7 @@ def test_a_slice_without_rows_counts_as_a_slice(job):
     assert sums.num_slices == 1 and sums.exact.num_rows in (0, 1)
     empty = job.window("search").batch(0).part(0, 5000)
     task = RaceTask(tuple(random_plans(job.units, 2)), job.columns, (0,), ((0,),), (1,), "empty")
-    nothing = task.sums(ExactEvaluator(job.adapter), empty)
+    nothing = task.sums(ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges), empty)
     assert nothing.y == 0 and not nothing.gap.e.any() and nothing.num_slices == 1
 
 
