@@ -50,8 +50,8 @@ std::atomic<const Kernels*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
-// Work below this many values is not worth another thread: about 20 us to start one, 1 ns for eight values.
-constexpr std::size_t kMinValuesPerThread = 1 << 16;
+// Work below this many values is not worth another thread: 20 to 50 us to start one, 1 ns for three to eight values.
+constexpr std::size_t kMinValuesPerThread = 1 << 18;
 
 // Where a call reads every row this many times on average, scales and biases are made once for all rows beforehand, for
 // the time of the call. (Reading a table in order is also cheaper than finding its rows.)

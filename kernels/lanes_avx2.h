@@ -20,6 +20,7 @@ struct Lanes {
 
 // Into the second cache. As assembly: GCC 12 takes a function that only prefetches for one without effect, and drops it.
 inline void prefetch(const char* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+inline void prefetch_to_write(const char* line) { asm volatile("prefetchw %0" : : "m"(*line)); }
 
 inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Lanes all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

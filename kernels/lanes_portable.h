@@ -20,6 +20,7 @@ struct Lanes {
 
 // Always inline: GCC 12 takes a function that only prefetches for one without effect, and drops it.
 [[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+[[gnu::always_inline]] inline void prefetch_to_write(const char* line) { __builtin_prefetch(line, 1, 3); }
 
 template <typename Of>
 Lanes each(Of of) {

@@ -15,6 +15,9 @@ void each_block(const Rows& rows, const Bags& bags, std::size_t first, std::size
   }
 }
 
+// Vectors of bags are asked for so far ahead, in bags: with one id in each, they are as many bytes as the rows.
+constexpr std::size_t kBagsAhead = 24;
+
 // NaN stays, unlike in a stored code: the sum then shows it.
 template <int kBits, bool kClamp>
 Lanes code(Lanes centred, Lanes inverse) {
@@ -104,15 +107,25 @@ template <int kBits>
 void pooled(const Rows& rows, const Bags& bags, std::size_t first, std::size_t last, const RowRange* ranges,
             float* out) {
   const std::size_t dim = rows.dim;
-  std::memset(out + first * dim, 0, (last - first) * dim * sizeof(float));
+  // A bag is cleared when its first row comes, finished when its last one has gone by: while it is in the first cache.
   std::size_t bag = first;
+  const auto clear_bag = [&] {
+    if (bag + kBagsAhead < last) each_line(out + (bag + kBagsAhead) * dim, dim, prefetch_to_write);
+    if (bag < last) std::memset(out + bag * dim, 0, dim * sizeof(float));
+  };
+  const auto finish_bag = [&] {
+    scale_mean(bags, bag, dim, out + bag * dim);
+    ++bag;
+    clear_bag();
+  };
+  clear_bag();
   each_block(rows, bags, first, last, [&](const Block& block, std::size_t at, std::size_t end) {
     BlockSteps made{};
     if constexpr (kBits != 16) made = block_steps<kBits>(block, dim, ranges == nullptr ? nullptr : ranges + at);
     const Steps steps(made);
     prefetch_ahead(rows, bags.ids, at, end);
     for (std::size_t i = 0; i < block.num_rows;) {
-      while (bags.offsets[bag + 1] <= static_cast<std::int64_t>(at + i)) ++bag;
+      while (bags.offsets[bag + 1] <= static_cast<std::int64_t>(at + i)) finish_bag();
       const auto bag_end = static_cast<std::size_t>(bags.offsets[bag + 1]) - at;
       const std::size_t stop = bag_end < block.num_rows ? bag_end : block.num_rows;
       const float* weights = bags.weights == nullptr ? nullptr : bags.weights + at;
@@ -120,7 +133,7 @@ void pooled(const Rows& rows, const Bags& bags, std::size_t first, std::size_t l
       i = stop;
     }
   });
-  for (std::size_t b = first; b < last; ++b) scale_mean(bags, b, dim, out + b * dim);
+  while (bag < last) finish_bag();
 }
 
 }  // namespace

@@ -143,6 +143,7 @@ struct PendingBags {
       if ((set >> k & 1u) == 0) continue;
       for (std::size_t i = num; i < kLanes; ++i) sums[k][i] = zero();
       store_first(out[k] + begin, folded_each(sums[k], Add{}), num);
+      if (!bags.mean) continue;
       for (std::size_t i = 0; i < num; ++i) scale_mean(bags, begin + i, 1, out[k] + begin + i);
     }
   }
@@ -185,6 +186,7 @@ void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_
       sums[k] = zero();
     }
     ++bag;
+    if (bag + kBagsAhead < last) each_line(gradients + (bag + kBagsAhead) * dim, dim, prefetch);
     if (bag - folded_to < kLanes && bag < last) return;
     pending.fold(bags, folded_to, bag - folded_to, kSet, out);
     folded_to = bag;

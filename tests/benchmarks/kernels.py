@@ -16,6 +16,7 @@ GB/s of memory read and written by ours; `copy_gb_per_s` is what a copy reaches.
 which other users of the machine disturb least, several by the clock on the wall; ratios are medians over rounds.
 """
 
+import functools
 import json
 import statistics
 import time
@@ -34,8 +35,9 @@ from lowprec.ops.timing import copy_bandwidth, cpu_model, num_cores
 from lowprec.plan import Precision, RowRange
 
 DIMS, JUDGED_DIMS, POOLINGS = (16, 32, 64, 128), (32, 64, 128), (1, 20)
-ROWS, MSE_ROWS, ROUNDS = 200_000, 2_000, 9
-HOT_BYTES, COLD_BYTES, IDS = 2**19, 2**30, 200_000
+ROWS, MSE_ROWS, ROUNDS = 200_000, 10_000, 9
+HOT_BYTES, COLD_BYTES = 2**19, 2**30
+BAGS, IDS = 10_000, 200_000  # in a call, and in all calls that are timed together
 ROWWISE = (Precision.INT8, Precision.INT4, Precision.INT2)
 LOW = (Precision.FP16, *ROWWISE)
 
@@ -54,6 +56,20 @@ def timed(works: dict[str, Callable[[], object]], threads: int) -> dict[str, lis
             if round_number:
                 seconds[name].append(clock() - began)
     return seconds
+
+
+def over_calls(bags: "Bags", works: dict[str, Callable[[torch.Tensor], object]]) -> dict[str, Callable[[], object]]:
+    """Every work on the ids of all calls, with fresh ones before it."""
+
+    def run(work: Callable[[torch.Tensor], object]) -> None:
+        for ids in bags.calls:
+            work(ids)
+
+    found: dict[str, Callable[[], object]] = {}
+    for name, work in works.items():
+        found[f"fresh ids for {name}"] = bags.fresh
+        found[name] = functools.partial(run, work)
+    return found
 
 
 def ratio(over: list[float], under: list[float]) -> float:
@@ -150,17 +166,18 @@ class Tables:
 
 
 class Bags:
-    """Fresh ids for every call, so that a cold table stays cold; gradients for every bag."""
+    """Some calls' ids, fresh before every timing, so that a cold table stays cold; gradients for every bag."""
 
     def __init__(self, num_rows: int, pooling: int, dim: int) -> None:
         self._rng, self._num_rows = np.random.default_rng(pooling), num_rows
-        self.num_bags, self.pooling = IDS // pooling, pooling
-        self.offsets = torch.arange(0, self.num_bags * pooling + 1, pooling)
-        self.gradients = torch.from_numpy(self._rng.standard_normal((self.num_bags, dim), dtype=np.float32))
+        self.pooling = pooling
+        self.offsets = torch.arange(0, BAGS * pooling + 1, pooling)
+        self.gradients = torch.from_numpy(self._rng.standard_normal((BAGS, dim), dtype=np.float32))
         self.fresh()
 
     def fresh(self) -> None:
-        self.ids = torch.from_numpy(self._rng.integers(0, self._num_rows, self.num_bags * self.pooling))
+        shape = (IDS // (BAGS * self.pooling), BAGS * self.pooling)
+        self.calls = torch.from_numpy(self._rng.integers(0, self._num_rows, shape)).unbind()
 
 
 def lookups(num_bytes: int, threads: int) -> dict[str, ByDim]:
@@ -178,17 +195,14 @@ def lookups(num_bytes: int, threads: int) -> dict[str, ByDim]:
     return found
 
 
-def arrays(bags: Bags) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return bags.ids.numpy(), bags.offsets.numpy()
-
-
 def check(tables: Tables, bags: Bags) -> None:
     """Lookups equal FBGEMM's bit for bit, scores up to rounding."""
-    ids, offsets = arrays(bags)
+    some = bags.calls[0]
+    ids, offsets = some.numpy(), bags.offsets.numpy()
     scores = ops.scores(tables.rows, LOW, ids, offsets, bags.gradients.numpy(), mode="sum")
-    exact = tables.lookup(Precision.FP32, bags.ids, bags.offsets)
+    exact = tables.lookup(Precision.FP32, some, bags.offsets)
     for precision in LOW:
-        served = tables.lookup(precision, bags.ids, bags.offsets)
+        served = tables.lookup(precision, some, bags.offsets)
         assert np.array_equal(ops.pooled_as(tables.rows, precision, ids, offsets, mode="sum"), served.numpy()), (
             precision
         )
@@ -197,32 +211,33 @@ def check(tables: Tables, bags: Bags) -> None:
 
 
 def score_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
-    gradients = bags.gradients.numpy()
+    gradients, offsets = bags.gradients.numpy(), bags.offsets.numpy()
 
-    def ours() -> object:
-        return ops.scores(tables.rows, LOW, *arrays(bags), gradients, mode="sum", num_threads=threads)
+    def ours(ids: torch.Tensor) -> object:
+        return ops.scores(tables.rows, LOW, ids.numpy(), offsets, gradients, mode="sum", num_threads=threads)
 
-    def five_lookups() -> object:
-        exact = tables.lookup(Precision.FP32, bags.ids, bags.offsets)
-        low = [tables.lookup(p, bags.ids, bags.offsets) for p in LOW]
+    def five_lookups(ids: torch.Tensor) -> object:
+        exact = tables.lookup(Precision.FP32, ids, bags.offsets)
+        low = [tables.lookup(p, ids, bags.offsets) for p in LOW]
         return [torch.linalg.vecdot(bags.gradients, pooled - exact) for pooled in low]
 
+    def pytorch(ids: torch.Tensor) -> object:
+        return torch.nn.functional.embedding_bag(ids, tables.weight, bags.offsets[:-1], mode="sum")
+
     seconds = timed(
-        {
-            "fresh": bags.fresh,
-            "ours": ours,
-            "fresh again": bags.fresh,
-            "fp32": lambda: tables.lookup(Precision.FP32, bags.ids, bags.offsets),
-            "fresh once more": bags.fresh,
-            "five lookups": five_lookups,
-            "fresh at last": bags.fresh,
-            "pytorch": lambda: torch.nn.functional.embedding_bag(
-                bags.ids, tables.weight, bags.offsets[:-1], mode="sum"
-            ),
-        },
+        over_calls(
+            bags,
+            {
+                "ours": ours,
+                "fp32": lambda ids: tables.lookup(Precision.FP32, ids, bags.offsets),
+                "five lookups": five_lookups,
+            },
+        ),
         threads,
     )
-    read = 4 * tables.dim * (IDS + bags.num_bags)
+    # By itself: between its calls PyTorch's threads wait busily, on the cores of others.
+    seconds |= timed(over_calls(bags, {"pytorch": pytorch}), threads)
+    read = 4 * tables.dim * (IDS + IDS // bags.pooling)
     return {
         "over_fp32_lookup": ratio(seconds["ours"], seconds["fp32"]),
         "lookups_over_ours": ratio(seconds["five lookups"], seconds["ours"]),
@@ -235,18 +250,16 @@ def score_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
 
 def on_the_fly_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
     """All three precisions; the worst stands for the cell."""
-    works: dict[str, Callable[[], object]] = {}
-    for precision in ROWWISE:
-        works[f"fresh {precision}"] = bags.fresh
-        works[precision] = lambda p=precision: ops.pooled_as(
-            tables.rows, p, *arrays(bags), mode="sum", num_threads=threads
-        )
-        works[f"served {precision}"] = lambda p=precision: tables.lookup(p, bags.ids, bags.offsets)
-    works["fresh"] = bags.fresh
-    works["fp32"] = lambda: tables.lookup(Precision.FP32, bags.ids, bags.offsets)
-    seconds = timed(works, threads)
+    offsets = bags.offsets.numpy()
+
+    def ours(ids: torch.Tensor, precision: Precision) -> object:
+        return ops.pooled_as(tables.rows, precision, ids.numpy(), offsets, mode="sum", num_threads=threads)
+
+    works: dict[str, Callable[[torch.Tensor], object]] = {p: functools.partial(ours, precision=p) for p in ROWWISE}
+    works["fp32"] = lambda ids: tables.lookup(Precision.FP32, ids, bags.offsets)
+    seconds = timed(over_calls(bags, works), threads)
     ratios = {str(p): ratio(seconds[p], seconds["fp32"]) for p in ROWWISE}
-    moved = 4 * tables.dim * (IDS + bags.num_bags)
+    moved = 4 * tables.dim * (IDS + IDS // bags.pooling)
     return {
         "over_fp32_lookup": max(ratios.values()),
         **ratios,
@@ -259,15 +272,16 @@ def extra_bytes_per_row() -> float:
     dim = 64
     weight = torch.ones(COLD_BYTES // (4 * dim), dim)
     bags = Bags(len(weight), 20, dim)
-    results = 4 * bags.num_bags * (dim + len(LOW))
+    ids, offsets = bags.calls[0].numpy(), bags.offsets.numpy()
+    results = 4 * BAGS * (dim + len(LOW))
 
     def own_memory() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
     def once() -> object:
-        pooled = ops.pooled_as(weight.numpy(), Precision.INT4, *arrays(bags), mode="sum")
-        return pooled, ops.scores(weight.numpy(), LOW, *arrays(bags), bags.gradients.numpy(), mode="sum")
+        pooled = ops.pooled_as(weight.numpy(), Precision.INT4, ids, offsets, mode="sum")
+        return pooled, ops.scores(weight.numpy(), LOW, ids, offsets, bags.gradients.numpy(), mode="sum")
 
     once()
     before = own_memory()
