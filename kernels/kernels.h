@@ -45,6 +45,7 @@ struct ScoreSteps {
   float scale[kNumRowwise];
   float inverse[kNumRowwise];
   std::uint32_t clamped;  // not zero when codes may have to be clamped
+  float unused[6];        // a row is one line of the cache, and sixteen rows are a square of floats
 };
 
 // One CPU path: plain functions of one thread. `bits` is 16 (fp16 values), 8, 4 or 2 (row-wise); lowprec/ops/reference

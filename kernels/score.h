@@ -149,22 +149,30 @@ struct PendingBags {
   }
 };
 
-inline void store_steps(const BlockSteps& block, std::size_t p, std::size_t num_rows, ScoreSteps* out) {
-  const Steps steps(block);
+static_assert(sizeof(ScoreSteps) == kLanes * sizeof(float), "the steps of a row are what the lanes of a register hold");
+
+inline void store_steps(const BlockSteps (&of)[kNumRowwise], std::size_t num_rows, ScoreSteps* out) {
+  Lanes fields[kLanes];
+  for (Lanes& field : fields) field = zero();
+  std::uint32_t clamped = 0;
+  for (std::size_t p = 0; p < kNumRowwise; ++p) {
+    fields[p] = of[p].bias;
+    fields[kNumRowwise + p] = of[p].scale;
+    fields[2 * kNumRowwise + p] = of[p].inverse;
+    clamped |= of[p].clamped;
+  }
+  transpose(fields);
   for (std::size_t i = 0; i < num_rows; ++i) {
-    out[i].bias[p] = steps.bias[i];
-    out[i].scale[p] = steps.scale[i];
-    out[i].inverse[p] = steps.inverse[i];
-    out[i].clamped = (p == 0 ? 0u : out[i].clamped) | (steps.clamped >> i & 1u);
+    store(reinterpret_cast<float*>(out + i), fields[i]);
+    out[i].clamped = clamped >> i & 1u;
   }
 }
 
 inline void minmax_score_steps(const Block& block, std::size_t dim, ScoreSteps* out) {
   const Extremes found = extremes(block, dim);
   const Lanes bias = as_half(found.min);
-  store_steps(minmax_steps<8>(found, bias), 0, block.num_rows, out);
-  store_steps(minmax_steps<4>(found, bias), 1, block.num_rows, out);
-  store_steps(minmax_steps<2>(found, bias), 2, block.num_rows, out);
+  store_steps({minmax_steps<8>(found, bias), minmax_steps<4>(found, bias), minmax_steps<2>(found, bias)},
+              block.num_rows, out);
 }
 
 inline void score_steps(const Rows& rows, std::size_t begin, std::size_t end, ScoreSteps* out) {
@@ -200,9 +208,9 @@ void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_
     if constexpr ((kSet & kRowwise) != 0) {
       if constexpr (!kShared) {
         const auto own = [&](std::size_t p) { return ranges[p] == nullptr ? nullptr : ranges[p] + at; };
-        store_steps(block_steps<8>(block, dim, own(0)), 0, block.num_rows, made);
-        store_steps(block_steps<4>(block, dim, own(1)), 1, block.num_rows, made);
-        store_steps(block_steps<2>(block, dim, own(2)), 2, block.num_rows, made);
+        store_steps({block_steps<8>(block, dim, own(0)), block_steps<4>(block, dim, own(1)),
+                     block_steps<2>(block, dim, own(2))},
+                    block.num_rows, made);
       } else if (all_steps == nullptr) {
         minmax_score_steps(block, dim, made);
       }
