@@ -1,22 +1,43 @@
-"""Types of the compiled module; see kernels/bindings.cc and the headers beside it."""
+"""Types of the compiled module; see kernels/bindings.cc and kernels/kernels.h."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Ranges = NDArray[np.uint16]
+
 SOURCE_DIGEST: str
 
-def quantize_rows(rows: NDArray[np.float32], bits: int, out: NDArray[np.uint8], num_threads: int = 1) -> int: ...
-def quantize_gathered(
-    table: NDArray[np.float32], ids: NDArray[np.int64], bits: int, out: NDArray[np.uint8], num_threads: int = 1
+def cpu_paths() -> list[str]: ...
+def cpu_path() -> str: ...
+def use_cpu_path(name: str) -> None: ...
+def quantize(
+    table: Floats, ids: Ids | None, bits: int, range: str, out: NDArray[np.uint8], num_threads: int = 1
 ) -> int: ...
-def dequantize_rows(codes: NDArray[np.uint8], bits: int, out: NDArray[np.float32], num_threads: int = 1) -> None: ...
-def pooled_dots(
-    stored: NDArray[np.uint8],
+def row_ranges(table: Floats, ids: Ids | None, bits: int, range: str, out: Ranges, num_threads: int = 1) -> int: ...
+def dequantize(stored: NDArray[np.uint8], bits: int, out: Floats, num_threads: int = 1) -> None: ...
+def pooled(
+    table: Floats,
     bits: int,
-    ids: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    gradients: NDArray[np.float32],
-    out: NDArray[np.float32],
+    ids: Ids,
+    offsets: Ids,
+    out: Floats,
     mean: bool,
-    weights: NDArray[np.float32] | None = None,
+    weights: Floats | None = None,
+    ranges: Ranges | None = None,
+    num_threads: int = 1,
+) -> None: ...
+def scores(
+    table: Floats,
+    ids: Ids,
+    offsets: Ids,
+    gradients: Floats,
+    out: Sequence[Floats | None],
+    mean: bool,
+    weights: Floats | None,
+    ranges: Sequence[Ranges | None],
+    num_threads: int = 1,
 ) -> None: ...

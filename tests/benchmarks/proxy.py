@@ -25,7 +25,7 @@ NUM_PLANS, PLANS_AT_ONCE, REPEATS, NUM_SCORED = 200, 50, 3, 1_000_000
 
 
 def main() -> None:
-    job = open_job(large_demo_config())
+    job = open_job(large_demo_config("space.row_range=mse"))
     workers = LocalWorkers(job.spec, job.adapter)
     window = job.window("search")
     torch.set_num_threads(1)

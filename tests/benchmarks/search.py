@@ -60,8 +60,7 @@ class Judge:
 def main() -> None:
     _check()
     torch.set_num_threads(1)
-    # The other methods quantize as FBGEMM does, by minmax.
-    config = large_demo_config(f"results.root={ROOT}", "search.budget=0.05", "space.row_range=minmax")
+    config = large_demo_config(f"results.root={ROOT}", "search.budget=0.05")
     job = open_job(config)
 
     shutil.rmtree(ROOT, ignore_errors=True)
