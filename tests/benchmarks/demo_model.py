@@ -8,7 +8,7 @@ from lowprec.models.train import train
 from lowprec.progress import Silent
 
 # The demo with 1,000,000 examples: 500,000 to train on, 250,000 to search on, 200,000 to confirm on. By minmax, as the
-# searches written by hand quantize; mixed plans then have gaps of up to a percent, which is what statistics are tried on.
+# searches written by hand quantize; mixed plans then have gaps of up to a percent, on which statistics are tried.
 LARGE = (
     "name=large-demo",
     "traffic.synthetic.num_rows=1000000",
