@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from lowprec.errors import ConfigError, PlanError, ResultsError
 from lowprec.ops.timing import Grid, machine_facts, measure_lookups
 from lowprec.plan import Precision, Unit
 from lowprec.progress import Progress
+from lowprec.whole_file import whole_file
 
 __all__ = [
     "Calibration",
@@ -200,14 +200,9 @@ def calibration_document(calibration: Calibration, grid: Grid) -> dict[str, Any]
 def write_calibration(calibration: Calibration, path: Path) -> None:
     """Write a calibration, whole or not at all; raises `ResultsError` where that is not possible."""
     document = {"schema_version": CALIBRATION_SCHEMA_VERSION, **_content(calibration)}
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(document, indent=1) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise _not_writable(path, error) from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
+from lowprec.whole_file import whole_file
 
 __all__ = ["Plan", "PlanFile", "Precision", "RowRange", "Unit", "precision_counts", "read_plan", "write_plan"]
 
@@ -152,14 +152,9 @@ def write_plan(file: PlanFile, path: Path) -> None:
         "bytes": file.size_bytes,
         "evidence": dict(file.evidence),
     }
-    partial = path.with_suffix(path.suffix + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w") as out:
-            out.write(json.dumps(document, indent=2) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(document, indent=2) + "\n")
     except OSError as error:
         reason = error.strerror or error
         raise ResultsError(f"plan {path}: cannot be written: {reason}; make room, or choose another root") from None

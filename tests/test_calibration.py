@@ -1,6 +1,7 @@
 """Lookup times between, at and outside measured points, and the file that holds them."""
 
 import json
+import os
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -267,7 +268,7 @@ def test_places_that_cannot_be_written_are_said(tmp_path: Path) -> None:
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(REGULAR, path)
-    (tmp_path / "calibration.json.partial").mkdir()  # in the way of the new file
+    (tmp_path / f"calibration.json.{os.getpid()}.partial").mkdir()  # in the way of the new file
     with pytest.raises(ResultsError):
         write_calibration(NOISY, path)
     assert read_calibration(path) == REGULAR

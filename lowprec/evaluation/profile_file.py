@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lowprec.evaluation.profile import BlockSums, Column, Profile
 from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.plan import Precision, RowRange
+from lowprec.whole_file import whole_file
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
@@ -78,14 +78,9 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Path) 
         **_moment_arrays("second", [block.second for block in profile.blocks]),
         **_moment_arrays("evidence", [profile.evidence]),
     }
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as out:
+        with whole_file(path) as partial, partial.open("wb") as out:
             np.savez_compressed(out, **arrays)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(path)
     except OSError as error:
         reason = error.strerror or error
         raise ResultsError(f"profile {path}: cannot be written: {reason}; make room, or choose another root") from None

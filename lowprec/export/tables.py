@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lowprec.errors import CheckpointError, ExportError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
 from lowprec.plan import Precision, RowRange
 from lowprec.progress import Progress, Silent
+from lowprec.whole_file import whole_file
 
 __all__ = ["StoredTable", "write_table"]
 
@@ -68,22 +68,15 @@ def write_table(
     progress = progress or Silent()
     progress.stage(tensor, num_rows)
     digest = hashlib.sha256()
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(out) as partial, partial.open("wb") as file:
             for start, rows in _blocks(source, tensor, num_rows, block_rows):
                 stored = _stored(rows, start, tensor, precision, row_range, num_threads)
                 digest.update(stored.data)
                 file.write(stored.data)
                 progress.advance(len(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(out)
     except OSError as error:
         raise ExportError(f"export {out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
     return StoredTable(out, precision, row_range, num_rows, dim, row_bytes, digest.hexdigest())
 
 

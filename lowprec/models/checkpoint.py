@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
+from lowprec.whole_file import whole_file
 
 __all__ = ["LoadedCheckpoint", "checkpoint_sha256", "load_checkpoint", "read_rows", "save_checkpoint"]
 
@@ -96,19 +96,13 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, s
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"checkpoint {path}: is written as safetensors; give it a name that ends in .safetensors")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    header = {"lowprec": json.dumps(dict(metadata or {}), sort_keys=True)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"lowprec": json.dumps(dict(metadata or {}), sort_keys=True)}
-        save_file(_unshared(model.state_dict()), partial, metadata=header)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole_file(path) as partial:
+            save_file(_unshared(model.state_dict()), partial, metadata=header)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {path}: cannot be written: {reason}") from None
-    finally:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
 
 
 def checkpoint_sha256(path: str | Path) -> str:

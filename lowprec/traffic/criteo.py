@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import TrafficError
 from lowprec.traffic.source import arrow_sentence, locate
-from lowprec.traffic.whole_file import whole_file
+from lowprec.whole_file import whole_file
 
 __all__ = ["CRITEO_SCHEMA", "NUM_CATEGORICAL", "NUM_DENSE", "convert_criteo", "read_criteo"]
 

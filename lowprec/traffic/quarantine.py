@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from lowprec.errors import TrafficError
 from lowprec.traffic.batch import BadRow
-from lowprec.traffic.whole_file import whole_file
+from lowprec.whole_file import whole_file
 
 __all__ = ["check_bad_rows", "read_quarantine", "write_quarantine"]
 

@@ -39,40 +39,38 @@ def some_bags(num_rows: int, rng: np.random.Generator) -> tuple[NDArray[np.int64
     return ids, offsets
 
 
+@pytest.mark.parametrize("row_range", RowRange)
 @pytest.mark.parametrize("precision", LOW)
 @pytest.mark.parametrize(("mode", "weighted"), WAYS)
 @settings(max_examples=60)
 @given(num_rows=st.sampled_from([12, 300]), dim=st.integers(1, 257), seed=st.integers(0, 2**32 - 1))
 def test_lookups_and_scores_are_those_of_the_reference_and_of_fbgemm(
-    precision: Precision, mode: ops.Pooling, weighted: bool, num_rows: int, dim: int, seed: int
+    precision: Precision, mode: ops.Pooling, weighted: bool, row_range: RowRange, num_rows: int, dim: int, seed: int
 ) -> None:
-    """Few rows are all prepared beforehand, of many rows those of a block."""
+    """Few rows are all prepared beforehand, of many rows those of a block; given ranges are taken as they are."""
     rng = np.random.default_rng(seed)
     table = some_table(num_rows, dim, rng)
     ids, offsets = some_bags(len(table), rng)
     weights = rng.standard_normal(len(ids), dtype=np.float32) if weighted else None
     g = rng.standard_normal((len(offsets) - 1, dim), dtype=np.float32)
-    mean = mode == "mean"
-    pooled = reference.pooled_as(table, precision.bits, ids, offsets, mean=mean, weights=weights)
-    scores = reference.scores(table, precision.bits, ids, offsets, g, mean=mean, weights=weights)
-    stored = ops.quantize(table, precision)
-    served = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode=mode, weights=weights).numpy()
-    np.testing.assert_array_equal(pooled, served)
+    defined: dict[str, Any] = {"mean": mode == "mean", "weights": weights, "row_range": row_range}
+    pooled = reference.pooled_as(table, precision.bits, ids, offsets, **defined)
+    scores = reference.scores(table, precision.bits, ids, offsets, g, **defined)
+    way: dict[str, Any] = {"mode": mode, "weights": weights}
+    stored = ops.quantize(table, precision, row_range=row_range)
+    np.testing.assert_array_equal(pooled, ops.pooled_lookup(stored, precision, dim, ids, offsets, **way).numpy())
+    ranges = ops.row_ranges(table, precision, row_range)[ids] if precision.is_rowwise else None
+    ways = [(ranges, {} if ranges is None else {precision: ranges})]
+    if row_range is RowRange.MINMAX:
+        ways.append((None, {}))
     for path in PATHS:
         with ops.using_cpu_path(path):
-            found = ops.pooled_as(table, precision, ids, offsets, mode=mode, weights=weights)
-            np.testing.assert_array_equal(found, pooled, err_msg=path)
-            alone = ops.scores(table, [precision], ids, offsets, g, mode=mode, weights=weights)
-            together = ops.scores(table, LOW, ids, offsets, g, mode=mode, weights=weights)
-            np.testing.assert_array_equal(alone[precision], scores, err_msg=path)
-            np.testing.assert_array_equal(together[precision], scores, err_msg=path)
-            ranges = ops.row_ranges(table, precision, RowRange.MINMAX)[ids] if precision.is_rowwise else None
-            given_ranges = {precision: ranges} if precision.is_rowwise else {}
-            if ranges is not None:
-                same = ops.pooled_as(table, precision, ids, offsets, mode=mode, weights=weights, ranges=ranges)
-                np.testing.assert_array_equal(same, pooled, err_msg=path)
-            again = ops.scores(table, LOW, ids, offsets, g, mode=mode, weights=weights, ranges=given_ranges)
-            np.testing.assert_array_equal(again[precision], scores, err_msg=path)
+            for for_lookup, for_scores in ways:
+                found = ops.pooled_as(table, precision, ids, offsets, ranges=for_lookup, **way)
+                np.testing.assert_array_equal(found, pooled, err_msg=path)
+                for precisions in ([precision], LOW):
+                    some = ops.scores(table, precisions, ids, offsets, g, ranges=for_scores, **way)
+                    np.testing.assert_array_equal(some[precision], scores, err_msg=path)
 
 
 @pytest.mark.parametrize("precision", LOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,15 @@ __all__ = ["whole_file"]
 def whole_file(target: Path) -> Iterator[Path]:
     """A path beside the target to write to: it becomes the target when the block ends well, else it is removed.
 
-    A process that is killed meanwhile leaves `NAME.partial` behind, which no reader takes for the target.
+    What was written is on the disk before it becomes the target. A process that is killed meanwhile leaves
+    `NAME.PROCESS.partial` behind, which no reader takes for the target. Folders on the way are made. Raises `OSError`.
     """
-    partial = target.with_name(target.name + ".partial")
     target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         yield partial
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
         partial.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
