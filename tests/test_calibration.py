@@ -1,8 +1,8 @@
 """Lookup times between, at and outside measured points, and the file that holds them."""
 
 import json
-import os
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
