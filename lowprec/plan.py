@@ -13,7 +13,17 @@ from typing import Any
 from lowprec.errors import PlanError, ResultsError
 from lowprec.whole_file import whole_file
 
-__all__ = ["Plan", "PlanFile", "Precision", "RowRange", "Unit", "precision_counts", "read_plan", "write_plan"]
+__all__ = [
+    "Plan",
+    "PlanFile",
+    "Precision",
+    "RowRange",
+    "Unit",
+    "precision_counts",
+    "read_plan",
+    "rowwise_ranges",
+    "write_plan",
+]
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -54,6 +64,14 @@ class RowRange(enum.StrEnum):
     """From the smallest to the largest value: what FBGEMM does by itself."""
     MSE = "mse"
     """A squared error near the least, never above that of `minmax`."""
+
+    @classmethod
+    def parse(cls, text: str, *, where: str) -> RowRange:
+        """The range called `text`; raises `PlanError` naming `where`."""
+        try:
+            return cls(text)
+        except ValueError:
+            raise PlanError(f'{where}: range must be one of {", ".join(cls)}; got "{text}"') from None
 
 
 @dataclass(frozen=True, order=True)
@@ -140,13 +158,14 @@ class PlanFile:
 
 def write_plan(file: PlanFile, path: Path) -> None:
     """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
+    ranges = rowwise_ranges(file.plan, file.row_ranges)
     document = {
         "schema_version": PLAN_SCHEMA_VERSION,
         "model": file.model,
         "checkpoint_sha256": file.checkpoint_sha256,
         "row_alignment": file.row_alignment,
         "units": {
-            name: {"precision": str(p), **({"range": str(file.row_range(name))} if p.is_rowwise else {})}
+            name: {"precision": str(p), **({"range": ranges[name]} if name in ranges else {})}
             for name, p in file.plan.items()
         },
         "bytes": file.size_bytes,
@@ -163,8 +182,8 @@ def write_plan(file: PlanFile, path: Path) -> None:
 def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
     """Read and check a plan against a model.
 
-    Raises `PlanError` when the file is not a plan, misses or invents a unit, or was made for another checkpoint
-    (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
+    Raises `PlanError` when the file is not a plan, misses or invents a unit or a key of one, or was made for another
+    checkpoint (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
     """
     try:
         document = json.loads(path.read_text())
@@ -187,7 +206,11 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
             "search again, or point model.checkpoint at the file that the plan was made for"
         )
     precisions = {name: _unit_precision(name, entry, path) for name, entry in document["units"].items()}
-    row_ranges = {name: _unit_range(name, entry, path) for name, entry in document["units"].items() if "range" in entry}
+    row_ranges = {
+        name: RowRange.parse(str(entry["range"]), where=f'plan {path}: unit "{name}"')
+        for name, entry in document["units"].items()
+        if "range" in entry
+    }
     try:
         plan = Plan.of(units, precisions)
     except PlanError as error:
@@ -203,6 +226,11 @@ def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | Non
     )
 
 
+def rowwise_ranges(plan: Plan, row_ranges: Mapping[str, RowRange]) -> dict[str, str]:
+    """How the rows of each unit that is row-wise in a plan choose their range, for documents."""
+    return {name: str(row_ranges.get(name, RowRange.MINMAX)) for name, p in plan.items() if p.is_rowwise}
+
+
 def precision_counts(precisions: Iterable[str]) -> str:
     """How many units have each precision, the most frequent first: `int4:13 int8:8`."""
     counts = Counter(precisions)
@@ -210,18 +238,14 @@ def precision_counts(precisions: Iterable[str]) -> str:
 
 
 def _unit_precision(name: str, entry: Any, path: Path) -> Precision:
+    where = f'plan {path}: unit "{name}"'
     if not isinstance(entry, dict) or "precision" not in entry:
-        raise PlanError(f'plan {path}: unit "{name}" needs {{"precision": ...}}; got {entry!r}')
-    return Precision.parse(str(entry["precision"]), where=f'plan {path}: unit "{name}"')
-
-
-def _unit_range(name: str, entry: Any, path: Path) -> RowRange:
-    try:
-        return RowRange(entry["range"])
-    except ValueError:
-        raise PlanError(
-            f'plan {path}: unit "{name}": range must be one of {", ".join(RowRange)}; got {entry["range"]!r}'
-        ) from None
+        raise PlanError(f'{where} needs {{"precision": ...}}; got {entry!r}')
+    precision = Precision.parse(str(entry["precision"]), where=where)
+    wanted = {"precision", "range"} if precision.is_rowwise else {"precision"}
+    if entry.keys() - wanted or wanted - entry.keys():
+        raise PlanError(f"{where} at {precision} has {' and '.join(sorted(wanted))}; got {', '.join(sorted(entry))}")
+    return precision
 
 
 def _preview(names: list[str], limit: int = 6) -> str:

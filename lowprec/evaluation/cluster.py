@@ -167,7 +167,7 @@ def _init_ray(num_cpus: int, address: str | None) -> None:
         raise WorkerError(
             f"Ray at {address or 'this machine'}: cannot be reached or started: {str(error).splitlines()[0]}; "
             + ("set RAY_AUTH_MODE=token if the cluster asks for a token; " if asks_token else "")
-            + "check evaluation.address, or leave it out to run on this machine"
+            + "check the address (evaluation.address, --address), or leave it out to run on this machine"
         ) from error
 
 

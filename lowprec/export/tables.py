@@ -44,9 +44,9 @@ def write_table(
     checkpoint: str | Path,
     tensor: str,
     out: str | Path,
-    precision: Precision,
+    precision: Precision | str,
     *,
-    row_range: RowRange = RowRange.MINMAX,
+    row_range: RowRange | str,
     num_threads: int = 1,
     block_bytes: int = _BLOCK_BYTES,
     progress: Progress | None = None,
@@ -55,14 +55,19 @@ def write_table(
 
     Rows are read, quantized and written `block_bytes` of fp32 at a time, and memory does not grow with the table (a
     `torch.distributed.checkpoint` folder is read by its own chunks). The bytes depend on neither `num_threads` nor the
-    CPU. `row_range` does nothing to fp32 and fp16.
+    CPU. `row_range` is that of the plan (`PlanFile.row_range`); it does nothing to fp32 and fp16.
 
     Raises `CheckpointError` where the checkpoint has no such table, `WeightError` naming the first row that holds NaN
-    or Inf or that `precision` cannot hold, `ExportError` where the file cannot be written.
+    or Inf or that `precision` cannot hold, `ExportError` where the file cannot be written or is part of the checkpoint,
+    `PlanError` for an unknown precision or range.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    precision = Precision.parse(str(precision), where="export")
+    row_range = RowRange.parse(str(row_range), where="export")
     source = open_tensors(checkpoint, [tensor])
     num_rows, dim = _shape(source, tensor, checkpoint)
+    if any(out.exists() and out.samefile(file) for file in source.files):
+        raise ExportError(f"export {out}: is a file of the checkpoint that is read; write to another one")
     row_bytes = ops.row_bytes(dim, precision)
     block_rows = max(1, block_bytes // (4 * dim))
     progress = progress or Silent()
@@ -83,8 +88,10 @@ def write_table(
 def _shape(source: TensorSource, tensor: str, checkpoint: Path) -> tuple[int, int]:
     shape = source.shapes.get(tensor)
     if shape is None:
-        tables = [f'"{name}"' for name, found in source.shapes.items() if len(found) == 2]
-        some = ", ".join(tables[:3]) + (f", and {len(tables) - 3} more" if len(tables) > 3 else "")
+        tables = [name for name, found in source.shapes.items() if len(found) == 2]
+        bare = tensor.removeprefix("table:")
+        alike = [f'"{name}"' for name in tables if bare in name.split(".")] or [f'"{name}"' for name in tables]
+        some = ", ".join(alike[:3]) + (f", and {len(alike) - 3} more" if len(alike) > 3 else "")
         raise CheckpointError(f'checkpoint {checkpoint}: has no table "{tensor}"; it has {some or "none"}')
     if len(shape) != 2 or not shape[1]:
         raise CheckpointError(f'checkpoint {checkpoint}: "{tensor}" is {list(shape)}; a table is [num_rows, dim]')

@@ -7,13 +7,23 @@ from lowprec.ops.fbgemm import Pooling, pooled_lookup
 from lowprec.ops.layout import row_bytes
 from lowprec.ops.native import check_kernels, cpu_path, cpu_paths, using_cpu_path
 from lowprec.ops.pooled import SCORED, pooled_as, scores
-from lowprec.ops.rows import check_overflow, dequantize, first_overflow, not_finite, overflow, quantize, row_ranges
+from lowprec.ops.rows import (
+    check_overflow,
+    check_rows,
+    dequantize,
+    first_overflow,
+    not_finite,
+    overflow,
+    quantize,
+    row_ranges,
+)
 
 __all__ = [
     "SCORED",
     "Pooling",
     "check_kernels",
     "check_overflow",
+    "check_rows",
     "cpu_path",
     "cpu_paths",
     "dequantize",

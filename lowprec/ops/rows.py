@@ -12,7 +12,18 @@ from lowprec.ops.layout import row_bytes
 from lowprec.ops.native import kernels
 from lowprec.plan import Precision, RowRange
 
-__all__ = ["check_overflow", "dequantize", "first_overflow", "not_finite", "overflow", "quantize", "row_ranges"]
+__all__ = [
+    "check_overflow",
+    "check_rows",
+    "dequantize",
+    "first_overflow",
+    "not_finite",
+    "overflow",
+    "quantize",
+    "row_ranges",
+]
+
+_ROWS_AT_ONCE = 16_384
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -111,6 +122,17 @@ def check_overflow(table: Floats, stored: NDArray[np.uint8], precision: Precisio
     row = first_overflow(stored, precision)
     if row >= 0:
         raise overflow(table, row, precision, first_row=first_row)
+
+
+def check_rows(table: Floats, precision: Precision, *, num_threads: int = 1) -> None:
+    """Raise `WeightError` naming the first row of float32[num_rows, dim] that has no stored form.
+
+    The whole table is read, some rows at a time. A row that `minmax` cannot hold no range can: `mse` keeps it then.
+    """
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        rows = table[start : start + _ROWS_AT_ONCE]
+        stored = quantize(rows, precision, num_threads=num_threads, first_row=start)
+        check_overflow(rows, stored, precision, first_row=start)
 
 
 def overflow(table: Floats, row: int, precision: Precision, *, first_row: int = 0) -> WeightError:

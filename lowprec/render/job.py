@@ -37,7 +37,8 @@ def render_dry_run(document: Mapping[str, Any]) -> None:
         )
     stdout.print(
         f"plans: {count_text(document['log10_num_plans'])}; fp32 {bytes_text(document['fp32_bytes'])}, "
-        f"cheapest {bytes_text(document['cheapest_bytes'])} at row alignment {document['row_alignment']}"
+        f"cheapest {bytes_text(document['cheapest_bytes'])} at row alignment {document['row_alignment']}, "
+        f"row ranges by {document['row_range']}"
     )
     for window in document["windows"]:
         stdout.print(

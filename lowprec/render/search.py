@@ -157,8 +157,13 @@ def _render_plan(document: Mapping[str, Any]) -> None:
     text = precision_counts(document["plan"].values())
     stdout.print(
         f"plan: {bytes_text(document['bytes'])} of {bytes_text(document['fp32_bytes'])} "
-        f"({document['bytes_ratio']:.3f} of fp32){_latency(document)}: {text}"
+        f"({document['bytes_ratio']:.3f} of fp32){_latency(document)}: {text}{_row_ranges(document)}"
     )
+
+
+def _row_ranges(document: Mapping[str, Any]) -> str:
+    kinds = sorted(set(document["row_ranges"].values()))
+    return f", row ranges by {' and '.join(kinds)}" if kinds else ""
 
 
 def _latency(document: Mapping[str, Any]) -> str:

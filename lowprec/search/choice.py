@@ -99,7 +99,10 @@ def _cheapest_within(trials: Sequence[Trial], budget_pct: float, share: float) -
     safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]
     if not safe:
         return None
-    because = f"cheapest plan whose gap on the search window is at worst {share:.0%} of the budget"
+    because = (
+        f"cheapest plan whose gap on the search window is at worst {share:.0%} of the budget, by its interval and by "
+        "one as wide around its KL gap"
+    )
     return Choice(min(safe, key=_cheapest_first), True, because)
 
 

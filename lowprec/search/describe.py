@@ -57,6 +57,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "fp32_bytes": space.fp32_bytes,
         "cheapest_bytes": space.size_bytes(space.cheapest),
         "row_alignment": space.row_alignment,
+        "row_range": str(job.config.space.row_range),
         "dominated": [
             {
                 "unit": d.name,

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from lowprec import ops
 from lowprec.config import Config, WindowConfig
-from lowprec.errors import ConfigError, TrafficError
+from lowprec.errors import ConfigError, TrafficError, WeightError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
 from lowprec.evaluation.profile import Column, columns_of
@@ -113,6 +114,16 @@ class Job:
         )
         self._judge_rows(name, measured.rows, measured.bad_rows, measured.profile.num_rows, quarantine)
         return measured
+
+    def rows_without_form(self, plan: Plan) -> list[str]:
+        """A sentence for each table with a row that its precision in a plan cannot store, met by traffic or not."""
+        found = []
+        for name, weight in self.adapter.weights.items():
+            try:
+                ops.check_rows(weight.numpy(), plan[name], num_threads=self.spec.threads)
+            except WeightError as error:
+                found.append(f'"{name}": {error}; no example of these windows looked it up, but serving stores it too')
+        return found
 
     def evaluate(
         self,

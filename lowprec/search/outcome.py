@@ -10,7 +10,7 @@ from typing import Any
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
-from lowprec.plan import PlanFile
+from lowprec.plan import PlanFile, RowRange, rowwise_ranges
 from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
 from lowprec.search.job import Job
@@ -24,7 +24,7 @@ class SearchOutcome:
     """What a search found: a recommended plan for each budget (tightest first) with its evidence, and the front.
 
     `plan_paths` has a file for each recommendation; `profile_path` is the profile of the search window, `profiled` says
-    what it found of the reference.
+    what it found of the reference. `notes` are warnings that are not about a metric.
     """
 
     run_id: str
@@ -37,6 +37,8 @@ class SearchOutcome:
     profile_path: Path
     profiled: Mapping[str, Any]
     windows: Mapping[str, str]
+    row_ranges: Mapping[str, RowRange]
+    notes: tuple[str, ...]
     seconds: float
 
     @property
@@ -62,7 +64,9 @@ class SearchOutcome:
             "profile": dict(self.profiled),
             "windows": dict(self.windows),
             "num_trials": self.num_trials,
-            "warnings": list(dict.fromkeys(w for r in self.recommendations for w in r.best.metrics.warnings())),
+            "warnings": list(
+                dict.fromkeys((*(w for r in self.recommendations for w in r.best.metrics.warnings()), *self.notes))
+            ),
             "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),
@@ -76,6 +80,7 @@ class SearchOutcome:
             "meets_budget_in_search": best.choice.meets_budget,
             "because": best.choice.because,
             **self._plan(best.choice.trial),
+            "row_ranges": rowwise_ranges(best.choice.trial.plan, self.row_ranges),
             "plan_path": str(path),
             "search": best.choice.trial.metrics.to_dict(),
             "confirm": best.metrics.to_dict(),

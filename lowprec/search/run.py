@@ -126,6 +126,8 @@ class _Search:
             profile_path=self._record.artifacts / "profile.npz",
             profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
+            row_ranges=self._job.spec.row_ranges,
+            notes=tuple(n for r in recommendations for n in self._job.rows_without_form(r.best.choice.trial.plan)),
             seconds=time.monotonic() - self._began,
         )
 

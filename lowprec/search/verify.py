@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lowprec.errors import ConfigError
 from lowprec.evaluation.confidence import Interval, Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
-from lowprec.plan import Plan, PlanFile, read_plan
+from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges
 from lowprec.progress import Progress, Silent
 from lowprec.search.costs import open_costs
 from lowprec.search.job import open_job, open_workers
@@ -28,6 +29,7 @@ class Verification:
 
     run_id: str
     plan: Plan
+    row_ranges: Mapping[str, str]
     size_bytes: int
     latency_ns: float | None
     fp32_bytes: int
@@ -47,6 +49,7 @@ class Verification:
             "budget_pct": self.budget_pct,
             "window": self.window,
             "plan": {name: str(p) for name, p in self.plan.items()},
+            "row_ranges": dict(self.row_ranges),
             "bytes": self.size_bytes,
             "latency_ns": self.latency_ns,
             "fp32_bytes": self.fp32_bytes,
@@ -78,11 +81,17 @@ def verify_plan(
     job = job.with_row_ranges(file.row_ranges)
     budget = _budget(config, file, budget_pct)
     size_bytes = job.space.size_bytes(file.plan)
-    notes: tuple[str, ...] = ()
+    ranges = rowwise_ranges(file.plan, file.row_ranges)
+    notes = []
     if file.row_alignment != job.space.row_alignment:
-        notes = (
+        notes.append(
             f"the plan was made for row alignment {file.row_alignment}, the config has {job.space.row_alignment}: "
-            "bytes are those of the config",
+            "bytes are those of the config"
+        )
+    if set(ranges.values()) - {config.space.row_range}:
+        notes.append(
+            f"the plan's row ranges are {' and '.join(sorted(set(ranges.values())))}, the config's space.row_range is "
+            f"{config.space.row_range}: the plan was evaluated with its own"
         )
     traffic_window = job.window(window)
     record = RunRecord(job, None, command="verify")
@@ -122,6 +131,7 @@ def verify_plan(
     outcome = Verification(
         run_id=record.run_id,
         plan=file.plan,
+        row_ranges=ranges,
         size_bytes=size_bytes,
         latency_ns=trial.latency_ns,
         fp32_bytes=job.space.fp32_bytes,
@@ -130,7 +140,7 @@ def verify_plan(
         verdict=verdict,
         window=job.window_text(window),
         rows=evaluation.rows,
-        notes=(*notes, *costs.notes),
+        notes=(*notes, *costs.notes, *job.rows_without_form(file.plan)),
         seconds=time.monotonic() - began,
     )
     record.state(

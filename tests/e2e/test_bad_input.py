@@ -120,6 +120,20 @@ def test_a_weight_that_is_not_finite(lowprec, config_file, one_sentence, checkpo
     one_sentence(lowprec("search", config_file(model__checkpoint=path)), ERROR, ["c2", "row"])
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e9])
+def test_a_row_that_no_traffic_meets_is_warned_of(lowprec, config_file, checkpoint, small_folder, value):
+    """The plan holds on the traffic, and could not be stored for serving."""
+    met = pq.read_table(small_folder / "traffic").column("c5").combine_chunks()
+    ids = set((met.flatten() if pa.types.is_list(met.type) else met).to_pylist())
+    row = next(i for i in range(1000) if i not in ids)
+    for changed, expected in ((value, 1), (0.1, 0)):
+        path = checkpoint(lambda tensors, x=changed: tensors["tables.c5.weight"].__setitem__((row, 1), x))
+        done = lowprec("search", config_file(model__checkpoint=path, space={"precisions": ["int4"]}), "--json")
+        warnings = [w for w in done.document["warnings"] if "looked it up" in w]
+        assert len(warnings) == expected
+        assert all(f'"table:c5": row {row} ' in w for w in warnings)
+
+
 def test_a_checkpoint_of_another_shape(lowprec, config_file, one_sentence, checkpoint):
     path = checkpoint(lambda tensors: tensors.update({"tables.c2.weight": np.zeros((10, 8), np.float32)}))
     one_sentence(

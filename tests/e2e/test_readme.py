@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lowprec.cli import cli
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
@@ -73,8 +75,14 @@ def test_every_file_that_the_readme_names_is_there():
         assert (root / name).is_file()
 
 
-def test_every_command_of_the_readme_exists(lowprec):
+def test_every_command_is_in_the_readme_and_exists(lowprec):
     names = set(re.findall(r"^\| `lowprec (\w+)", README, re.MULTILINE))
-    assert names == {"demo", "generate", "convert", "train", "search", "verify", "calibrate", "results"}
+    assert names == set(cli.commands)
     for name in names:
         assert lowprec(name, "--help").code == 0
+
+
+def test_the_readmes_rows_for_serving(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    exec(block("python", "write_table"), {})
+    assert (folder / "item.rows").stat().st_size == 1_000_000 * (4 + 8 // 2)

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from lowprec import ops
-from lowprec.errors import CheckpointError, ExportError, WeightError
+from lowprec.errors import CheckpointError, ExportError, PlanError, WeightError
 from lowprec.export import write_table
 from lowprec.plan import Precision, RowRange
 
 Floats = NDArray[np.float32]
 NAME = "tables.user.weight"
+MSE = RowRange.MSE
 
 
 def some_rows(num_rows: int = 1000, dim: int = 11) -> Floats:
@@ -71,7 +72,7 @@ def test_a_chunk_of_a_distributed_checkpoint_is_read_once(tmp_path: Path, monkey
     path = save_distributed({NAME: torch.from_numpy(some_rows())}, tmp_path)
     loads, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
-    write_table(path, NAME, tmp_path / "out", Precision.INT8, block_bytes=4096)
+    write_table(path, NAME, tmp_path / "out", Precision.INT8, row_range=MSE, block_bytes=4096)
     assert len(loads) == 1
 
 
@@ -82,7 +83,7 @@ def test_a_bad_row_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_bytes(b"old")
     with pytest.raises(WeightError, match=f'"{NAME}": row 777 holds nan in column 3'):
-        write_table(tmp_path / "m.safetensors", NAME, out, Precision.INT4, block_bytes=4096)
+        write_table(tmp_path / "m.safetensors", NAME, out, Precision.INT4, row_range=MSE, block_bytes=4096)
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
@@ -92,23 +93,50 @@ def test_a_row_beyond_fp16_is_named(tmp_path: Path, precision: Precision) -> Non
     rows[500] = 1e8
     save_file({NAME: torch.from_numpy(rows)}, tmp_path / "m.safetensors")
     with pytest.raises(WeightError, match=f'"{NAME}": row 500 spans 1e\\+08 to 1e\\+08, which {precision} cannot hold'):
-        write_table(tmp_path / "m.safetensors", NAME, tmp_path / "out", precision, block_bytes=4096)
+        write_table(tmp_path / "m.safetensors", NAME, tmp_path / "out", precision, row_range=MSE, block_bytes=4096)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_table_is_refused(checkpoint: tuple[Path, Floats], tmp_path: Path) -> None:
     path, _ = checkpoint
     with pytest.raises(CheckpointError, match='no table "item"; it has .*"over.weight"'):
-        write_table(path, "item", tmp_path / "out", Precision.INT8)
+        write_table(path, "item", tmp_path / "out", Precision.INT8, row_range=MSE)
+    with pytest.raises(CheckpointError, match='no table "table:user"; it has "tables.user.weight"$'):
+        write_table(path, "table:user", tmp_path / "out", Precision.INT8, row_range=MSE)
     with pytest.raises(CheckpointError, match=r'"bias" is \[3\]; a table is'):
-        write_table(path, "bias", tmp_path / "out", Precision.INT8)
+        write_table(path, "bias", tmp_path / "out", Precision.INT8, row_range=MSE)
 
 
 def test_a_place_that_cannot_be_written_is_said(checkpoint: tuple[Path, Floats], tmp_path: Path) -> None:
     path, _ = checkpoint
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot be written"):
-        write_table(path, NAME, tmp_path / "file" / "out", Precision.INT8)
+        write_table(path, NAME, tmp_path / "file" / "out", Precision.INT8, row_range=MSE)
+
+
+def test_what_is_no_new_file_is_not_written_to(checkpoint: tuple[Path, Floats], tmp_path: Path) -> None:
+    path, _ = checkpoint
+    file = path if path.is_file() else next(path.glob("*.distcp"))
+    content = file.read_bytes()
+    with pytest.raises(ExportError, match="is a file of the checkpoint"):
+        write_table(path, NAME, file, Precision.INT8, row_range=MSE)
+    assert file.read_bytes() == content
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExportError, match="is there already and is not a file"):
+        write_table(path, NAME, tmp_path / "folder", Precision.INT8, row_range=MSE)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match="is there already and is not a file"):
+        write_table(path, NAME, tmp_path / "pipe", Precision.INT8, row_range=MSE)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_precisions_and_ranges_may_be_text(checkpoint: tuple[Path, Floats], tmp_path: Path) -> None:
+    path, rows = checkpoint
+    write_table(path, NAME, tmp_path / "out", "int4", row_range="mse")
+    assert (tmp_path / "out").read_bytes() == ops.quantize(rows, Precision.INT4, row_range=MSE).tobytes()
+    for wrong, said in (({"precision": "int3"}, "precision must be"), ({"row_range": "foo"}, "range must be")):
+        with pytest.raises(PlanError, match=said):
+            write_table(path, NAME, tmp_path / "out", **{"precision": "int4", "row_range": "mse", **wrong})
 
 
 MEASURED = """
@@ -130,7 +158,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-write_table(checkpoint, "large", out, Precision.INT4)
+write_table(checkpoint, "large", out, Precision.INT4, row_range=RowRange.MINMAX)
 done.set()
 watcher.join()
 print(most[0] - before)
