@@ -9,7 +9,7 @@ At its top the worst of dims 32 to 128 on one thread (of poolings 1 and 20, wher
 - `score_cold`, `score_hot`: all four precisions scored / one fp32 lookup by FBGEMM over the same bags, on a table of
   1 GiB with fresh ids and on one of 512 KiB. `score_vs_lookups`: five lookups by FBGEMM and the dot products / ours.
 - `on_the_fly`: pooled lookup from fp32 rows at int8, int4 and int2 / FBGEMM's fp32 lookup, cold.
-- `extra_bytes_per_row`: what a table needs beside its fp32 rows while its bags are looked up and scored, cold.
+- `extra_bytes_per_row`: the most that is held beside fp32 rows and results while cold bags are looked up and scored.
 
 `all_threads` has the same worst cases on all cores, where FBGEMM and PyTorch get as many. `grid` has every cell, with
 GB/s of memory read and written by ours; `copy_gb_per_s` is what a copy reaches. One thread is timed by its CPU clock,
@@ -267,25 +267,26 @@ def on_the_fly_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
 
 
 def extra_bytes_per_row() -> float:
-    """The growth of the process over lookups and scores of a cold table at all precisions, without their results."""
+    """How far the process grows, at its peak, over lookups and scores of a cold table, without their results."""
     dim = 64
     weight = torch.ones(COLD_BYTES // (4 * dim), dim)
     bags = Bags(len(weight), 20, dim)
     ids, offsets = bags.calls[0].numpy(), bags.offsets.numpy()
     results = 4 * BAGS * (dim + len(LOW))
 
-    def own_memory() -> int:
+    def memory(which: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+        return int(next(line for line in lines if line.startswith(f"{which}:")).split()[1]) * 1024
 
     def once() -> object:
         pooled = ops.pooled_as(weight.numpy(), Precision.INT4, ids, offsets, mode="sum")
         return pooled, ops.scores(weight.numpy(), LOW, ids, offsets, bags.gradients.numpy(), mode="sum")
 
     once()
-    before = own_memory()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     kept = once()
-    grown = max(0, own_memory() - before - results)
+    grown = max(0, memory("VmHWM") - before - results)
     assert kept
     return round(grown / len(weight), 3)
 
