@@ -10,6 +10,16 @@
 
 #include "half.h"
 
+namespace lowprec::LOWPREC_PATH {
+namespace {
+
+constexpr std::size_t kLanes = 16;
+
+}  // namespace
+}  // namespace lowprec::LOWPREC_PATH
+
+// Beside the lanes, each says how many of them its registers hold: kScoredLanes of columns, with five sums for each,
+// while the rows of a bag go by; kSearched ranges of a row that are tried side by side, with three sums for each.
 #if defined(LOWPREC_AVX512)
 #include "lanes_avx512.h"
 #elif defined(LOWPREC_AVX2)

@@ -6,12 +6,7 @@
 namespace lowprec::LOWPREC_PATH {
 namespace {
 
-constexpr std::size_t kLanes = 16;
-
-// Lanes of columns whose sums, five for each, stay in the registers that there are while the rows of a bag go by.
 constexpr std::size_t kScoredLanes = 1;
-
-// Ranges of a row that are tried side by side: enough to hide how long an operation takes, with their sums in registers.
 constexpr std::size_t kSearched = 1;
 
 struct Lanes {

@@ -1,4 +1,4 @@
-// Pooled lookups and their effect on a gradient, at a low precision, straight from fp32 rows.
+// Pooled lookups at a low precision, straight from fp32 rows.
 #pragma once
 
 #include "quantize.h"

@@ -26,8 +26,8 @@ inline void each_line(const float* values, std::size_t num, void (*of_line)(cons
 }
 
 // Asks for the rows of the block after the next one, all at once: between rows that are worked on, requests that miss
-// the TLB hold up the work (dim 128, cold, EPYC 9004: scores take 280 ns a row so, 82 ns this way). Into the second
-// cache: the first has few places for lines on their way (dim 32: 16 ns to read a row so, 11 ns this way, 24 ns unasked).
+// the TLB hold up the work (by hand, dim 128, cold, on an EPYC 9004: scores take 280 ns a row so, 82 ns this way). To the
+// second cache: the first has few places for lines on their way (dim 32: 16 ns to read a row so, 11 this way, 24 unasked).
 inline void prefetch_ahead(const Rows& rows, const std::int64_t* ids, std::size_t at, std::size_t end) {
   constexpr std::size_t kDistance = 2 * kLanes;
   if (rows.num_rows * rows.dim * sizeof(float) <= kCached) return;

@@ -106,9 +106,28 @@ struct Segment {
   const float* weights;
 };
 
+// Sums of up to sixteen bags, waiting to be folded together.
+struct PendingBags {
+  Lanes sums[kNumScored][kLanes];
+
+  void clear(std::size_t i) {
+    for (Lanes(&of_bags)[kLanes] : sums) of_bags[i] = zero();
+  }
+
+  void fold(const Bags& bags, std::size_t begin, std::size_t num, unsigned set, float* const* out) {
+    for (std::size_t k = 0; k < kNumScored; ++k) {
+      if ((set >> k & 1u) == 0) continue;
+      for (std::size_t i = num; i < kLanes; ++i) sums[k][i] = zero();
+      store_first(out[k] + begin, folded_each(sums[k], Add{}), num);
+      if (!bags.mean) continue;
+      for (std::size_t i = 0; i < num; ++i) scale_mean(bags, begin + i, 1, out[k] + begin + i);
+    }
+  }
+};
+
 template <unsigned kSet, bool kShared, std::size_t kNum>
 void add_segment(const Segment& segment, std::size_t column, std::size_t rest, const float* gradient, float* scratch,
-                 std::size_t dim, Lanes (&sums)[kNumScored]) {
+                 std::size_t dim, PendingBags& pending, std::size_t slot) {
   Pooled<kSet, kShared, kNum> pooled;
   if (segment.is_first) {
     pooled.clear();
@@ -128,26 +147,16 @@ void add_segment(const Segment& segment, std::size_t column, std::size_t rest, c
     }
   }
   if (segment.is_last) {
+    Lanes sums[kNumScored];
+    for (std::size_t k = 0; k < kNumScored; ++k) sums[k] = column == 0 ? zero() : pending.sums[k][slot];
     pooled.add_products(gradient + column, rest, sums);
+    for (std::size_t k = 0; k < kNumScored; ++k) {
+      if ((kSet >> k & 1u) != 0) pending.sums[k][slot] = sums[k];
+    }
   } else {
     pooled.leave(scratch + column, dim, rest);
   }
 }
-
-// Sums of up to sixteen bags, waiting to be folded together.
-struct PendingBags {
-  Lanes sums[kNumScored][kLanes];
-
-  void fold(const Bags& bags, std::size_t begin, std::size_t num, unsigned set, float* const* out) {
-    for (std::size_t k = 0; k < kNumScored; ++k) {
-      if ((set >> k & 1u) == 0) continue;
-      for (std::size_t i = num; i < kLanes; ++i) sums[k][i] = zero();
-      store_first(out[k] + begin, folded_each(sums[k], Add{}), num);
-      if (!bags.mean) continue;
-      for (std::size_t i = 0; i < num; ++i) scale_mean(bags, begin + i, 1, out[k] + begin + i);
-    }
-  }
-};
 
 static_assert(sizeof(ScoreSteps) == kLanes * sizeof(float), "the steps of a row are what the lanes of a register hold");
 
@@ -187,12 +196,8 @@ void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_
   const std::size_t dim = rows.dim;
   PendingBags pending;
   std::size_t bag = first, folded_to = first;
-  Lanes sums[kNumScored] = {zero(), zero(), zero(), zero()};
   const auto finish_bag = [&] {
-    for (std::size_t k = 0; k < kNumScored; ++k) {
-      pending.sums[k][bag - folded_to] = sums[k];
-      sums[k] = zero();
-    }
+    if (bags.offsets[bag] == bags.offsets[bag + 1]) pending.clear(bag - folded_to);
     ++bag;
     if (bag + kBagsAhead < last) each_line(gradients + (bag + kBagsAhead) * dim, dim, prefetch);
     if (bag - folded_to < kLanes && bag < last) return;
@@ -227,7 +232,7 @@ void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_
       const float* gradient = gradients + bag * dim;
       for (std::size_t column = 0; column < dim;) {
         const auto add = [&](auto num, std::size_t rest) {
-          add_segment<kSet, kShared, num>(segment, column, rest, gradient, scratch, dim, sums);
+          add_segment<kSet, kShared, num>(segment, column, rest, gradient, scratch, dim, pending, bag - folded_to);
           column += num * kLanes;
         };
         const std::size_t left = dim - column;
