@@ -61,7 +61,7 @@ void require_shape(const Array& array, std::size_t num_rows, std::size_t num_col
 }
 
 void require_ids(const Ids& ids, std::size_t num_rows) {
-  const std::int64_t outside = lowprec::first_outside(ids.data(), ids.shape(0), static_cast<std::int64_t>(num_rows));
+  const std::int64_t outside = lowprec::first_outside(ids.data(), ids.shape(0), num_rows);
   if (outside >= 0) {
     throw std::out_of_range("ids[" + std::to_string(outside) + "] is " + std::to_string(ids.data()[outside]) +
                             ", outside the " + std::to_string(num_rows) + " rows of the table");
@@ -127,12 +127,12 @@ void dequantize(Strided<const std::uint8_t> stored, int bits, Matrix<float> out,
 }
 
 // After everything else that can be wrong has been looked at.
-lowprec::Bags bags_of(const Strided<const float>& table, const Ids& ids, const Ids& offsets,
-                      const Vector<const float>& weights, bool mean) {
+lowprec::Bags bags_of(std::size_t num_rows, const Ids& ids, const Ids& offsets, const Vector<const float>& weights,
+                      bool mean) {
   require(!weights.is_valid() || weights.shape(0) == ids.shape(0), "every id needs one weight");
   require(!weights.is_valid() || !mean, "weights need sum pooling");
   require_offsets(offsets, ids.shape(0));
-  require_ids(ids, table.shape(0));
+  require_ids(ids, num_rows);
   return {ids.data(), offsets.data(), offsets.shape(0) - 1, weights.is_valid() ? weights.data() : nullptr, mean};
 }
 
@@ -144,27 +144,67 @@ void pooled(Strided<const float> table, int bits, Ids ids, Ids offsets, Matrix<f
   require_shape(out, offsets.shape(0) - 1, table.shape(1), "out");
   const lowprec::RowRange* given = ranges_of(ranges, ids.shape(0), "ranges");
   nb::gil_scoped_release release;
-  lowprec::pooled(rows_of(table), bags_of(table, ids, offsets, weights, mean), bits, given, out.data(), num_threads);
+  lowprec::pooled(rows_of(table), bags_of(table.shape(0), ids, offsets, weights, mean), bits, given, out.data(),
+                  num_threads);
 }
 
-void scores(Strided<const float> table, Ids ids, Ids offsets, Matrix<const float> gradients,
-            std::array<std::optional<Vector<float>>, lowprec::kNumScored> out, bool mean, Vector<const float> weights,
-            std::array<std::optional<Ranges>, lowprec::kNumScored> ranges, int num_threads) {
+using Outputs = std::array<std::optional<Vector<float>>, lowprec::kNumScored>;
+using GivenRanges = std::array<std::optional<Ranges>, lowprec::kNumRowwise>;
+
+std::array<float*, lowprec::kNumScored> outputs_of(Outputs& out, std::size_t num_bags) {
+  std::array<float*, lowprec::kNumScored> outputs;
+  for (std::size_t k = 0; k < out.size(); ++k) {
+    require(!out[k] || out[k]->shape(0) == num_bags, "out must have a value for each bag");
+    outputs[k] = out[k] ? out[k]->data() : nullptr;
+  }
+  return outputs;
+}
+
+std::array<const lowprec::RowRange*, lowprec::kNumRowwise> given_ranges(const GivenRanges& ranges, std::size_t num) {
+  std::array<const lowprec::RowRange*, lowprec::kNumRowwise> given;
+  for (std::size_t p = 0; p < ranges.size(); ++p) {
+    given[p] = ranges[p] ? ranges_of(*ranges[p], num, "ranges") : nullptr;
+  }
+  return given;
+}
+
+void scores(Strided<const float> table, Ids ids, Ids offsets, Matrix<const float> gradients, Outputs out, bool mean,
+            Vector<const float> weights, GivenRanges ranges, int num_threads) {
   require_rows(table, "table");
   require(offsets.shape(0) > 0, "offsets must be one more than the bags");
   const std::size_t num_bags = offsets.shape(0) - 1;
   require_shape(gradients, num_bags, table.shape(1), "gradients");
-  float* outputs[lowprec::kNumScored];
-  const lowprec::RowRange* given[lowprec::kNumScored];
-  for (std::size_t k = 0; k < lowprec::kNumScored; ++k) {
-    require(!out[k] || out[k]->shape(0) == num_bags, "out must have a value for each bag");
-    outputs[k] = out[k] ? out[k]->data() : nullptr;
-    given[k] = ranges[k] ? ranges_of(*ranges[k], ids.shape(0), "ranges") : nullptr;
-  }
-  require(given[0] == nullptr, "fp16 has no ranges");
+  const auto outputs = outputs_of(out, num_bags);
+  const auto given = given_ranges(ranges, ids.shape(0));
   nb::gil_scoped_release release;
-  lowprec::scores(rows_of(table), bags_of(table, ids, offsets, weights, mean), gradients.data(), given + 1, outputs,
-                  num_threads);
+  lowprec::scores(rows_of(table), bags_of(table.shape(0), ids, offsets, weights, mean), gradients.data(), given.data(),
+                  outputs.data(), num_threads);
+}
+
+void row_changes(Strided<const float> table, GivenRanges ranges, Matrix<std::int32_t> words, Matrix<float> steps,
+                 int num_threads) {
+  require_rows(table, "table");
+  require_shape(words, table.shape(0), lowprec::change_words(table.shape(1)), "words");
+  require_shape(steps, table.shape(0), lowprec::kNumScored, "steps");
+  const auto given = given_ranges(ranges, table.shape(0));
+  nb::gil_scoped_release release;
+  lowprec::row_changes(rows_of(table), given.data(), words.data(), steps.data(), num_threads);
+}
+
+void scores_of_changes(Matrix<const std::int32_t> words, Matrix<const float> steps, Ids ids, Ids offsets,
+                       Matrix<const float> gradients, Outputs out, bool mean, Vector<const float> weights,
+                       int num_threads) {
+  const std::size_t dim = gradients.shape(1), num_rows = words.shape(0);
+  require(dim > 0, "gradients must have at least one column");
+  require_shape(words, num_rows, lowprec::change_words(dim), "words");
+  require_shape(steps, num_rows, lowprec::kNumScored, "steps");
+  require(offsets.shape(0) > 0, "offsets must be one more than the bags");
+  const std::size_t num_bags = offsets.shape(0) - 1;
+  require_shape(gradients, num_bags, dim, "gradients");
+  const auto outputs = outputs_of(out, num_bags);
+  nb::gil_scoped_release release;
+  lowprec::scores_of_changes({words.data(), steps.data(), dim}, bags_of(num_rows, ids, offsets, weights, mean),
+                             gradients.data(), outputs.data(), num_threads);
 }
 
 void use_cpu_path(const std::string& name) {
@@ -195,5 +235,13 @@ NB_MODULE(_native, m) {
   m.def("scores", &scores, nb::arg("table").noconvert(), nb::arg("ids").noconvert(), nb::arg("offsets").noconvert(),
         nb::arg("gradients").noconvert(), nb::arg("out").noconvert(), "mean"_a,
         nb::arg("weights").noconvert().none() = nb::none(), nb::arg("ranges").noconvert(), "num_threads"_a = 1,
-        "Writes gradients[b] . (low precision - fp32) of each bag to out[k] float32[num_bags], for bits 16, 8, 4, 2.");
+        "Writes gradients[b] . (low precision - fp32) of each bag to out[k] float32[num_bags], for bits 16, 8, 4, 2; "
+        "ranges[p] uint16[num_ids, 2] for bits 8, 4, 2.");
+  m.def("row_changes", &row_changes, nb::arg("table").noconvert(), nb::arg("ranges").noconvert(),
+        nb::arg("words").noconvert(), nb::arg("steps").noconvert(), "num_threads"_a = 1,
+        "Writes what bits 16, 8, 4, 2 change in each row to words int32[n, change_words] and steps float32[n, 4].");
+  m.def("scores_of_changes", &scores_of_changes, nb::arg("words").noconvert(), nb::arg("steps").noconvert(),
+        nb::arg("ids").noconvert(), nb::arg("offsets").noconvert(), nb::arg("gradients").noconvert(),
+        nb::arg("out").noconvert(), "mean"_a, nb::arg("weights").noconvert().none() = nb::none(), "num_threads"_a = 1,
+        "As scores, from the changes of rows.");
 }

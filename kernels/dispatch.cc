@@ -53,10 +53,6 @@ const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 // Work below this many values is not worth another thread: 20 to 50 us to start one, 1 ns for three to eight values.
 constexpr std::size_t kMinValuesPerThread = 1 << 18;
 
-// Where a call reads every row this many times on average, scales and biases are made once for all rows beforehand, for
-// the time of the call. (Reading a table in order is also cheaper than finding its rows.)
-constexpr std::size_t kMinVisits = 2;
-
 // Calls body(begin, end) on contiguous ranges that cover [0, count), one a thread. begin_of(part, parts) is where a
 // range begins.
 template <typename BeginOf, typename Body>
@@ -178,21 +174,24 @@ void pooled(const Rows& rows, const Bags& bags, int bits, const RowRange* ranges
 
 void scores(const Rows& rows, const Bags& bags, const float* gradients, const RowRange* const* ranges,
             float* const* out, int num_threads) {
-  std::vector<ScoreSteps> steps;
-  const bool is_minmax = ranges[0] == nullptr && ranges[1] == nullptr && ranges[2] == nullptr;
-  const bool is_rowwise = out[1] != nullptr || out[2] != nullptr || out[3] != nullptr;
-  const auto num_ids = static_cast<std::size_t>(bags.offsets[bags.num_bags]);
-  if (is_minmax && is_rowwise && rows.num_rows * kMinVisits <= num_ids) {
-    steps.resize(rows.num_rows);
-    const auto begin_of = [&](std::size_t part, std::size_t parts) { return rows.num_rows * part / parts; };
-    split(rows.num_rows * rows.dim, num_threads, begin_of, [&](std::size_t begin, std::size_t end) {
-      kernels().score_steps(rows, begin, end, steps.data());
-    });
-  }
   each_range(bags, rows.dim, num_threads, [&](std::size_t begin, std::size_t end) {
     std::vector<float> scratch(kScoreScratch * rows.dim);
-    kernels().scores(rows, bags, begin, end, gradients, ranges, steps.empty() ? nullptr : steps.data(),
-                     scratch.data(), out);
+    kernels().scores(rows, bags, begin, end, gradients, ranges, scratch.data(), out);
+  });
+}
+
+void row_changes(const Rows& rows, const RowRange* const* ranges, std::int32_t* words, float* steps, int num_threads) {
+  const auto begin_of = [&](std::size_t part, std::size_t parts) { return rows.num_rows * part / parts; };
+  split(rows.num_rows * rows.dim, num_threads, begin_of, [&](std::size_t begin, std::size_t end) {
+    std::vector<float> scratch(kNumScored * change_words(rows.dim) / 2);
+    kernels().row_changes(rows, begin, end, ranges, scratch.data(), words, steps);
+  });
+}
+
+void scores_of_changes(const Changes& changes, const Bags& bags, const float* gradients, float* const* out,
+                       int num_threads) {
+  each_range(bags, changes.dim, num_threads, [&](std::size_t begin, std::size_t end) {
+    kernels().scores_of_changes(changes, bags, begin, end, gradients, out);
   });
 }
 
@@ -205,18 +204,15 @@ void dequantize(const std::uint8_t* stored, std::int64_t row_stride, std::size_t
   });
 }
 
-std::int64_t first_outside(const std::int64_t* ids, std::size_t num_ids, std::int64_t num_rows) {
-  for (std::size_t i = 0; i < num_ids; ++i) {
-    if (ids[i] < 0 || ids[i] >= num_rows) return static_cast<std::int64_t>(i);
-  }
-  return -1;
+std::int64_t first_outside(const std::int64_t* ids, std::size_t num_ids, std::size_t num_rows) {
+  const std::size_t first = kernels().first_outside(ids, num_ids, num_rows);
+  return first == num_ids ? -1 : static_cast<std::int64_t>(first);
 }
 
 std::int64_t first_wrong_offset(const std::int64_t* offsets, std::size_t num_bags, std::int64_t num_ids) {
   if (offsets[0] != 0) return 0;
-  for (std::size_t bag = 0; bag < num_bags; ++bag) {
-    if (offsets[bag + 1] < offsets[bag]) return static_cast<std::int64_t>(bag + 1);
-  }
+  const std::size_t falling = kernels().first_falling(offsets, num_bags);
+  if (falling < num_bags) return static_cast<std::int64_t>(falling + 1);
   return offsets[num_bags] == num_ids ? -1 : static_cast<std::int64_t>(num_bags);
 }
 

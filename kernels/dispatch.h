@@ -26,13 +26,16 @@ std::int64_t row_ranges(const Rows& rows, const std::int64_t* ids, std::size_t n
 void pooled(const Rows& rows, const Bags& bags, int bits, const RowRange* ranges, float* out, int num_threads);
 void scores(const Rows& rows, const Bags& bags, const float* gradients, const RowRange* const* ranges,
             float* const* out, int num_threads);
+void row_changes(const Rows& rows, const RowRange* const* ranges, std::int32_t* words, float* steps, int num_threads);
+void scores_of_changes(const Changes& changes, const Bags& bags, const float* gradients, float* const* out,
+                       int num_threads);
 
 // Stored rows (bits 8, 4 or 2), `row_stride` bytes apart, to float[num_rows, dim].
 void dequantize(const std::uint8_t* stored, std::int64_t row_stride, std::size_t num_rows, std::size_t dim, int bits,
                 float* out, int num_threads);
 
 // The first position whose id is not in [0, num_rows), or -1.
-std::int64_t first_outside(const std::int64_t* ids, std::size_t num_ids, std::int64_t num_rows);
+std::int64_t first_outside(const std::int64_t* ids, std::size_t num_ids, std::size_t num_rows);
 
 // The first of num_bags + 1 offsets that does not fit: not 0 at first, below the one before it, or beyond num_ids at
 // last; -1 when all fit.

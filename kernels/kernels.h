@@ -39,14 +39,21 @@ constexpr std::size_t row_bytes(std::size_t dim, int bits) { return (bits == 16 
 constexpr int kScoredBits[] = {16, 8, 4, 2};
 constexpr std::size_t kNumScored = 4, kNumRowwise = 3;
 
-// What turns the values of a row into codes and back, for int8, int4 and int2.
-struct ScoreSteps {
-  float bias[kNumRowwise];
-  float scale[kNumRowwise];
-  float inverse[kNumRowwise];
-  std::uint32_t clamped;  // not zero when codes may have to be clamped
-  float unused[6];        // a row is one line of the cache, and sixteen rows are a square of floats
+// What the scored precisions change in each row of a small table: row i at words + i * change_words(dim). A value has
+// two words of 32 bits, one with the changes at 16 and 8 bits, one with those at 4 and 2, in its upper and its lower
+// half. A change is steps[kNumScored * i + k] times the whole word, a signed integer, for an upper half, and times its
+// 16 bits less 32768 for a lower one.
+struct Changes {
+  const std::int32_t* words;
+  const float* steps;
+  std::size_t dim;
 };
+
+constexpr std::size_t kChangeLanes = 16;  // values whose words lie together: first those of 16 and 8 bits
+
+constexpr std::size_t change_words(std::size_t dim) {
+  return (dim + kChangeLanes - 1) / kChangeLanes * kChangeLanes * 2;
+}
 
 // One CPU path: plain functions of one thread. `bits` is 16 (fp16 values), 8, 4 or 2 (row-wise); lowprec/ops/reference
 // defines every result to the bit.
@@ -67,15 +74,27 @@ struct Kernels {
   void (*pooled)(const Rows&, const Bags&, std::size_t begin, std::size_t end, int bits, const RowRange* ranges,
                  float* out);
 
-  // minmax, at the row-wise precisions, of rows [begin, end) at out[i].
-  void (*score_steps)(const Rows&, std::size_t begin, std::size_t end, ScoreSteps* out);
-
   // gradients[b] . (pooled at bits - pooled fp32) for every bag in [begin, end), at out[k][b] for each of the
   // kNumScored precisions whose out[k] is given; gradients: float[num_bags, dim]. Ranges as for `pooled`, for each
-  // row-wise precision its own. `steps`, when given, are those of all rows of the table, for minmax.
-  // `scratch`: kScoreScratch * dim floats.
+  // row-wise precision its own. `scratch`: kScoreScratch * dim floats.
   void (*scores)(const Rows&, const Bags&, std::size_t begin, std::size_t end, const float* gradients,
-                 const RowRange* const* ranges, const ScoreSteps* steps, float* scratch, float* const* out);
+                 const RowRange* const* ranges, float* scratch, float* const* out);
+
+  // Changes of rows [begin, end), to words and steps of all rows. `ranges`: for each row-wise precision those of all
+  // rows, or none for minmax. Where a row has no form (it holds NaN or Inf, or overflows fp16), its step is NaN.
+  // `scratch`: kNumScored * change_words(dim) / 2 floats.
+  void (*row_changes)(const Rows&, std::size_t begin, std::size_t end, const RowRange* const* ranges, float* scratch,
+                      std::int32_t* words, float* steps);
+
+  // As `scores`, from changes: those of a value are exact to half a step.
+  void (*scores_of_changes)(const Changes&, const Bags&, std::size_t begin, std::size_t end, const float* gradients,
+                            float* const* out);
+
+  // The first id that is not in [0, num_rows), or num_ids.
+  std::size_t (*first_outside)(const std::int64_t* ids, std::size_t num_ids, std::size_t num_rows);
+
+  // The first bag whose end is below its begin, or num_bags.
+  std::size_t (*first_falling)(const std::int64_t* offsets, std::size_t num_bags);
 };
 
 constexpr std::size_t kScoreScratch = 7, kMseScratch = 32;

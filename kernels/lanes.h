@@ -52,5 +52,12 @@ void store_first(float* out, Lanes a, std::size_t n) {
   store_part(out, a, n);
 }
 
+// Lane i of the result is row[i] folded: lanes i and i + 8, then those 4, 2 and 1 apart.
+template <typename Op>
+Lanes folded_each(const Lanes (&row)[kLanes], Op op) {
+  const auto four = [&](std::size_t k) { return in_fours(row[k], row[k + 4], row[k + 8], row[k + 12], op); };
+  return folded_fours({four(0), four(1), four(2), four(3)}, op);
+}
+
 }  // namespace
 }  // namespace lowprec::LOWPREC_PATH

@@ -15,6 +15,8 @@ struct Lanes {
 
 // Into the second cache. As assembly: GCC 12 takes a function that only prefetches for one without effect, and drops it.
 inline void prefetch(const char* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+// Into the first one.
+inline void prefetch_nearest(const char* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
 inline void prefetch_to_write(const char* line) { asm volatile("prefetchw %0" : : "m"(*line)); }
 
 inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -78,6 +80,18 @@ inline Lanes load_halves(const std::uint16_t* in) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 8)))};
 }
+struct Words {
+  __m256i low, high;
+};
+inline Words load_words(const std::int32_t* in) {
+  const auto eight = [](const std::int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); };
+  return {eight(in), eight(in + 8)};
+}
+inline Lanes upper_half(Words a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+inline Lanes lower_half(Words a) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  return upper_half({_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)});
+}
 inline Lanes where_equal(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
   return {_mm256_blendv_ps(otherwise.low, then.low, _mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ)),
           _mm256_blendv_ps(otherwise.high, then.high, _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ))};
@@ -139,21 +153,25 @@ __m256 half_op(Op op, __m256 a, __m256 b) {
 }
 
 template <typename Op>
-Lanes folded_each(const Lanes (&row)[kLanes], Op op) {
-  const auto of_eight = [&](const Lanes* from) {
-    __m256 two[4];
-    for (std::size_t k = 0; k < 4; ++k) {
-      // Rows k and k + 4, each folded to four lanes: lanes 8 apart, then 4 apart.
-      const __m256 a = half_op(op, from[k].low, from[k].high), b = half_op(op, from[k + 4].low, from[k + 4].high);
-      two[k] = half_op(op, _mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-    }
-    const auto pairs = [&op](__m256 a, __m256 b) {
-      return _mm256_castps_pd(half_op(op, _mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)));
-    };
-    const __m256d low = pairs(two[0], two[1]), high = pairs(two[2], two[3]);
-    return half_op(op, _mm256_castpd_ps(_mm256_unpacklo_pd(low, high)), _mm256_castpd_ps(_mm256_unpackhi_pd(low, high)));
+Lanes in_fours(Lanes a, Lanes b, Lanes c, Lanes d, Op op) {
+  const auto two = [&op](Lanes x, Lanes y) {
+    const __m256 of_x = half_op(op, x.low, x.high), of_y = half_op(op, y.low, y.high);
+    return half_op(op, _mm256_permute2f128_ps(of_x, of_y, 0x20), _mm256_permute2f128_ps(of_x, of_y, 0x31));
   };
-  return {of_eight(row), of_eight(row + 8)};
+  return {two(a, b), two(c, d)};
+}
+
+template <typename Op>
+Lanes folded_fours(const Lanes (&row)[4], Op op) {
+  const auto of_half = [&](__m256 a, __m256 b, __m256 c, __m256 d) {
+    const auto pairs = [&op](__m256 x, __m256 y) {
+      return _mm256_castps_pd(half_op(op, _mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y)));
+    };
+    const __m256d ab = pairs(a, b), cd = pairs(c, d);
+    return half_op(op, _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+  };
+  return {of_half(row[0].low, row[1].low, row[2].low, row[3].low),
+          of_half(row[0].high, row[1].high, row[2].high, row[3].high)};
 }
 
 template <typename Op>

@@ -15,6 +15,8 @@ struct Lanes {
 
 // Into the second cache. As assembly: GCC 12 takes a function that only prefetches for one without effect, and drops it.
 inline void prefetch(const char* line) { asm volatile("prefetcht1 %0" : : "m"(*line)); }
+// Into the first one.
+inline void prefetch_nearest(const char* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
 inline void prefetch_to_write(const char* line) { asm volatile("prefetchw %0" : : "m"(*line)); }
 
 inline Lanes zero() { return {_mm512_setzero_ps()}; }
@@ -55,6 +57,17 @@ inline void store_halves(std::uint16_t* out, Lanes a) {
 inline Lanes load_halves(const std::uint16_t* in) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)))};
 }
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const std::int32_t* in) {
+  Words words{_mm512_loadu_si512(in)};
+  asm("" : "+v"(words.v));  // or GCC reads them from memory twice, and reading is what limits their use
+  return words;
+}
+// As floats, and their lower halves, from 0 to 65535.
+inline Lanes upper_half(Words a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Lanes lower_half(Words a) { return {_mm512_cvtepi32_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff)))}; }
 // Where a == b, `then`, elsewhere `otherwise`.
 inline Lanes where_equal(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), otherwise.v, then.v)};
@@ -109,20 +122,20 @@ Lanes folded_chunks(Lanes a, Lanes b, Op op) {
   return op(Lanes{_mm512_shuffle_f32x4(a.v, b.v, kLow)}, Lanes{_mm512_shuffle_f32x4(a.v, b.v, kHigh)});
 }
 
-// Lane i of the result is row[i] folded: lanes i and i + 8, then 4, 2 and 1 apart.
+// Each register folded to four lanes, in order: lanes i and i + 8, then those 4 apart.
 template <typename Op>
-Lanes folded_each(const Lanes (&row)[kLanes], Op op) {
-  Lanes four[4];
-  for (std::size_t k = 0; k < 4; ++k) {
-    // Rows k, k + 4, k + 8 and k + 12, so that the last step leaves row i in lane i.
-    const Lanes ab = folded_chunks<0x44, 0xee>(row[k], row[k + 4], op);
-    const Lanes cd = folded_chunks<0x44, 0xee>(row[k + 8], row[k + 12], op);
-    four[k] = folded_chunks<0x88, 0xdd>(ab, cd, op);
-  }
+Lanes in_fours(Lanes a, Lanes b, Lanes c, Lanes d, Op op) {
+  const Lanes ab = folded_chunks<0x44, 0xee>(a, b, op), cd = folded_chunks<0x44, 0xee>(c, d, op);
+  return folded_chunks<0x88, 0xdd>(ab, cd, op);
+}
+
+// Lane 4 * c + i: the four lanes c of row[i], folded, those 2 and then 1 apart.
+template <typename Op>
+Lanes folded_fours(const Lanes (&row)[4], Op op) {
   const auto pairs = [&op](Lanes a, Lanes b) {
-    return op(Lanes{_mm512_unpacklo_ps(a.v, b.v)}, Lanes{_mm512_unpackhi_ps(a.v, b.v)});
+    return _mm512_castps_pd(op(Lanes{_mm512_unpacklo_ps(a.v, b.v)}, Lanes{_mm512_unpackhi_ps(a.v, b.v)}).v);
   };
-  const __m512d low = _mm512_castps_pd(pairs(four[0], four[1]).v), high = _mm512_castps_pd(pairs(four[2], four[3]).v);
+  const __m512d low = pairs(row[0], row[1]), high = pairs(row[2], row[3]);
   return op(Lanes{_mm512_castpd_ps(_mm512_unpacklo_pd(low, high))},
             Lanes{_mm512_castpd_ps(_mm512_unpackhi_pd(low, high))});
 }

@@ -15,6 +15,8 @@ struct Lanes {
 
 // Always inline: GCC 12 takes a function that only prefetches for one without effect, and drops it.
 [[gnu::always_inline]] inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+// Into the first one.
+[[gnu::always_inline]] inline void prefetch_nearest(const char* line) { __builtin_prefetch(line, 0, 3); }
 [[gnu::always_inline]] inline void prefetch_to_write(const char* line) { __builtin_prefetch(line, 1, 3); }
 
 template <typename Of>
@@ -90,6 +92,20 @@ inline void store_halves(std::uint16_t* out, Lanes a) {
 inline Lanes load_halves(const std::uint16_t* in) {
   return each([&](std::size_t i) { return float_from_half(in[i]); });
 }
+struct Words {
+  std::int32_t v[kLanes];
+};
+inline Words load_words(const std::int32_t* in) {
+  Words out;
+  std::memcpy(out.v, in, sizeof out.v);
+  return out;
+}
+inline Lanes upper_half(Words a) {
+  return each([&](std::size_t i) { return static_cast<float>(a.v[i]); });
+}
+inline Lanes lower_half(Words a) {
+  return each([&](std::size_t i) { return static_cast<float>(a.v[i] & 0xffff); });
+}
 inline Lanes where_equal(Lanes a, Lanes b, Lanes then, Lanes otherwise) {
   return each([&](std::size_t i) { return a.v[i] == b.v[i] ? then.v[i] : otherwise.v[i]; });
 }
@@ -122,17 +138,36 @@ inline void transpose(Lanes (&row)[kLanes]) {
   }
 }
 
+// Lane i is lane i + by; the last ones stay.
+inline Lanes shifted(Lanes a, std::size_t by) {
+  return each([&](std::size_t i) { return i + by < kLanes ? a.v[i + by] : a.v[i]; });
+}
+
 template <typename Op>
 float folded(Lanes a, Op op) {
-  for (std::size_t apart = kLanes / 2; apart > 0; apart /= 2) {
-    a = op(a, each([&](std::size_t i) { return i < apart ? a.v[i + apart] : a.v[i]; }));
-  }
+  for (std::size_t apart = kLanes / 2; apart > 0; apart /= 2) a = op(a, shifted(a, apart));
   return a.v[0];
 }
 
 template <typename Op>
-Lanes folded_each(const Lanes (&row)[kLanes], Op op) {
-  return each([&](std::size_t i) { return folded(row[i], op); });
+Lanes in_fours(Lanes a, Lanes b, Lanes c, Lanes d, Op op) {
+  const Lanes* of[] = {&a, &b, &c, &d};
+  Lanes out;
+  for (std::size_t k = 0; k < 4; ++k) {
+    const Lanes halved = op(*of[k], shifted(*of[k], 8)), quartered = op(halved, shifted(halved, 4));
+    for (std::size_t i = 0; i < 4; ++i) out.v[4 * k + i] = quartered.v[i];
+  }
+  return out;
+}
+
+template <typename Op>
+Lanes folded_fours(const Lanes (&row)[4], Op op) {
+  Lanes out;
+  for (std::size_t i = 0; i < 4; ++i) {
+    const Lanes pairs = op(row[i], shifted(row[i], 2)), ones = op(pairs, shifted(pairs, 1));
+    for (std::size_t c = 0; c < 4; ++c) out.v[4 * c + i] = ones.v[4 * c];
+  }
+  return out;
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Pooled lookups at a low precision, straight from fp32 rows.
 #pragma once
 
+#include <type_traits>
+
 #include "quantize.h"
 
 namespace lowprec::LOWPREC_PATH {

@@ -1,4 +1,6 @@
 // The kernels of one CPU path. CMakeLists.txt compiles this file once for each, with its flags and LOWPREC_PATH set.
+#include "changes.h"
+#include "ids.h"
 #include "kernels.h"
 #include "score.h"
 
@@ -26,6 +28,7 @@ void pooled_any(const Rows& rows, const Bags& bags, std::size_t begin, std::size
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{quantize_any, row_ranges_any, pooled_any, score_steps, scores};
+const Kernels kernels{quantize_any, row_ranges_any, pooled_any, scores, row_changes, scores_of_changes,
+                      first_outside, first_falling};
 
 }  // namespace lowprec::LOWPREC_PATH

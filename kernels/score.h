@@ -7,10 +7,19 @@
 
 #include <utility>
 
-#include "lookup.h"
+#include "pending.h"
 
 namespace lowprec::LOWPREC_PATH {
 namespace {
+
+// What turns the values of a row into codes and back, for int8, int4 and int2.
+struct ScoreSteps {
+  float bias[kNumRowwise];
+  float scale[kNumRowwise];
+  float inverse[kNumRowwise];
+  std::uint32_t clamped;  // not zero when codes may have to be clamped
+  float unused[6];        // sixteen rows are a square of floats
+};
 
 constexpr unsigned kHalf = 1, kByte = 2, kNibble = 4, kPair = 8;  // bits of a set of precisions, as kScoredBits has them
 constexpr unsigned kRowwise = kByte | kNibble | kPair;
@@ -102,32 +111,13 @@ struct Segment {
   const Block& block;
   std::size_t begin, end;
   bool is_first, is_last;
-  const ScoreSteps* steps[kLanes];
+  const ScoreSteps* steps;
   const float* weights;
-};
-
-// Sums of up to sixteen bags, waiting to be folded together.
-struct PendingBags {
-  Lanes sums[kNumScored][kLanes];
-
-  void clear(std::size_t i) {
-    for (Lanes(&of_bags)[kLanes] : sums) of_bags[i] = zero();
-  }
-
-  void fold(const Bags& bags, std::size_t begin, std::size_t num, unsigned set, float* const* out) {
-    for (std::size_t k = 0; k < kNumScored; ++k) {
-      if ((set >> k & 1u) == 0) continue;
-      for (std::size_t i = num; i < kLanes; ++i) sums[k][i] = zero();
-      store_first(out[k] + begin, folded_each(sums[k], Add{}), num);
-      if (!bags.mean) continue;
-      for (std::size_t i = 0; i < num; ++i) scale_mean(bags, begin + i, 1, out[k] + begin + i);
-    }
-  }
 };
 
 template <unsigned kSet, bool kShared, std::size_t kNum>
 void add_segment(const Segment& segment, std::size_t column, std::size_t rest, const float* gradient, float* scratch,
-                 std::size_t dim, PendingBags& pending, std::size_t slot) {
+                 std::size_t dim, Lanes (&products)[kNumScored]) {
   Pooled<kSet, kShared, kNum> pooled;
   if (segment.is_first) {
     pooled.clear();
@@ -136,7 +126,7 @@ void add_segment(const Segment& segment, std::size_t column, std::size_t rest, c
   }
   for (std::size_t i = segment.begin; i < segment.end; ++i) {
     const float* row = segment.block.row[i] + column;
-    const ScoreSteps& steps = *segment.steps[i];
+    const ScoreSteps& steps = segment.steps[i];
     const bool clamp = (kSet & kRowwise) != 0 && (!kShared || steps.clamped != 0);
     if (segment.weights != nullptr) {
       pooled.template add<true, true>(row, steps, segment.weights[i], rest);
@@ -147,12 +137,7 @@ void add_segment(const Segment& segment, std::size_t column, std::size_t rest, c
     }
   }
   if (segment.is_last) {
-    Lanes sums[kNumScored];
-    for (std::size_t k = 0; k < kNumScored; ++k) sums[k] = column == 0 ? zero() : pending.sums[k][slot];
-    pooled.add_products(gradient + column, rest, sums);
-    for (std::size_t k = 0; k < kNumScored; ++k) {
-      if ((kSet >> k & 1u) != 0) pending.sums[k][slot] = sums[k];
-    }
+    pooled.add_products(gradient + column, rest, products);
   } else {
     pooled.leave(scratch + column, dim, rest);
   }
@@ -184,55 +169,37 @@ inline void minmax_score_steps(const Block& block, std::size_t dim, ScoreSteps* 
               block.num_rows, out);
 }
 
-inline void score_steps(const Rows& rows, std::size_t begin, std::size_t end, ScoreSteps* out) {
-  for (std::size_t at = begin; at < end; at += kLanes) {
-    minmax_score_steps(block_of(rows, nullptr, at, end), rows.dim, out + at);
-  }
-}
-
 template <unsigned kSet, bool kShared>
 void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_t last, const float* gradients,
-               const RowRange* const* ranges, const ScoreSteps* all_steps, float* scratch, float* const* out) {
+               const RowRange* const* ranges, float* scratch, float* const* out) {
   const std::size_t dim = rows.dim;
-  PendingBags pending;
-  std::size_t bag = first, folded_to = first;
-  const auto finish_bag = [&] {
-    if (bags.offsets[bag] == bags.offsets[bag + 1]) pending.clear(bag - folded_to);
-    ++bag;
-    if (bag + kBagsAhead < last) each_line(gradients + (bag + kBagsAhead) * dim, dim, prefetch);
-    if (bag - folded_to < kLanes && bag < last) return;
-    pending.fold(bags, folded_to, bag - folded_to, kSet, out);
-    folded_to = bag;
-  };
+  PendingBags pending(bags, first, last, gradients, dim, out);
   each_block(rows, bags, first, last, [&](const Block& block, std::size_t at, std::size_t end) {
     ScoreSteps made[kLanes];
-    Segment segment{block, 0, 0, true, true, {}, bags.weights == nullptr ? nullptr : bags.weights + at};
-    for (std::size_t i = 0; i < block.num_rows; ++i) {
-      segment.steps[i] = all_steps != nullptr ? all_steps + bags.ids[at + i] : made + i;
-    }
+    Segment segment{block, 0, 0, true, true, made, bags.weights == nullptr ? nullptr : bags.weights + at};
     if constexpr ((kSet & kRowwise) != 0) {
       if constexpr (!kShared) {
         const auto own = [&](std::size_t p) { return ranges[p] == nullptr ? nullptr : ranges[p] + at; };
         store_steps({block_steps<8>(block, dim, own(0)), block_steps<4>(block, dim, own(1)),
                      block_steps<2>(block, dim, own(2))},
                     block.num_rows, made);
-      } else if (all_steps == nullptr) {
+      } else {
         minmax_score_steps(block, dim, made);
       }
     }
     prefetch_ahead(rows, bags.ids, at, end);
     for (std::size_t i = 0; i < block.num_rows; i = segment.end) {
-      while (bags.offsets[bag + 1] <= static_cast<std::int64_t>(at + i)) finish_bag();
-      const auto bag_begin = static_cast<std::size_t>(bags.offsets[bag]);
-      const auto bag_end = static_cast<std::size_t>(bags.offsets[bag + 1]);
+      while (bags.offsets[pending.bag + 1] <= static_cast<std::int64_t>(at + i)) pending.finish_empty_bag();
+      const auto bag_begin = static_cast<std::size_t>(bags.offsets[pending.bag]);
+      const auto bag_end = static_cast<std::size_t>(bags.offsets[pending.bag + 1]);
       segment.begin = i;
       segment.end = bag_end < at + block.num_rows ? bag_end - at : block.num_rows;
       segment.is_first = bag_begin >= at;
       segment.is_last = bag_end <= at + block.num_rows;
-      const float* gradient = gradients + bag * dim;
+      Lanes products[kNumScored] = {zero(), zero(), zero(), zero()};
       for (std::size_t column = 0; column < dim;) {
         const auto add = [&](auto num, std::size_t rest) {
-          add_segment<kSet, kShared, num>(segment, column, rest, gradient, scratch, dim, pending, bag - folded_to);
+          add_segment<kSet, kShared, num>(segment, column, rest, pending.gradient(), scratch, dim, products);
           column += num * kLanes;
         };
         const std::size_t left = dim - column;
@@ -244,13 +211,14 @@ void scores_of(const Rows& rows, const Bags& bags, std::size_t first, std::size_
           add(std::integral_constant<std::size_t, 1>{}, left < kLanes ? left : 0);
         }
       }
+      if (segment.is_last) pending.finish_bag(products);
     }
   });
-  while (bag < last) finish_bag();
+  while (pending.bag < last) pending.finish_empty_bag();
 }
 
 using Scores = void (*)(const Rows&, const Bags&, std::size_t, std::size_t, const float*, const RowRange* const*,
-                        const ScoreSteps*, float*, float* const*);
+                        float*, float* const*);
 
 template <std::size_t... kSet>
 Scores scores_of_set(unsigned set, bool shared, std::index_sequence<kSet...>) {
@@ -259,12 +227,12 @@ Scores scores_of_set(unsigned set, bool shared, std::index_sequence<kSet...>) {
 }
 
 inline void scores(const Rows& rows, const Bags& bags, std::size_t first, std::size_t last, const float* gradients,
-                   const RowRange* const* ranges, const ScoreSteps* steps, float* scratch, float* const* out) {
+                   const RowRange* const* ranges, float* scratch, float* const* out) {
   unsigned set = 0;
   for (std::size_t k = 0; k < kNumScored; ++k) set |= out[k] == nullptr ? 0u : 1u << k;
   const bool shared = ranges[0] == nullptr && ranges[1] == nullptr && ranges[2] == nullptr;
   const auto run = scores_of_set(set, shared, std::make_index_sequence<1u << kNumScored>{});
-  run(rows, bags, first, last, gradients, ranges, steps, scratch, out);
+  run(rows, bags, first, last, gradients, ranges, scratch, out);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.plan import Plan, Precision, RowRange
-from lowprec.shards import TableShard
+from lowprec.shards import TableShard, hot_tables
 from lowprec.traffic.batch import Batch
 
 __all__ = ["BatchLogits", "ExactEvaluator"]
@@ -42,9 +42,10 @@ class ExactEvaluator:
         """Serve the adapter's model, with the ranges of rows by table; minmax for one left out."""
         self.adapter = adapter
         weights = adapter.weights
-        ranges = row_ranges or {}
+        ranges, hot = row_ranges or {}, hot_tables(weights)
         self.shards = {
-            name: TableShard(name, w, row_range=ranges.get(name, RowRange.MINMAX)) for name, w in weights.items()
+            name: TableShard(name, w, row_range=ranges.get(name, RowRange.MINMAX), is_hot=name in hot)
+            for name, w in weights.items()
         }
         # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(weights, 0))

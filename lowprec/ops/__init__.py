@@ -3,6 +3,7 @@
 Importing this package imports neither PyTorch nor the native module; the first call that needs one does.
 """
 
+from lowprec.ops.changes import RowChanges
 from lowprec.ops.fbgemm import Pooling, pooled_lookup
 from lowprec.ops.layout import row_bytes
 from lowprec.ops.native import check_kernels, cpu_path, cpu_paths, using_cpu_path
@@ -21,6 +22,7 @@ from lowprec.ops.rows import (
 __all__ = [
     "SCORED",
     "Pooling",
+    "RowChanges",
     "check_kernels",
     "check_overflow",
     "check_rows",

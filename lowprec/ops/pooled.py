@@ -49,7 +49,8 @@ def pooled_as(
     """
     if precision is Precision.FP32:
         raise ValueError("fp32 rows are looked up by the model itself")
-    _check(table, ids, offsets, weights, mode)
+    check_matrix(table, np.float32, "rows")
+    check_bags(ids, offsets, weights, mode)
     out = np.empty((len(offsets) - 1, table.shape[1]), np.float32)
     try:
         kernels().pooled(table, precision.bits, ids, offsets, out, mode == "mean", weights, ranges, num_threads)
@@ -78,38 +79,21 @@ def scores(
 
     Raises what `pooled_as` raises; a bad row makes its bags non-finite here too.
     """
-    _check(table, ids, offsets, weights, mode)
-    check_matrix(gradients, np.float32, "gradients")
-    if len(gradients) != len(offsets) - 1:
-        raise TrafficError(f"{len(gradients)} gradients need {len(gradients) + 1} offsets; got {len(offsets)}")
-    if gradients.shape[1] != table.shape[1] or not gradients.flags.c_contiguous:
-        raise TypeError(
-            f"gradients must be contiguous float32[num_bags, {table.shape[1]}]; got {described(gradients)}, "
-            f"strides {gradients.strides}"
-        )
-    if unknown := [p for p in precisions if p not in SCORED]:
-        raise ValueError(f"scores knows {', '.join(SCORED)}; got {', '.join(unknown)}")
-    found = {precision: np.empty(len(gradients), np.float32) for precision in precisions}
+    check_matrix(table, np.float32, "rows")
+    check_bags(ids, offsets, weights, mode)
+    check_gradients(gradients, len(offsets) - 1, table.shape[1])
+    found, outputs = score_outputs(precisions, len(gradients))
     given = ranges or {}
+    of_rowwise = [given.get(p) for p in SCORED[1:]]
     try:
-        kernels().scores(
-            table,
-            ids,
-            offsets,
-            gradients,
-            [found.get(p) for p in SCORED],
-            mode == "mean",
-            weights,
-            [given.get(p) for p in SCORED],
-            num_threads,
-        )
+        kernels().scores(table, ids, offsets, gradients, outputs, mode == "mean", weights, of_rowwise, num_threads)
     except (IndexError, ValueError) as error:
         raise TrafficError(str(error)) from None
     return found
 
 
-def _check(table: Floats, ids: Ids, offsets: Ids, weights: Floats | None, mode: Pooling) -> None:
-    check_matrix(table, np.float32, "rows")
+def check_bags(ids: Ids, offsets: Ids, weights: Floats | None, mode: Pooling) -> None:
+    """Raise for arrays of another form than a lookup has; the kernels look at ids and offsets themselves."""
     vectors: dict[str, tuple[NDArray[Any] | None, Any]] = {
         "ids": (ids, np.int64),
         "offsets": (offsets, np.int64),
@@ -124,3 +108,25 @@ def _check(table: Floats, ids: Ids, offsets: Ids, weights: Floats | None, mode: 
         raise TrafficError(f"every id needs one weight; got {len(ids)} ids and {len(weights)} weights")
     if not len(offsets):
         raise TrafficError("offsets must be one more than the bags; got none")
+
+
+def check_gradients(gradients: Floats, num_bags: int, dim: int) -> None:
+    """Raise unless there is a gradient, contiguous float32[dim], for every bag."""
+    check_matrix(gradients, np.float32, "gradients")
+    if len(gradients) != num_bags:
+        raise TrafficError(f"{len(gradients)} gradients need {len(gradients) + 1} offsets; got {num_bags + 1}")
+    if gradients.shape[1] != dim or not gradients.flags.c_contiguous:
+        raise TypeError(
+            f"gradients must be contiguous float32[num_bags, {dim}]; got {described(gradients)}, "
+            f"strides {gradients.strides}"
+        )
+
+
+def score_outputs(
+    precisions: Sequence[Precision], num_bags: int
+) -> tuple[dict[Precision, Floats], list[Floats | None]]:
+    """Where scores go, float32[num_bags] by precision, and those in the order of `SCORED`, as kernels take them."""
+    if unknown := [p for p in precisions if p not in SCORED]:
+        raise ValueError(f"scores knows {', '.join(SCORED)}; got {', '.join(unknown)}")
+    found = {precision: np.empty(num_bags, np.float32) for precision in precisions}
+    return found, [found.get(p) for p in SCORED]

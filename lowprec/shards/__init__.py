@@ -1,5 +1,5 @@
 """Tables, wherever their rows live."""
 
-from lowprec.shards.table import TableShard
+from lowprec.shards.table import TableShard, hot_tables
 
-__all__ = ["TableShard"]
+__all__ = ["TableShard", "hot_tables"]

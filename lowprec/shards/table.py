@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,24 +14,47 @@ from lowprec.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
 
-__all__ = ["TableShard"]
+__all__ = ["TableShard", "hot_tables"]
 
 Floats = NDArray[np.float32]
+
+_HOT_TABLE_BYTES = 512 << 10
+_KEPT_CHANGES_BYTES = 64 << 20
+
+
+def hot_tables(weights: Mapping[str, Tensor]) -> frozenset[str]:
+    """The tables so small that they stay in a cache of the CPU: the changes of their rows are worth keeping.
+
+    Those of at most 512 KiB, the smallest first, until what is kept reaches 64 MiB. It depends on the model alone, so
+    that every worker chooses the same ones and adds up the same numbers.
+    """
+    small = [(w.numel() * w.element_size(), name) for name, w in weights.items()]
+    chosen, left = set(), _KEPT_CHANGES_BYTES
+    for num_bytes, name in sorted(small):
+        left -= ops.RowChanges.bytes_for(*weights[name].shape)
+        if num_bytes > _HOT_TABLE_BYTES or left < 0:
+            break
+        chosen.add(name)
+    return frozenset(chosen)
 
 
 class TableShard:
     """The fp32 rows of a table. Low-precision values are made from them in every lookup and never kept.
 
     Only the scale and bias of `mse` ranges, which cost far more to find than to use, are kept for rows that traffic has
-    touched: 4 bytes a row and precision.
+    touched: 4 bytes a row and precision. A hot table (`hot_tables`) also keeps the changes of its rows for its scores.
     """
 
-    def __init__(self, name: str, weight: Tensor, *, row_range: RowRange = RowRange.MINMAX) -> None:
+    def __init__(
+        self, name: str, weight: Tensor, *, row_range: RowRange = RowRange.MINMAX, is_hot: bool = False
+    ) -> None:
         """Take `weight` float32[num_rows, dim] without a copy (it may be a mapped file)."""
         self.name = name
         self._rows: Floats = weight.detach().numpy()
         self._row_range = row_range
         self._kept_ranges: dict[Precision, NDArray[np.uint16]] = {}
+        self._is_hot = is_hot
+        self._changes: tuple[frozenset[Precision], ops.RowChanges] | None = None
 
     @property
     def dim(self) -> int:
@@ -66,23 +89,29 @@ class TableShard:
     def scores(self, call: BagCall, precisions: Sequence[Precision], gradient: Tensor) -> dict[Precision, Floats]:
         """`gradient[b] . (pooled[b] - call.output[b])`, float32[B], with `pooled` at each of `precisions`, none fp32.
 
-        gradient: float32[B, dim]. No pooled vector is made. Raises `WeightError` as `pooled` does.
+        gradient: float32[B, dim]. No pooled vector is made. From a hot table a change of a value is exact to 16 bits of
+        the largest one in its row. Raises `WeightError` as `pooled` does.
         """
         if not precisions:
             return {}
         bags = _Bags(call)
-        given = {p: ranges for p in precisions if (ranges := self._ranges(bags.ids, p)) is not None}
-        found = ops.scores(
-            self._rows,
-            precisions,
-            bags.ids,
-            bags.offsets,
-            gradient.contiguous().numpy(),
-            mode=call.mode,
-            weights=bags.weights,
-            ranges=given,
-            num_threads=torch.get_num_threads(),
-        )
+        g, threads = gradient.contiguous().numpy(), torch.get_num_threads()
+        if self._is_hot:
+            found = self._row_changes(precisions).scores(
+                precisions, bags.ids, bags.offsets, g, mode=call.mode, weights=bags.weights, num_threads=threads
+            )
+        else:
+            found = ops.scores(
+                self._rows,
+                precisions,
+                bags.ids,
+                bags.offsets,
+                g,
+                mode=call.mode,
+                weights=bags.weights,
+                ranges={p: ranges for p in precisions if (ranges := self._ranges(bags.ids, p)) is not None},
+                num_threads=threads,
+            )
         for precision, score in found.items():
             self._check(score, bags.ids, precision)
         return found
@@ -93,6 +122,20 @@ class TableShard:
         wrong = ~np.isfinite(self._rows[rows]).all(axis=1)
         if wrong.any():
             raise self._named(ops.not_finite(self._rows, int(rows[np.argmax(wrong)])))
+
+    def _row_changes(self, precisions: Collection[Precision]) -> ops.RowChanges:
+        """Those of all rows, right at `precisions` at least."""
+        known = self._changes
+        if known is None or not known[0].issuperset(precisions):
+            wanted = frozenset(precisions).union(known[0] if known else ())
+            # A row that holds NaN or Inf has no range, and shows when it is touched.
+            finite = np.flatnonzero(np.isfinite(self._rows).all(axis=1))
+            ranges = {p: self._kept_ranges[p] for p in wanted if self._ranges(finite, p) is not None}
+            self._changes = known = (
+                wanted,
+                ops.RowChanges(self._rows, ranges=ranges, num_threads=torch.get_num_threads()),
+            )
+        return known[1]
 
     def _ranges(self, ids: NDArray[np.int64], precision: Precision) -> NDArray[np.uint16] | None:
         """uint16[num_ids, 2], or None where the kernels make them on the way."""

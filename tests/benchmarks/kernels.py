@@ -7,9 +7,12 @@ At its top the worst of dims 32 to 128 on one thread (of poolings 1 and 20, wher
   mean over rows of the squared error (ours / PyTorch's); `mse_int4_over_least`: its sum over some rows / a proven
   lower bound.
 - `score_cold`, `score_hot`: all four precisions scored / one fp32 lookup by FBGEMM over the same bags, on a table of
-  1 GiB with fresh ids and on one of 512 KiB. `score_vs_lookups`: five lookups by FBGEMM and the dot products / ours.
+  1 GiB from its fp32 rows, and on one of 512 KiB from the changes of its rows, which a worker keeps for such tables
+  (made before, as FBGEMM's stored rows are; the grid has what that takes). `score_vs_lookups`: five lookups by FBGEMM
+  and the dot products / ours.
 - `on_the_fly`: pooled lookup from fp32 rows at int8, int4 and int2 / FBGEMM's fp32 lookup, cold.
-- `extra_bytes_per_row`: the most that is held beside fp32 rows and results while cold bags are looked up and scored.
+- `extra_bytes_per_row`: the most that is held beside fp32 rows and results while cold bags are looked up and scored;
+  `hot_bytes_per_value`: what the changes of a hot table's rows take.
 
 `all_threads` has the same worst cases on all cores, where FBGEMM and PyTorch get as many. `grid` has every cell, with
 GB/s of memory read and written by ours; `copy_gb_per_s` is what a copy reaches. One thread is timed by its CPU clock,
@@ -76,10 +79,10 @@ def over_calls(
     """
 
     def prepare(work: Callable[[], object]) -> None:
-        if tables.weight.nbytes > HOT_BYTES:
-            empty_caches()
-        else:
+        if tables.is_hot:
             work()
+        else:
+            empty_caches()
         bags.fresh()
 
     def run(work: Callable[[torch.Tensor], object]) -> None:
@@ -182,6 +185,16 @@ class Tables:
             stored = torch.empty(self.num_rows, ops.row_bytes(dim, precision), dtype=torch.uint8)
             ops.quantize(self.rows, precision, num_threads=num_cores(), out=stored.numpy())
             self.served[precision] = stored.view(-1)
+        self.is_hot = num_bytes <= HOT_BYTES
+        if self.is_hot:
+            self.changes = ops.RowChanges(self.rows)
+
+    def scores(
+        self, ids: NDArray[np.int64], offsets: NDArray[np.int64], gradients: NDArray[np.float32], threads: int = 1
+    ) -> dict[Precision, NDArray[np.float32]]:
+        if self.is_hot:
+            return self.changes.scores(LOW, ids, offsets, gradients, mode="sum", num_threads=threads)
+        return ops.scores(self.rows, LOW, ids, offsets, gradients, mode="sum", num_threads=threads)
 
     def lookup(self, precision: Precision, ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return unchecked_lookup(self.served[precision], precision, self.dim, ids, offsets)
@@ -218,10 +231,10 @@ def lookups(num_bytes: int, threads: int) -> dict[str, ByDim]:
 
 
 def check(tables: Tables, bags: Bags) -> None:
-    """Lookups equal FBGEMM's bit for bit, scores up to rounding."""
+    """Lookups equal FBGEMM's bit for bit, scores up to rounding (from changes, to 16 bits of them)."""
     some = bags.calls[0]
     ids, offsets = some.numpy(), bags.offsets.numpy()
-    scores = ops.scores(tables.rows, LOW, ids, offsets, bags.gradients.numpy(), mode="sum")
+    scores = tables.scores(ids, offsets, bags.gradients.numpy())
     exact = tables.lookup(Precision.FP32, some, bags.offsets)
     for precision in LOW:
         served = tables.lookup(precision, some, bags.offsets)
@@ -236,7 +249,7 @@ def score_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
     gradients, offsets = bags.gradients.numpy(), bags.offsets.numpy()
 
     def ours(ids: torch.Tensor) -> object:
-        return ops.scores(tables.rows, LOW, ids.numpy(), offsets, gradients, mode="sum", num_threads=threads)
+        return tables.scores(ids.numpy(), offsets, gradients, threads)
 
     def five_lookups(ids: torch.Tensor) -> object:
         exact = tables.lookup(Precision.FP32, ids, bags.offsets)
@@ -258,8 +271,24 @@ def score_cell(tables: Tables, bags: Bags, threads: int) -> Cell:
     )
     # By itself: between its calls PyTorch's threads wait busily, on the cores of others.
     seconds |= over_calls(tables, bags, threads, {"pytorch": pytorch})
-    read = 4 * tables.dim * (IDS + IDS // bags.pooling)
+    read = 4 * tables.dim * (IDS * (2 if tables.is_hot else 1) + IDS // bags.pooling)
+    made = {}
+    if tables.is_hot:
+        by_rows = timed(
+            {
+                "direct": lambda: ops.scores(
+                    tables.rows, LOW, bags.calls[0].numpy(), offsets, gradients, mode="sum", num_threads=threads
+                ),
+                "changes": lambda: ops.RowChanges(tables.rows, num_threads=threads),
+            },
+            threads,
+        )
+        made = {
+            "from_rows_ns_per_id": round(min(by_rows["direct"]) / len(bags.calls[0]) * 1e9, 2),
+            "changes_ns_per_row": round(min(by_rows["changes"]) / tables.num_rows * 1e9),
+        }
     return {
+        **made,
         "over_fp32_lookup": ratio(seconds["ours"], seconds["fp32"]),
         "lookups_over_ours": ratio(seconds["five lookups"], seconds["ours"]),
         "ns_per_id": round(min(seconds["ours"]) / IDS * 1e9, 2),
@@ -347,6 +376,7 @@ def main() -> None:
             {
                 **worst(grids[1]),
                 "extra_bytes_per_row": extra_bytes_per_row(),
+                "hot_bytes_per_value": round(ops.RowChanges.bytes_for(HOT_BYTES // 256, 64) / (HOT_BYTES // 4), 2),
                 "all_threads": {"num_threads": num_cores(), **worst(grids[num_cores()])},
                 "copy_gb_per_s": copies,
                 "cpu": cpu_model(),

@@ -49,8 +49,7 @@ def test_nothing_beyond_an_array_is_touched(path: str, before: bool) -> None:
 
     with ops.using_cpu_path(path):
         for dim in DIMS:
-            # Few rows are prepared for a whole call, many are not; 17 rows leave a block with one.
-            for num_rows in (17, 60):
+            for num_rows in (17, 60):  # a block with one row, and a part of one
                 table = guard(rng.standard_normal((num_rows, dim), dtype=np.float32))
                 lengths = np.array([0, 3, 1, 0, 38, 2])
                 offsets = guard(np.concatenate([[0], np.cumsum(lengths)]))
@@ -86,8 +85,15 @@ def look_at_all(
         expected = ops.pooled_as(plain, precision, ids, offsets, mode="sum", weights=weights)
         np.testing.assert_array_equal(pooled, expected)
     scores = [guard(np.zeros(len(gradients), np.float32)) for _ in LOW]
-    _native.scores(table, ids, offsets, gradients, scores, False, weights, [None] * len(LOW))
+    _native.scores(table, ids, offsets, gradients, scores, False, weights, [None] * (len(LOW) - 1))
     found = ops.scores(plain, LOW, ids, offsets, np.array(gradients), mode="sum", weights=weights)
+    for precision, score in zip(LOW, scores, strict=True):
+        np.testing.assert_array_equal(score, found[precision])
+    words = guard(np.zeros((num_rows, -(-dim // 16) * 32), np.int32))
+    steps = guard(np.zeros((num_rows, len(LOW)), np.float32))
+    _native.row_changes(table, [None] * (len(LOW) - 1), words, steps)
+    _native.scores_of_changes(words, steps, ids, offsets, gradients, scores, False, weights)
+    found = ops.RowChanges(plain).scores(LOW, ids, offsets, np.array(gradients), mode="sum", weights=weights)
     for precision, score in zip(LOW, scores, strict=True):
         np.testing.assert_array_equal(score, found[precision])
 

@@ -11,7 +11,7 @@ from lowprec import ops
 from lowprec.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
-from lowprec.shards import TableShard
+from lowprec.shards import TableShard, hot_tables
 
 LOW = [Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2]
 
@@ -49,12 +49,14 @@ def test_equals_serving_the_whole_table_bit_for_bit(dim, mode, weights, row_rang
 @pytest.mark.parametrize(("mode", "weights"), [("sum", False), ("sum", True), ("mean", False)])
 @pytest.mark.parametrize("dim", [16, 7])
 @pytest.mark.parametrize("row_range", list(RowRange))
-def test_scores_are_those_of_the_pooled_outputs(dim, mode, weights, row_range):
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_scores_are_those_of_the_pooled_outputs(dim, mode, weights, row_range, is_hot):
     weight = table(dim=dim)
-    shard, other = (TableShard("table:t", weight, row_range=row_range) for _ in range(2))
+    weight[499] = float("nan")  # never touched
+    shard, other = (TableShard("table:t", weight, row_range=row_range, is_hot=is_hot) for _ in range(2))
     rng = np.random.default_rng(0)
     for step in range(6):
-        asked = call(500, rng, mode, weights)
+        asked = call(499, rng, mode, weights)
         bag = torch.nn.functional.embedding_bag
         reference = bag(asked.indices, weight, asked.offsets[:-1], mode=mode, per_sample_weights=asked.weights)
         g = torch.randn(dim, 40, generator=torch.Generator().manual_seed(step)).T  # not contiguous
@@ -63,10 +65,32 @@ def test_scores_are_those_of_the_pooled_outputs(dim, mode, weights, row_range):
         assert set(found) == set(precisions)
         for p, pooled in other.pooled(asked, precisions).items():
             # fp32 sums of a few dozen terms, of values up to about 4 and vectors of norm about sqrt(dim): errors far
-            # below 1e-5 of what is added, differences between precisions far above.
+            # below 1e-5 of what is added (1e-4 with 16 bits for changes up to 1), differences between precisions above.
             size = (g.abs() * (pooled.abs() + 10)).sum(dim=1).numpy()
             assert (np.abs(found[p] - torch.linalg.vecdot(g, pooled - reference).numpy()) <= 1e-5 * size).all()
     assert shard.scores(asked, [], g) == {}
+
+
+def test_hot_tables_are_small_and_few():
+    def weights(**rows):
+        return {name: torch.empty(n, 64, device="meta") for name, n in rows.items()}
+
+    assert hot_tables({}) == frozenset()
+    assert hot_tables(weights(at_the_limit=2048, above=2049, small=3)) == {"at_the_limit", "small"}
+    many = hot_tables(weights(**{f"t{i}": 2048 for i in range(100)}, small=1))
+    assert "small" in many and len(many) == 1 + (64 << 20) // ops.RowChanges.bytes_for(2048, 64)
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+@pytest.mark.parametrize("row_range", list(RowRange))
+def test_a_bad_row_is_named_when_a_score_touches_it(row_range, is_hot):
+    weight, g = table(), torch.ones(1, 16)
+    weight[3, 2] = float("inf")
+    shard = TableShard("table:t", weight, row_range=row_range, is_hot=is_hot)
+    shard.scores(BagCall("table:t", torch.tensor([1, 2]), torch.tensor([0, 2]), None, "sum", g), LOW, g)
+    touched = BagCall("table:t", torch.tensor([1, 3]), torch.tensor([0, 2]), None, "sum", g)
+    with pytest.raises(WeightError, match='"table:t": row 3 holds inf in column 2'):
+        shard.scores(touched, LOW, g)
 
 
 def test_nothing_is_kept_for_a_row_but_the_range_that_is_costly_to_find():
@@ -76,7 +100,7 @@ import resource, sys
 import numpy as np, torch
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
-from lowprec.shards import TableShard
+from lowprec.shards import TableShard, hot_tables
 torch.set_num_threads(1)
 rows, dim = 200_000, 256
 weight = torch.ones(rows, dim)

@@ -31,12 +31,12 @@ def pooled_as(
     fp32(1 / number of ids). An empty bag is zero.
     """
     weight = np.ones(len(ids), np.float32) if weights is None else weights
-    scale, bias, codes = _parts(rows[ids], bits, row_range)
+    scale, bias, codes = parts_of(rows[ids], bits, row_range)
     out = np.zeros((len(offsets) - 1, rows.shape[1]), np.float32)
     for bag in range(len(out)):
         for i in range(offsets[bag], offsets[bag + 1]):
             out[bag] = fma(scale[i] * weight[i], codes[i], out[bag] + bias[i] * weight[i])
-    return _mean(out, offsets) if mean else out
+    return mean_of(out, offsets) if mean else out
 
 
 def scores(
@@ -59,7 +59,7 @@ def scores(
     """
     weight = np.ones(len(ids), np.float32) if weights is None else weights
     x = rows[ids]
-    scale, bias, codes = _parts(x, bits, row_range)
+    scale, bias, codes = parts_of(x, bits, row_range)
     d = x - bias
     pooled, centred = np.zeros_like(gradients), np.zeros_like(gradients)
     for bag in range(len(gradients)):
@@ -69,11 +69,11 @@ def scores(
             else:
                 pooled[bag] = fma(scale[i] * weight[i], codes[i], pooled[bag])
                 centred[bag] = fma(weight[i], d[i], centred[bag])
-    out = _folded(_in_lanes(gradients, pooled - centred))
-    return _mean(out[:, None], offsets)[:, 0] if mean else out
+    out = folded(in_lanes(gradients, pooled - centred))
+    return mean_of(out[:, None], offsets)[:, 0] if mean else out
 
 
-def _parts(rows: Floats, bits: int, row_range: RowRange) -> tuple[Floats, Floats, Floats]:
+def parts_of(rows: Floats, bits: int, row_range: RowRange) -> tuple[Floats, Floats, Floats]:
     """Scale float32[n, 1], bias float32[n, 1] and codes float32[n, dim] of rows; for 16 bits 1, 0 and the values."""
     if bits == 16:
         one = np.ones((len(rows), 1), np.float32)
@@ -82,11 +82,11 @@ def _parts(rows: Floats, bits: int, row_range: RowRange) -> tuple[Floats, Floats
     return scale[:, None], bias[:, None], codes_of(rows, scale, bias, bits).astype(np.float32)
 
 
-def _mean(sums: Floats, offsets: NDArray[np.int64]) -> Floats:
+def mean_of(sums: Floats, offsets: NDArray[np.int64]) -> Floats:
     return sums * (np.float32(1) / np.maximum(np.diff(offsets), 1).astype(np.float32))[:, None]
 
 
-def _in_lanes(a: Floats, b: Floats) -> Floats:
+def in_lanes(a: Floats, b: Floats) -> Floats:
     """Sums of a * b over float32[n, dim] in sixteen lanes, float32[n, 16]."""
     num_rows, dim = a.shape
     surplus = ((0, 0), (0, -dim % _LANES))
@@ -97,7 +97,7 @@ def _in_lanes(a: Floats, b: Floats) -> Floats:
     return lanes
 
 
-def _folded(lanes: Floats) -> Floats:
+def folded(lanes: Floats) -> Floats:
     """float32[n]: lanes i and i + 8 added, then 4, 2 and 1 apart."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
