@@ -105,14 +105,14 @@ template <bool kFirst, bool kSecond, bool kWeighted>
 struct ChangedBags {
   const Changes& changes;
   const Bags& bags;
-  std::size_t row_words, last_id;
+  std::size_t row_bytes, last_id;
 
   // kNum lanes of columns from `column` on, of a bag with ids [begin, end); the last of them holds `rest` columns when
   // that is not zero.
   template <std::size_t kNum>
   [[gnu::always_inline]] void add(std::size_t begin, std::size_t end, std::size_t column, std::size_t rest,
                                   const float* gradient, Lanes (&products)[kNumScored]) const {
-    const std::int32_t* words = changes.words + 2 * column;
+    const auto* words = reinterpret_cast<const char*>(changes.words + 2 * column);
     Lanes sums[kNumScored][kNum];
 #pragma GCC unroll 4
     for (auto& of_precision : sums) {
@@ -121,8 +121,8 @@ struct ChangedBags {
     }
     Four all_steps{};
     for (std::size_t i = begin; i < end; ++i) {
-      if (i + kIdsAhead < last_id) ask_for<kNum>(words, bags.ids[i + kIdsAhead]);
-      const std::int32_t* of_row = words + bags.ids[i] * row_words;
+      if (__builtin_expect(i + kIdsAhead < last_id, 1)) ask_for<kNum>(words, bags.ids[i + kIdsAhead]);
+      const auto* of_row = reinterpret_cast<const std::int32_t*>(words + bags.ids[i] * row_bytes);
       const float* of_steps = changes.steps + bags.ids[i] * kNumScored;
       const float weight = kWeighted ? bags.weights[i] : 1.0f;
       all_steps += kWeighted ? load_four(of_steps) * weight : load_four(of_steps);
@@ -161,8 +161,8 @@ struct ChangedBags {
   }
 
   template <std::size_t kNum>
-  void ask_for(const std::int32_t* words, std::int64_t id) const {
-    const auto* of_row = reinterpret_cast<const char*>(words + id * row_words);
+  void ask_for(const char* words, std::int64_t id) const {
+    const char* of_row = words + id * row_bytes;
 #pragma GCC unroll 8
     for (std::size_t line = 0; line < 2 * kNum; ++line) prefetch_nearest(of_row + 64 * line);
     prefetch_nearest(reinterpret_cast<const char*>(changes.steps + id * kNumScored));
@@ -189,7 +189,7 @@ struct ChangedBags {
 template <bool kFirst, bool kSecond, bool kWeighted>
 void scores_of_changes(const Changes& changes, const Bags& bags, std::size_t first, std::size_t last,
                        const float* gradients, float* const* out) {
-  const ChangedBags<kFirst, kSecond, kWeighted> changed{changes, bags, change_words(changes.dim),
+  const ChangedBags<kFirst, kSecond, kWeighted> changed{changes, bags, change_words(changes.dim) * sizeof(std::int32_t),
                                                         static_cast<std::size_t>(bags.offsets[last])};
   PendingBags pending(bags, first, last, gradients, changes.dim, out);
   auto begin = static_cast<std::size_t>(bags.offsets[first]);
