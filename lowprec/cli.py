@@ -17,6 +17,7 @@ from lowprec import __version__
 if TYPE_CHECKING:
     from lowprec.config import Config
     from lowprec.results.output import Format
+    from lowprec.search.placement import Cluster
 
 __all__ = ["cli", "main"]
 
@@ -35,8 +36,11 @@ def cli() -> None:
     """
 
 
-def _command(name: str, *, config: bool = True) -> Callable[[Command], Command]:
-    """A command with the options that all share; errors become one sentence and an exit code."""
+def _command(name: str, *, config: bool = True, optional: bool = False) -> Callable[[Command], Command]:
+    """A command with the options that all share; errors become one sentence and an exit code.
+
+    optional: CONFIG may be left out, and is None then.
+    """
 
     def decorate(function: Command) -> Command:
         @functools.wraps(function)
@@ -46,7 +50,8 @@ def _command(name: str, *, config: bool = True) -> Callable[[Command], Command]:
             with console.own_stdout():
                 try:
                     if config:
-                        options["config"] = _load(options.pop("config"), options.pop("overrides"))
+                        path, overrides = options.pop("config"), options.pop("overrides")
+                        options["config"] = _load(path, overrides) if path else None
                     return function(as_json=as_json, **options) or 0
                 except (KeyboardInterrupt, BrokenPipeError, click.ClickException):
                     raise
@@ -60,7 +65,9 @@ def _command(name: str, *, config: bool = True) -> Callable[[Command], Command]:
             overrides = click.option(
                 "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key."
             )
-            decorated = click.argument("config", type=click.Path(path_type=Path))(overrides(decorated))
+            decorated = click.argument("config", type=click.Path(path_type=Path), required=not optional)(
+                overrides(decorated)
+            )
         registered: Command = cli.command(name)(decorated)
         return registered
 
@@ -121,32 +128,57 @@ def train(config: Config, as_json: bool) -> None:
     _show(console.json_document("train", asdict(report)), as_json, render.render_train)
 
 
-@_command("search")
+@_command("search", optional=True)
 @click.option("--resume", metavar="RUN", help="Continue a run that was stopped or killed.")
 @click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
 @click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
 @click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
+@click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
+@click.option("--worker-memory", metavar="SIZE", help="each of so much memory: 8GB, 64GiB.")
+@click.option("--network", metavar="RATE", default="10Gbit", show_default=True, help="Between any two of them.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Lookup times by `lowprec calibrate`.")
+@click.option("--tables", type=click.Path(path_type=Path), help="Place the tables of a JSON file, without CONFIG.")
 def search(
-    config: Config,
+    config: Config | None,
     resume: str | None,
     dry_run: bool,
     timeout: str | None,
     max_trials: int | None,
     profile: Path | None,
+    workers: int | None,
+    worker_memory: str | None,
+    network: str,
+    calibration: Path | None,
+    tables: Path | None,
     as_json: bool,
 ) -> int:
-    """Find the cheapest plan within budget and confirm it on a later window."""
+    """Find the cheapest plan within budget and confirm it on a later window.
+
+    With --dry-run, say what that would be, and with --workers where the tables would lie.
+    """
     from lowprec import console, render
 
+    cluster = _cluster(config, dry_run, workers, worker_memory, network, calibration, tables)
+    if tables is not None:
+        from lowprec.search.placement import place_spec
+
+        assert cluster is not None
+        placed = console.json_document("search", {"dry_run": True, "placement": place_spec(tables, cluster)})
+        _show(placed, as_json, render.render_dry_run)
+        return 0
+    assert config is not None
     limits = {"timeout_s": _seconds(timeout) if timeout else None, "max_trials": max_trials}
     limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
     config = config.model_copy(update={"search": limited})
     if dry_run:
         from lowprec.search.describe import describe_job
         from lowprec.search.job import open_job
+        from lowprec.search.placement import place_job
 
-        _show(console.json_document("search", describe_job(open_job(config))), as_json, render.render_dry_run)
+        job = open_job(config)
+        described = describe_job(job) | ({"placement": place_job(job, cluster)} if cluster else {})
+        _show(console.json_document("search", described), as_json, render.render_dry_run)
         return 0
     from lowprec.search.run import run_search
 
@@ -270,6 +302,58 @@ def _show(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, A
     from lowprec.console import print_document
 
     (print_document if as_json else render)(document)
+
+
+def _cluster(
+    config: Config | None,
+    dry_run: bool,
+    workers: int | None,
+    worker_memory: str | None,
+    network: str,
+    calibration: Path | None,
+    tables: Path | None,
+) -> Cluster | None:
+    """The workers that a dry run is asked to place tables on; None where it is not asked to."""
+    from lowprec.errors import ConfigError
+
+    if config is None and tables is None:
+        raise ConfigError("CONFIG is missing; with --dry-run, --tables FILE may stand in its place")
+    if config is not None and tables is not None:
+        raise ConfigError("give either CONFIG or --tables")
+    if workers is None and worker_memory is None and calibration is None and tables is None:
+        return None
+    if not dry_run:
+        raise ConfigError(
+            "--workers, --worker-memory, --calibration and --tables say where tables would lie: add --dry-run"
+        )
+    if workers is None or worker_memory is None:
+        raise ConfigError(
+            "placing tables needs both --workers and --worker-memory, such as --workers 4 --worker-memory 8GB"
+        )
+    from lowprec.search.placement import Cluster
+
+    return Cluster(workers, _bytes("--worker-memory", worker_memory), _bytes_per_s("--network", network), calibration)
+
+
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def _bytes(option: str, text: str) -> int:
+    from lowprec.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", text)
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f'{option} "{text}": expected a size such as 8GB, 64GiB or 500MB')
+    return int(float(match[1]) * _SIZES[match[2] or ""])
+
+
+def _bytes_per_s(option: str, text: str) -> float:
+    from lowprec.errors import ConfigError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(bit|B)(?:/s)?", text)
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f'{option} "{text}": expected a rate such as 10Gbit or 1.2GB/s')
+    return float(match[1]) * _SIZES[match[2]] / (8 if match[3] == "bit" else 1)
 
 
 def _seconds(text: str) -> float:

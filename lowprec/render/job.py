@@ -9,13 +9,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowprec.console import stdout
+from lowprec.render.placement import render_placement
 from lowprec.render.text import bytes_text, count_text, number, render_rows
 
 __all__ = ["render_calibration", "render_doctor", "render_dry_run", "render_train"]
 
 
 def render_dry_run(document: Mapping[str, Any]) -> None:
-    """Tables, space, bytes and windows of a search that was not run."""
+    """Tables, space, bytes and windows of a search that was not run, and where its tables would lie."""
+    if "units" in document:
+        _render_job(document)
+    if "placement" in document:
+        render_placement(document["placement"])
+
+
+def _render_job(document: Mapping[str, Any]) -> None:
     table = Table(
         "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=f"{document['name']}: tables"
     )

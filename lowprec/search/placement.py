@@ -1,0 +1,148 @@
+"""Where the tables of a job would lie on a cluster, and what that takes: the dry run's answer, without starting one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowprec.calibration import Calibration, read_calibration
+from lowprec.errors import ConfigError
+from lowprec.evaluation.loads import measure_loads, row_overhead
+from lowprec.plan import Precision, RowRange
+from lowprec.search.job import Job
+from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
+from lowprec.shards.planner import Placement, TableLoad, place_tables
+from lowprec.shards.spec import read_tables_spec
+
+__all__ = ["Cluster", "describe_placement", "place_job", "place_spec"]
+
+# What workers do beside an fp32 lookup, in such lookups (of cold tables, `make bench NAME=kernels`).
+_SCORES_OVER_LOOKUP, _LOW_OVER_LOOKUP = 1.6, 1.4
+_LOW = tuple(p for p in Precision if p is not Precision.FP32)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Workers, alike, and the network between them."""
+
+    num_workers: int
+    worker_memory: int
+    network_bytes_per_s: float
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What is asked of the cluster. num_examples: of the window, None where it is not known."""
+
+    tables: tuple[TableLoad, ...]
+    dense_bytes: int
+    batch_size: int
+    num_examples: float | None
+    num_low: int
+
+
+def place_job(job: Job, cluster: Cluster) -> dict[str, Any]:
+    """The placement of a job's tables, with lookups counted on its search window."""
+    window = job.window("search")
+    tables = {id(weight.untyped_storage()) for weight in job.adapter.weights.values()}
+    dense = [p for p in job.adapter.model.parameters() if id(p.untyped_storage()) not in tables]
+    demand = _Demand(
+        tables=measure_loads(job.adapter, window, job.spec.row_ranges),
+        dense_bytes=sum(p.numel() * p.element_size() for p in dense),
+        batch_size=job.config.traffic.batch_size,
+        num_examples=window.num_rows,
+        num_low=len({precision for _, precision in job.columns}),
+    )
+    return describe_placement(demand, cluster)
+
+
+def place_spec(path: Path, cluster: Cluster, *, row_range: RowRange = RowRange.MSE) -> dict[str, Any]:
+    """The placement of tables that were only written down."""
+    spec = read_tables_spec(path, row_overhead=row_overhead(row_range))
+    return describe_placement(
+        _Demand(spec.tables, spec.dense_bytes, spec.batch_size, spec.num_examples, len(_LOW)), cluster
+    )
+
+
+def describe_placement(demand: _Demand, cluster: Cluster) -> dict[str, Any]:
+    """Shards, memory, network, time and limits. Raises `ConfigError` where the tables do not fit."""
+    needs = WorkerNeeds.of(
+        cluster.worker_memory,
+        dense_bytes=demand.dense_bytes,
+        batch_size=demand.batch_size,
+        ids=sum(table.ids for table in demand.tables),
+        values=sum(table.bags * table.dim for table in demand.tables),
+        precisions=demand.num_low + 1,
+    )
+    if needs.total >= cluster.worker_memory:
+        raise ConfigError(
+            f"workers of {cluster.worker_memory / 1e9:.2f} GB have no room for tables: they need "
+            f"{needs.total / 1e9:.2f} GB for themselves ({needs.process / 1e9:.2f} GB process, {needs.dense / 1e9:.2f} "
+            f"GB dense part, {needs.batch / 1e9:.2f} GB batches of {demand.batch_size}, {needs.caches / 1e9:.2f} GB "
+            "caches); give them more, or lower traffic.batch_size"
+        )
+    placement = place_tables(demand.tables, [cluster.worker_memory - needs.total] * cluster.num_workers)
+    network = network_load(placement, profile_precisions=demand.num_low, exact_precisions=demand.num_low + 1)
+    calibration = read_calibration(cluster.calibration) if cluster.calibration else None
+    lookup_ns = _lookup_ns(placement, calibration) if calibration else None
+    limits = limits_of(
+        placement,
+        [needs] * cluster.num_workers,
+        network,
+        lookup_ns=lookup_ns.__getitem__ if lookup_ns else None,
+        network_bytes_per_s=cluster.network_bytes_per_s,
+    )
+    return {
+        "num_workers": cluster.num_workers,
+        "worker_memory": cluster.worker_memory,
+        "table_bytes": sum(table.num_rows * table.dim * 4 for table in demand.tables),
+        "needs": {**vars(needs), "total": needs.total},
+        "replicated": list(placement.replicated),
+        "shards": [vars(shard) for shard in placement.shards],
+        "workers": [
+            {"held_bytes": held, "memory": held + needs.total, "ids_per_example": ids}
+            for held, ids in zip(placement.held_bytes, placement.lookups, strict=True)
+        ],
+        "network": {
+            "profile_bytes_per_example": network.profile_bytes,
+            "exact_bytes_per_example": network.exact_bytes,
+            "bytes_per_s": cluster.network_bytes_per_s,
+        },
+        "time": _times(demand, cluster, lookup_ns, network.profile_bytes, network.exact_bytes),
+        "limits": [vars(limit) for limit in limits],
+    }
+
+
+def _lookup_ns(placement: Placement, calibration: Calibration) -> list[float]:
+    """Nanoseconds of fp32 lookups of each worker for one example of each, on one thread."""
+
+    def of_table(table: TableLoad) -> float:
+        length = table.ids / table.bags if table.bags else 0.0
+        return table.bags * calibration.ns_per_bag(Precision.FP32, table.dim, table.num_rows, length)
+
+    copies = sum(of_table(placement.table[name]) for name in placement.replicated)
+    found = [copies] * placement.num_workers
+    for shard in placement.shards:
+        table = placement.table[shard.table]
+        found[shard.worker] += placement.num_workers * of_table(table) * table.share(shard.first_row, shard.end_row)
+    return found
+
+
+def _times(
+    demand: _Demand, cluster: Cluster, lookup_ns: Sequence[float] | None, profile_bytes: float, exact_bytes: float
+) -> dict[str, float] | None:
+    """Seconds of lookups and of sending for the window; None where lookups were not calibrated."""
+    if lookup_ns is None or demand.num_examples is None:
+        return None
+    reads = demand.num_examples / cluster.num_workers * max(lookup_ns) / 1e9
+    sent = demand.num_examples / cluster.num_workers * 2 / cluster.network_bytes_per_s
+    return {
+        "num_examples": demand.num_examples,
+        "profile_lookup_s": reads * (1 + _SCORES_OVER_LOOKUP),
+        "exact_lookup_s": reads * (1 + demand.num_low * _LOW_OVER_LOOKUP),
+        "profile_network_s": sent * profile_bytes,
+        "exact_network_s": sent * exact_bytes,
+    }

@@ -1,0 +1,76 @@
+"""Tables as somebody wrote them down: a placement without model, checkpoint or traffic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowprec.errors import ConfigError
+from lowprec.shards.planner import TableLoad
+
+__all__ = ["TablesSpec", "read_tables_spec"]
+
+
+class _Entry(BaseModel):
+    """A table, or `count` tables alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    num_rows: Annotated[int, Field(gt=0)]
+    dim: Annotated[int, Field(gt=0)]
+    ids: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    bags: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    lookups: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    count: Annotated[int, Field(gt=0)] = 1
+
+    def loads(self, row_overhead: int) -> list[TableLoad]:
+        names = [self.name] if self.count == 1 else [f"{self.name}_{k}" for k in range(self.count)]
+        total = sum(self.lookups)
+        shares = tuple(share / total for share in self.lookups) if total else ()
+        return [TableLoad(n, self.num_rows, self.dim, self.ids, self.bags, shares, row_overhead) for n in names]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tables: Annotated[tuple[_Entry, ...], Field(min_length=1)]
+    dense_bytes: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(gt=0)] = 4096
+    num_examples: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
+class TablesSpec:
+    """Tables and what else a placement needs to know. dense_bytes: of the dense part; num_examples: of a window."""
+
+    tables: tuple[TableLoad, ...]
+    dense_bytes: int
+    batch_size: int
+    num_examples: float | None
+
+
+def read_tables_spec(path: Path, *, row_overhead: int) -> TablesSpec:
+    """Read a JSON file with `tables`, and `dense_bytes`, `batch_size`, `num_examples` where they are known.
+
+    A table has `name`, `num_rows`, `dim`; `ids` and `bags` of an example (1); `lookups`, relative weights of equal
+    ranges of rows (even); `count` of tables alike (1). Raises `ConfigError` naming the file and each key that is wrong.
+    """
+    try:
+        document = _Document.model_validate_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tables {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"tables {path}: is not JSON: {error}") from None
+    except ValidationError as error:
+        sentences = [
+            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
+        ]
+        more = f"; and {len(sentences) - 3} more" if len(sentences) > 3 else ""
+        raise ConfigError(f"tables {path}: {'; '.join(sentences[:3])}{more}") from None
+    tables = tuple(load for entry in document.tables for load in entry.loads(row_overhead))
+    return TablesSpec(tables, document.dense_bytes, document.batch_size, document.num_examples)
