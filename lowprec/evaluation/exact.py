@@ -15,8 +15,8 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
-from lowprec.plan import Plan, Precision, RowRange
-from lowprec.shards import TableShard, hot_tables
+from lowprec.plan import Plan, Precision
+from lowprec.shards import LocalTables, Tables
 from lowprec.traffic.batch import Batch
 
 __all__ = ["BatchLogits", "ExactEvaluator"]
@@ -38,18 +38,13 @@ class ExactEvaluator:
     Plans share the reference pass and every (table, precision) pooled output that any of them needs.
     """
 
-    def __init__(self, adapter: ModelAdapter, *, row_ranges: Mapping[str, RowRange] | None = None) -> None:
-        """Serve the adapter's model, with the ranges of rows by table; minmax for one left out."""
+    def __init__(self, adapter: ModelAdapter, tables: Tables | None = None) -> None:
+        """Serve the adapter's model; its tables are its own weights, with minmax ranges, when they are left out."""
         self.adapter = adapter
-        weights = adapter.weights
-        ranges, hot = row_ranges or {}, hot_tables(weights)
-        self.shards = {
-            name: TableShard(name, w, row_range=ranges.get(name, RowRange.MINMAX), is_hot=name in hot)
-            for name, w in weights.items()
-        }
+        self.tables = tables or LocalTables(adapter.weights, {})
         # How many ids and bags each table was asked for since this evaluator exists.
-        self.lookups: Counter[str] = Counter(dict.fromkeys(weights, 0))
-        self.bags: Counter[str] = Counter(dict.fromkeys(weights, 0))
+        self.lookups: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
+        self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         # For tasks that come back to the same batches.
         self.kept = Kept(KEPT_BYTES)
         self._is_checked = False
@@ -73,14 +68,12 @@ class ExactEvaluator:
         """
         if batch.num_rows == 0:  # every row was bad
             return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
-        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.shards}
+        needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.tables.names}
         inputs = inputs_of(batch)
         reference = self.adapter.reference(inputs)
         self._check(inputs, reference, needed, batch.index)
         with torch.inference_mode():
-            pooled: list[Mapping[Precision, Tensor]] = [
-                self.shards[call.table].pooled(call, sorted(needed[call.table])) for call in reference.calls
-            ]
+            pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
         logits = np.empty((len(plans), batch.num_rows), dtype=np.float32)
         for row, plan in zip(logits, plans, strict=True):
             outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
@@ -104,8 +97,7 @@ class ExactEvaluator:
     ) -> None:
         """Refuse what cannot be evaluated, and count the lookups of the rest."""
         if not torch.isfinite(reference.logits).all():
-            for call in reference.calls:
-                self.shards[call.table].check_finite(call)
+            self.tables.check_finite(reference.calls)
             raise ModelError(
                 f"batch {index}: the fp32 model gives a logit that is not finite; a weight of its dense part "
                 "is not, or its inputs are too large for it"
@@ -114,7 +106,7 @@ class ExactEvaluator:
             self.adapter.check(inputs, reference)
             self._is_checked = True
         called = {call.table for call in reference.calls}
-        for name in self.shards.keys() - called:
+        for name in set(self.tables.names) - called:
             low = set(needed.get(name, ())) - {Precision.FP32}
             if low:
                 raise ModelError(

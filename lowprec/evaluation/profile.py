@@ -269,12 +269,11 @@ def swaps(
     reference, gradients = evaluator.differentiated(batch, {unit: set(found) for unit, found in rows.items()})
     s = np.zeros((len(columns), batch.num_rows), dtype=np.float32)
     with torch.inference_mode():
-        for call, gradient in zip(reference.calls, gradients, strict=True):
-            wanted = rows.get(call.table, {})
-            if not wanted:
-                continue
-            for precision, change in evaluator.shards[call.table].scores(call, list(wanted), gradient).items():
-                s[wanted[precision]] += change
+        wanted = [rows.get(call.table, {}) for call in reference.calls]
+        found = evaluator.tables.scores(reference.calls, [list(columns_of) for columns_of in wanted], gradients)
+        for columns_of, changes in zip(wanted, found, strict=True):
+            for precision, change in changes.items():
+                s[columns_of[precision]] += change
     return reference.logits.numpy(), s
 
 

@@ -16,10 +16,22 @@ from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import load_checkpoint
 from lowprec.models.factory import build_model, without_table_init
 from lowprec.plan import Plan, RowRange
+from lowprec.shards import LocalTables
 from lowprec.traffic import BadRow, Schema, TrafficWindow
 from lowprec.traffic.batch import Batch
 
-__all__ = ["Chunk", "ExactTask", "LocalWorkers", "Summable", "Task", "Worker", "WorkerSpec", "Workers", "load_adapter"]
+__all__ = [
+    "Chunk",
+    "ExactTask",
+    "LocalWorkers",
+    "Summable",
+    "Task",
+    "Worker",
+    "WorkerSpec",
+    "Workers",
+    "evaluator_of",
+    "load_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,11 @@ def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     return ModelAdapter(model)
 
 
+def evaluator_of(spec: WorkerSpec, adapter: ModelAdapter) -> ExactEvaluator:
+    """An evaluator of a loaded model, with the ranges of rows that the spec says."""
+    return ExactEvaluator(adapter, LocalTables(adapter.weights, spec.row_ranges))
+
+
 class Worker:
     """A ready evaluator."""
 
@@ -116,7 +133,7 @@ class Worker:
         """Load the model, or use the one at hand, and fix the number of threads."""
         self._threads = spec.threads
         torch.set_num_threads(spec.threads)
-        self._evaluator = ExactEvaluator(adapter or load_adapter(spec), row_ranges=spec.row_ranges)
+        self._evaluator = evaluator_of(spec, adapter or load_adapter(spec))
 
     def run(self, window: TrafficWindow, task: Task[T]) -> Chunk[T]:
         """Do one task. The same task gives the same bits in any worker with as many threads."""

@@ -1,5 +1,6 @@
 """Tables, wherever their rows live."""
 
 from lowprec.shards.table import TableShard, hot_tables
+from lowprec.shards.tables import LocalTables, Tables
 
-__all__ = ["TableShard", "hot_tables"]
+__all__ = ["LocalTables", "TableShard", "Tables", "hot_tables"]

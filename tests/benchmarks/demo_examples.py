@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowprec.evaluation.exact import BatchLogits, ExactEvaluator
+from lowprec.evaluation.exact import BatchLogits
 from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask, swaps
-from lowprec.evaluation.worker import load_adapter
+from lowprec.evaluation.worker import evaluator_of, load_adapter
 from lowprec.plan import Plan, Precision
 from lowprec.search import Job
 from lowprec.traffic import SyntheticSpec
@@ -83,7 +83,7 @@ class Replay:
     def __init__(self, examples: Examples, logits: Mapping[Plan, Single]) -> None:
         self._examples, self._logits = examples, logits
         self._rows = {column: k for k, column in enumerate(examples.columns)}
-        self.shards = {unit: SimpleNamespace(pooled=self._pooled, scores=self._scores) for unit, _ in examples.columns}
+        self.tables = SimpleNamespace(scores=self._scores)
         self.kept = SimpleNamespace(get=_made)
 
     def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
@@ -98,17 +98,18 @@ class Replay:
         logits = torch.from_numpy(self._examples.reference[batch.times])
         return SimpleNamespace(logits=logits, calls=calls), (zero + 1,) * len(calls)
 
-    def _pooled(self, call: Any, precisions: Sequence[Precision]) -> dict[Precision, torch.Tensor]:
-        rows = {p: self._rows[call.table, p] for p in precisions}
-        return {p: torch.from_numpy(self._examples.changes[k, call.rows])[:, None] for p, k in rows.items()}
-
-    def _scores(self, call: Any, precisions: Sequence[Precision], gradient: torch.Tensor) -> dict[Precision, Single]:
-        return {p: (gradient * pooled)[:, 0].numpy() for p, pooled in self._pooled(call, precisions).items()}
+    def _scores(
+        self, calls: Sequence[Any], precisions: Sequence[Sequence[Precision]], gradients: Sequence[torch.Tensor]
+    ) -> list[dict[Precision, Single]]:
+        return [
+            {p: gradient[:, 0].numpy() * self._examples.changes[self._rows[call.table, p], call.rows] for p in wanted}
+            for call, wanted, gradient in zip(calls, precisions, gradients, strict=True)
+        ]
 
 
 def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
     """All examples of the windows, with the changes of every column of the job."""
-    evaluator = ExactEvaluator(load_adapter(job.spec), row_ranges=job.spec.row_ranges)
+    evaluator = evaluator_of(job.spec, load_adapter(job.spec))
     logits, changes, labels = [], [], []
     for batch in _batches(job, windows):
         reference, s = swaps(evaluator, batch, job.columns)
@@ -120,7 +121,7 @@ def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
 
 def exact_logits(job: Job, plans: Sequence[Plan], windows: Sequence[str] = WINDOWS) -> dict[Plan, Single]:
     """The logits of every plan on all examples of the windows, by the kernels that serve, float32[N] each."""
-    evaluator = ExactEvaluator(load_adapter(job.spec), row_ranges=job.spec.row_ranges)
+    evaluator = evaluator_of(job.spec, load_adapter(job.spec))
     distinct = list(dict.fromkeys(plans))
     found = [evaluator.logits(batch, distinct).plans for batch in _batches(job, windows)]
     return dict(zip(distinct, np.concatenate(found, axis=1), strict=True))

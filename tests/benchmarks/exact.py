@@ -14,8 +14,7 @@ import numpy as np
 from demo_model import demo_config
 
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.worker import LocalWorkers, evaluator_of
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import Job, open_job
@@ -35,12 +34,12 @@ def seconds(work) -> float:
 
 def dense_seconds(job: Job, plans: list[Plan]) -> float:
     """The dense passes of all plans and nothing else: pooled outputs are made before the clock starts."""
-    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
+    evaluator = evaluator_of(job.spec, job.adapter)
     total = 0.0
     for batch in job.window("search").batches():
         inputs = inputs_of(batch)
         reference = job.adapter.reference(inputs)
-        pooled = [evaluator.shards[call.table].pooled(call, list(Precision)) for call in reference.calls]
+        pooled = evaluator.tables.pooled(reference.calls, [list(Precision)] * len(reference.calls))
         outputs = [[p[plan[c.table]] for p, c in zip(pooled, reference.calls, strict=True)] for plan in plans]
         began = time.perf_counter()
         for chosen in outputs:

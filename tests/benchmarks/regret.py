@@ -20,8 +20,7 @@ import lowprec
 from lowprec.config import Config, load_config
 from lowprec.demo import DEMO_CONFIG, generate_traffic
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.worker import LocalWorkers, evaluator_of
 from lowprec.models.train import train
 from lowprec.plan import Plan, Precision
 from lowprec.progress import Silent
@@ -68,7 +67,7 @@ def small_config() -> Config:
 
 def exact_gaps(job: Job, plans: list[Plan]) -> tuple[np.ndarray, np.ndarray]:
     """The gap and the KL gap of every plan on the search window, in percent."""
-    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
+    evaluator = evaluator_of(job.spec, job.adapter)
     change, divergence, loss = np.zeros(len(plans)), np.zeros(len(plans)), 0.0
     batches = list(job.window("search").batches())
     for first in range(0, len(plans), PLANS_AT_ONCE):

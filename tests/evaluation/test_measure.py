@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.measure import NUM_BLOCKS, measure_profile
 from lowprec.evaluation.profile import ProfileTask, swaps
-from lowprec.evaluation.worker import LocalWorkers, Worker
+from lowprec.evaluation.worker import LocalWorkers, Worker, evaluator_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 
@@ -62,7 +61,7 @@ def test_blocks_are_equal_stretches_of_the_window_in_order(job):
     window = job.window("search")
     assert NUM_BLOCKS >= 20 and len(profile.blocks) == NUM_BLOCKS
     assert profile.num_rows == window.num_rows
-    evaluator, start = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges), 0
+    evaluator, start = evaluator_of(job.spec, job.adapter), 0
     for block in profile.blocks:
         assert 1 <= block.num_rows / 128 <= 3  # 47 batches in 20 blocks
         end = start + -(-block.num_rows // 128)
@@ -176,7 +175,7 @@ def test_with_a_group_key_the_evidence_is_of_groups(job, grouped):
     z = rows.selected(random_plans(job))
     # 6,000 examples of 300 users: the same sums, but of other units, known to within the error of the sketch.
     exact = {}
-    evaluator, window = ExactEvaluator(grouped.adapter, row_ranges=grouped.spec.row_ranges), grouped.window("search")
+    evaluator, window = evaluator_of(grouped.spec, grouped.adapter), grouped.window("search")
     for batch in window.batches():
         logits, s = swaps(evaluator, batch, grouped.columns)
         terms = (z[:, :-2] @ s) * (1 / (1 + np.exp(-logits.astype(float))) - batch.labels)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.profile import Profile, ProfilePart, ProfileTask, columns_of, swaps
+from lowprec.evaluation.worker import evaluator_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 
@@ -19,7 +19,7 @@ def job(small_config):
 
 @pytest.fixture
 def evaluator(job):
-    return ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
+    return evaluator_of(job.spec, job.adapter)
 
 
 @pytest.fixture

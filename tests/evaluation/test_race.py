@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.profile import swaps
 from lowprec.evaluation.race import RaceTask, Residuals
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.worker import LocalWorkers, evaluator_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 
@@ -47,7 +46,7 @@ def test_sums_are_those_of_their_definitions(job):
     sums = lap(job, plans, (1,), ((2,),), 4)
     batch, evaluator = (
         job.window("search").batch(1).part(2, 4),
-        ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges),
+        evaluator_of(job.spec, job.adapter),
     )
     logits = evaluator.logits(batch, plans)
     z, changed = logits.reference.astype(float), logits.plans.astype(float)
@@ -77,7 +76,7 @@ def test_all_parts_of_all_batches_are_the_whole_evaluation(job):
     plans = random_plans(job.units, 4)
     every = tuple(range(6))
     sums = lap(job, plans, every, ((0, 1, 2),) * 6, 3)
-    evaluator = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges)
+    evaluator = evaluator_of(job.spec, job.adapter)
     whole = evaluator.sums(job.window("search").batch(0), plans)
     for k in every[1:]:
         whole = whole + evaluator.sums(job.window("search").batch(k), plans)
@@ -153,7 +152,7 @@ def test_the_fp32_plan_leaves_no_residual(job):
 
 def test_weights_multiply_and_rows_without_a_label_are_left_out(job):
     plans = random_plans(job.units, 3)
-    evaluator, batch = ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges), job.window("search").batch(0)
+    evaluator, batch = evaluator_of(job.spec, job.adapter), job.window("search").batch(0)
     rng = np.random.default_rng(1)
     holes = np.where(rng.random(batch.num_rows) < 0.3, np.nan, batch.labels).astype(np.float32)
     rows = np.flatnonzero(~np.isnan(holes))
@@ -179,7 +178,7 @@ def test_a_slice_without_rows_counts_as_a_slice(job):
     assert sums.num_slices == 1 and sums.exact.num_rows in (0, 1)
     empty = job.window("search").batch(0).part(0, 5000)
     task = RaceTask(tuple(random_plans(job.units, 2)), job.columns, (0,), ((0,),), (1,), "empty")
-    nothing = task.sums(ExactEvaluator(job.adapter, row_ranges=job.spec.row_ranges), empty)
+    nothing = task.sums(evaluator_of(job.spec, job.adapter), empty)
     assert nothing.y == 0 and not nothing.gap.e.any() and nothing.num_slices == 1
 
 

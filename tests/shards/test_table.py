@@ -100,7 +100,7 @@ import resource, sys
 import numpy as np, torch
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
-from lowprec.shards import TableShard, hot_tables
+from lowprec.shards import TableShard
 torch.set_num_threads(1)
 rows, dim = 200_000, 256
 weight = torch.ones(rows, dim)
