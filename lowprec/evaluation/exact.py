@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.ops.bags import BagCall
 from lowprec.plan import Plan, Precision
 from lowprec.shards import LocalTables, Tables
 from lowprec.traffic.batch import Batch
@@ -70,10 +71,16 @@ class ExactEvaluator:
             return BatchLogits(np.empty(0, np.float32), np.empty((len(plans), 0), np.float32))
         needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.tables.names}
         inputs = inputs_of(batch)
-        reference = self.adapter.reference(inputs)
-        self._check(inputs, reference, needed, batch.index)
-        with torch.inference_mode():
-            pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
+        if self.tables.are_remote:
+            calls = self.adapter.asked(inputs)
+            pooled = self.tables.pooled(calls, [needed[call.table] | {Precision.FP32} for call in calls])
+            reference = self.adapter.answered(inputs, _with_outputs(calls, pooled))
+            self._check(inputs, reference, needed, batch.index)
+        else:
+            reference = self.adapter.reference(inputs)
+            self._check(inputs, reference, needed, batch.index)
+            with torch.inference_mode():
+                pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
         logits = np.empty((len(plans), batch.num_rows), dtype=np.float32)
         for row, plan in zip(logits, plans, strict=True):
             outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
@@ -88,7 +95,11 @@ class ExactEvaluator:
         `needed` says which precisions of which tables the caller is going to look up.
         """
         inputs = inputs_of(batch)
-        reference, gradients = self.adapter.differentiated(inputs)
+        calls = None
+        if self.tables.are_remote:
+            asked = self.adapter.asked(inputs)
+            calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
+        reference, gradients = self.adapter.differentiated(inputs, calls)
         self._check(inputs, reference, needed, batch.index)
         return reference, gradients
 
@@ -116,3 +127,7 @@ class ExactEvaluator:
         for call in reference.calls:
             self.lookups[call.table] += len(call.indices)
             self.bags[call.table] += len(call.offsets) - 1
+
+
+def _with_outputs(calls: Sequence[BagCall], pooled: Sequence[Mapping[Precision, Tensor]]) -> tuple[BagCall, ...]:
+    return tuple(replace(call, output=of_call[Precision.FP32]) for call, of_call in zip(calls, pooled, strict=True))

@@ -93,9 +93,43 @@ class ModelAdapter:
         return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}
 
     @property
+    def has_rows(self) -> bool:
+        """Whether the tables' rows are in this process: their weights are not on the meta device."""
+        return not any(weight.is_meta for weight in self.weights.values())
+
+    @property
     def other_embeddings(self) -> tuple[str, ...]:
         """Paths of `nn.Embedding` modules: they stay fp32, and people are told."""
         return tuple(path for path, module in self.model.named_modules() if isinstance(module, nn.Embedding))
+
+    def asked(self, inputs: ModelInputs) -> tuple[BagCall, ...]:
+        """The calls of the tables, without looking anything up: each returns zeros, float32[B, dim].
+
+        For a model whose rows are elsewhere: its weights are never read. What it makes of zeros is thrown away.
+        """
+        calls: list[BagCall] = []
+
+        def ask(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            _check_plain(name, bag)
+
+            def asked(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+                _check_ids(name, bag, input)
+                num_bags = len(input) if offsets is None else len(offsets) - bag.include_last_offset
+                output = torch.zeros(num_bags, bag.embedding_dim)
+                calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
+                return output
+
+            return asked
+
+        with torch.inference_mode(), self._forwards(ask):
+            self._logits(inputs)
+        return tuple(calls)
+
+    def answered(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
+        """The pass in which `calls`, those of `asked`, return their outputs."""
+        with torch.inference_mode():
+            logits = self._replayed(inputs, calls, [call.output for call in calls])
+        return ReferencePass(logits, tuple(calls))
 
     def reference(self, inputs: ModelInputs) -> ReferencePass:
         """Run the model as it is and record the calls of its tables."""
@@ -104,22 +138,28 @@ class ModelAdapter:
             logits = self._logits(inputs)
         return ReferencePass(logits, tuple(calls))
 
-    def differentiated(self, inputs: ModelInputs) -> tuple[ReferencePass, tuple[Tensor, ...]]:
+    def differentiated(
+        self, inputs: ModelInputs, calls: Sequence[BagCall] | None = None
+    ) -> tuple[ReferencePass, tuple[Tensor, ...]]:
         """The reference pass, and d logit / d output of every call: float32[B, dim] each, row i of logit i alone.
 
-        Rows must not touch each other inside the model, which holds for anything that serves one example at a time.
-        A call that the logits do not depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch
-        cannot differentiate.
+        calls: what `asked` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each other
+        inside the model, which holds for anything that serves one example at a time. A call that the logits do not
+        depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch cannot differentiate.
         """
-        calls: list[BagCall] = []
-        leaves: list[Tensor] = []
+        recorded: list[BagCall] = list(calls or ())
+        leaves: list[Tensor] = [_leaf(call.output) for call in recorded]
 
-        def leaf(output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
+        def watched(output: Tensor) -> Tensor:
+            leaves.append(_leaf(output))
             return leaves[-1]
 
-        with torch.enable_grad(), self._forwards(_recorder(calls, leaf)):
-            logits = self._logits(inputs)
+        with torch.enable_grad():
+            if calls is None:
+                with self._forwards(_recorder(recorded, watched)):
+                    logits = self._logits(inputs)
+            else:
+                logits = self._replayed(inputs, calls, leaves)
             try:
                 gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
             except RuntimeError as error:
@@ -128,16 +168,20 @@ class ModelAdapter:
                     f"embeddings, which the profile needs: {' '.join(str(error).split())}"
                 ) from error
         filled = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
-        return ReferencePass(logits.detach(), tuple(calls)), tuple(filled)
+        return ReferencePass(logits.detach(), tuple(recorded)), tuple(filled)
 
     def substituted(self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor]) -> Tensor:
         """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim])."""
+        with torch.inference_mode():
+            return self._replayed(inputs, reference.calls, outputs)
+
+    def _replayed(self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor]) -> Tensor:
         position = 0
 
         def replay(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def replayed(*args: Any, **kwargs: Any) -> Tensor:
                 nonlocal position
-                if position == len(outputs) or reference.calls[position].table != f"table:{name}":
+                if position == len(outputs) or calls[position].table != f"table:{name}":
                     raise ModelError(
                         f'model {type(self.model).__name__}: table "{name}" is called out of order in a second pass '
                         "over the same batch; the calls of tables must not depend on their outputs"
@@ -147,7 +191,7 @@ class ModelAdapter:
 
             return replayed
 
-        with torch.inference_mode(), self._forwards(replay):
+        with self._forwards(replay):
             logits = self._logits(inputs)
         if position != len(outputs):
             raise ModelError(
@@ -159,10 +203,10 @@ class ModelAdapter:
     def check(self, inputs: ModelInputs, reference: ReferencePass) -> None:
         """Raise `ModelError` unless replaced outputs give what a low-precision model would.
 
-        That needs two things: every call of a table returns the plain embedding bag of its weight, and the model run
-        again on the same batch with the same outputs gives the same bits.
+        That needs two things: every call of a table returns the plain embedding bag of its weight (what is answered for
+        a model without rows does), and the model run again on the same batch with the same outputs gives the same bits.
         """
-        for call in reference.calls:
+        for call in reference.calls if self.has_rows else ():
             plain = nn.functional.embedding_bag(
                 call.indices,
                 self.weights[call.table],
@@ -261,6 +305,18 @@ def _recorder(
         return recorded
 
     return record
+
+
+def _leaf(output: Tensor) -> Tensor:
+    return output.detach().clone().requires_grad_() if output.is_inference() else output.detach().requires_grad_()
+
+
+def _check_plain(name: str, bag: nn.EmbeddingBag) -> None:
+    if type(bag).forward is not nn.EmbeddingBag.forward:
+        raise ModelError(
+            f'model: table "{name}" is a {type(bag).__name__} with a forward of its own, which other workers do not '
+            "know; hold all tables at each worker, or do what it does outside of the table"
+        )
 
 
 def _what_went_wrong(error: BaseException) -> str:

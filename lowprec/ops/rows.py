@@ -63,7 +63,13 @@ def quantize(
 
 
 def row_ranges(
-    table: Floats, precision: Precision, row_range: RowRange, *, ids: Ids | None = None, num_threads: int = 1
+    table: Floats,
+    precision: Precision,
+    row_range: RowRange,
+    *,
+    ids: Ids | None = None,
+    num_threads: int = 1,
+    first_row: int = 0,
 ) -> NDArray[np.uint16]:
     """The fp16 scale and bias of rows as bits, uint16[n, 2]: the first four bytes of what `quantize` stores.
 
@@ -76,7 +82,7 @@ def row_ranges(
     out = np.empty((len(table) if ids is None else len(ids), 2), np.uint16)
     bad = kernels().row_ranges(table, ids, precision.bits, row_range.value, out, num_threads)
     if bad >= 0:
-        raise not_finite(table, bad if ids is None else int(ids[bad]))
+        raise not_finite(table, bad if ids is None else int(ids[bad]), first_row=first_row)
     return out
 
 

@@ -1,4 +1,4 @@
-"""One table in this process, answering pooled lookups at any precision from its fp32 rows alone."""
+"""A table, or a range of its rows, in this process: pooled lookups at any precision from its fp32 rows alone."""
 
 from __future__ import annotations
 
@@ -39,17 +39,27 @@ def hot_tables(weights: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 class TableShard:
-    """The fp32 rows of a table. Low-precision values are made from them in every lookup and never kept.
+    """Some fp32 rows of a table. Low-precision values are made from them in every lookup and never kept.
 
     Only the scale and bias of `mse` ranges, which cost far more to find than to use, are kept for rows that traffic has
     touched: 4 bytes a row and precision. A hot table (`hot_tables`) also keeps the changes of its rows for its scores.
     """
 
     def __init__(
-        self, name: str, weight: Tensor, *, row_range: RowRange = RowRange.MINMAX, is_hot: bool = False
+        self,
+        name: str,
+        weight: Tensor,
+        *,
+        row_range: RowRange = RowRange.MINMAX,
+        is_hot: bool = False,
+        first_row: int = 0,
     ) -> None:
-        """Take `weight` float32[num_rows, dim] without a copy (it may be a mapped file)."""
+        """Take `weight` float32[num_rows, dim] without a copy (it may be a mapped file).
+
+        first_row: where these rows stand in the whole table, for errors; ids count from it.
+        """
         self.name = name
+        self.first_row = first_row
         self._rows: Floats = weight.detach().numpy()
         self._row_range = row_range
         self._kept_ranges: dict[Precision, NDArray[np.uint16]] = {}
@@ -60,6 +70,18 @@ class TableShard:
     def dim(self) -> int:
         """Values in a row."""
         return int(self._rows.shape[1])
+
+    def fp32(self, call: BagCall) -> Tensor:
+        """What the model's own lookup returns, float32[B, dim]."""
+        with torch.inference_mode():
+            return torch.nn.functional.embedding_bag(
+                call.indices,
+                torch.from_numpy(self._rows),
+                call.offsets,
+                mode=call.mode,
+                per_sample_weights=call.weights,
+                include_last_offset=True,
+            )
 
     def pooled(self, call: BagCall, precisions: Sequence[Precision]) -> dict[Precision, Tensor]:
         """What `call` returns, float32[B, dim], when this table has each of `precisions`; fp32 is what it did return.
@@ -121,7 +143,7 @@ class TableShard:
         rows = np.unique(call.indices.numpy())
         wrong = ~np.isfinite(self._rows[rows]).all(axis=1)
         if wrong.any():
-            raise self._named(ops.not_finite(self._rows, int(rows[np.argmax(wrong)])))
+            raise self._named(ops.not_finite(self._rows, int(rows[np.argmax(wrong)]), first_row=self.first_row))
 
     def _row_changes(self, precisions: Collection[Precision]) -> ops.RowChanges:
         """Those of all rows, right at `precisions` at least."""
@@ -151,7 +173,12 @@ class TableShard:
             new = np.unique(ids[missing])
             try:
                 kept[new] = ops.row_ranges(
-                    self._rows, precision, self._row_range, ids=new, num_threads=torch.get_num_threads()
+                    self._rows,
+                    precision,
+                    self._row_range,
+                    ids=new,
+                    num_threads=torch.get_num_threads(),
+                    first_row=self.first_row,
                 )
             except WeightError as error:
                 raise self._named(error) from None
@@ -164,12 +191,14 @@ class TableShard:
             return
         touched = np.unique(ids)
         try:
-            stored = ops.quantize(self._rows, precision, row_range=self._row_range, ids=touched)
+            stored = ops.quantize(
+                self._rows, precision, row_range=self._row_range, ids=touched, first_row=self.first_row
+            )
         except WeightError as error:
             raise self._named(error) from None
         overflowed = ops.first_overflow(stored, precision)
         if overflowed >= 0:
-            raise self._named(ops.overflow(self._rows, int(touched[overflowed]), precision))
+            raise self._named(ops.overflow(self._rows, int(touched[overflowed]), precision, first_row=self.first_row))
         raise WeightError(
             f'"{self.name}": rows are finite at {precision}, but their sums are not: weights of ids, gradients or long '
             "bags overflow fp32; look at the traffic's weights and at the model"
