@@ -46,7 +46,8 @@ def measure_loads(
         if batch.num_rows == 0:
             continue
         num_examples += batch.num_rows
-        for call in adapter.reference(inputs_of(batch)).calls:
+        inputs = inputs_of(batch)
+        for call in adapter.reference(inputs).calls if adapter.has_rows else adapter.asked(inputs):
             count, num_rows = counts[call.table], units[call.table].num_rows
             count.ids += len(call.indices)
             count.bags += len(call.offsets) - 1

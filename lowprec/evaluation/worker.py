@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
+from torch import nn
 
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import Sums
 from lowprec.models.adapter import ModelAdapter
-from lowprec.models.checkpoint import load_checkpoint
+from lowprec.models.checkpoint import load_checkpoint, load_dense
 from lowprec.models.factory import build_model, without_table_init
 from lowprec.plan import Plan, RowRange
-from lowprec.shards import LocalTables
+from lowprec.shards import LocalTables, TableShard, hot_tables
+from lowprec.shards.planner import Placement, Shard
 from lowprec.traffic import BadRow, Schema, TrafficWindow
 from lowprec.traffic.batch import Batch
 
@@ -31,6 +33,7 @@ __all__ = [
     "Workers",
     "evaluator_of",
     "load_adapter",
+    "load_sharded",
 ]
 
 
@@ -56,6 +59,7 @@ class Summable(Protocol):
     def __add__(self, other: Self) -> Self: ...
 
 
+HeldShards = dict[tuple[str, int], TableShard]
 T = TypeVar("T", bound=Summable)
 T_co = TypeVar("T_co", bound=Summable, covariant=True)
 
@@ -112,13 +116,36 @@ class Workers(Protocol):
 
 def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     """Build the model without committing memory for its tables, and load its checkpoint."""
+    model = _build(spec, without_rows=False)
+    load_checkpoint(model, spec.checkpoint)
+    return ModelAdapter(model)
+
+
+def load_sharded(spec: WorkerSpec, placement: Placement, worker: int) -> tuple[ModelAdapter, HeldShards]:
+    """The model without its tables' rows, and the shards that a placement gives to a worker, by table and first row."""
+    model = _build(spec, without_rows=True)
+    rows = load_dense(model, spec.checkpoint)
+    adapter = ModelAdapter(model)
+    names, hot = adapter.weight_names, hot_tables(adapter.weights)
+    held: HeldShards = {}
+    copies = (Shard(name, 0, placement.table[name].num_rows, worker) for name in placement.replicated)
+    for shard in (*copies, *(s for s in placement.shards if s.worker == worker)):
+        held[shard.table, shard.first_row] = TableShard(
+            shard.table,
+            rows.rows(names[shard.table], shard.first_row, shard.end_row),
+            row_range=spec.row_ranges.get(shard.table, RowRange.MINMAX),
+            is_hot=shard.table in hot and shard.num_rows == placement.table[shard.table].num_rows,
+            first_row=shard.first_row,
+        )
+    return adapter, held
+
+
+def _build(spec: WorkerSpec, *, without_rows: bool) -> nn.Module:
     for path in spec.import_paths:
         if path not in sys.path:
             sys.path.append(path)
-    with without_table_init():
-        model = build_model(spec.factory, spec.args, spec.schema)
-    load_checkpoint(model, spec.checkpoint)
-    return ModelAdapter(model)
+    with without_table_init(without_rows=without_rows):
+        return build_model(spec.factory, spec.args, spec.schema)
 
 
 def evaluator_of(spec: WorkerSpec, adapter: ModelAdapter) -> ExactEvaluator:

@@ -93,6 +93,13 @@ class ModelAdapter:
         return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}
 
     @property
+    def weight_names(self) -> dict[str, str]:
+        """The name of every table's weight in a state dict, by unit name."""
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        of_bags = ((name, paths[id(bags[0])]) for name, bags in self._bags.items())
+        return {f"table:{name}": f"{path}.weight" if path else "weight" for name, path in of_bags}
+
+    @property
     def has_rows(self) -> bool:
         """Whether the tables' rows are in this process: their weights are not on the meta device."""
         return not any(weight.is_meta for weight in self.weights.values())

@@ -19,7 +19,15 @@ from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
 from lowprec.whole_file import whole_file
 
-__all__ = ["LoadedCheckpoint", "checkpoint_sha256", "load_checkpoint", "read_rows", "save_checkpoint"]
+__all__ = [
+    "LoadedCheckpoint",
+    "TableRows",
+    "checkpoint_sha256",
+    "load_checkpoint",
+    "load_dense",
+    "read_rows",
+    "save_checkpoint",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,39 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
     Raises `CheckpointError` on missing, unexpected or mis-shaped tensors and unreadable files, `WeightError` on NaN or
     Inf outside the embedding tables (tables are checked row by row where they are quantized).
     """
+    return _load(model, Path(path), with_tables=True)
+
+
+def load_dense(model: nn.Module, path: str | Path) -> TableRows:
+    """Load all but the tables, whose weights become tensors of the same shape on the meta device; returns their rows.
+
+    Formats and errors are those of `load_checkpoint`. For a model whose tables no process can hold.
+    """
     path = Path(path)
+    expected = model.state_dict(keep_vars=True)
+    _load(model, path, with_tables=False)
+    return TableRows(path, _tied(expected, open_tensors(path, expected)))
+
+
+class TableRows:
+    """The rows of tables in a checkpoint, read by range: memory-mapped where the format allows it."""
+
+    def __init__(self, path: Path, tied: Mapping[str, str]) -> None:
+        """Of a checkpoint; tied: each further name of a tensor -> the name that it is stored by."""
+        self._path, self._tied = path, tied
+
+    def rows(self, tensor_name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a table, float32[stop - start, dim]. Raises `CheckpointError` where they are not."""
+        name = self._tied.get(tensor_name, tensor_name)
+        source = open_tensors(self._path, [name])
+        shape = source.shapes.get(name)
+        if shape is None or not 0 <= start <= stop <= shape[0]:
+            what = "it has no such tensor" if shape is None else f"it is {_text(shape)}"
+            raise CheckpointError(f'checkpoint {self._path}: rows {start} to {stop} of "{name}" are wanted, but {what}')
+        return source.rows(name, start, stop).to(torch.float32)
+
+
+def _load(model: nn.Module, path: Path, *, with_tables: bool) -> LoadedCheckpoint:
     expected = model.state_dict(keep_vars=True)
     source = open_tensors(path, expected)
     tied = _tied(expected, source)
@@ -53,6 +93,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
     for name, wanted in expected.items():
         if name in tied:
             continue
+        if name in tables and not with_tables:
+            state[name] = torch.empty_like(wanted, device="meta")
+            continue
         tensor = source.tensor(name)
         if tensor.dtype != wanted.dtype:
             cast[name] = str(tensor.dtype).removeprefix("torch.")
@@ -61,7 +104,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
             _check_finite(tensor, f'checkpoint {path}: "{name}"')
         state[name] = tensor
     for name, twin in tied.items():
-        if name in source.shapes and not torch.equal(source.tensor(name).to(state[twin].dtype), state[twin]):
+        if state[twin].is_meta:
+            pass
+        elif name in source.shapes and not torch.equal(source.tensor(name).to(state[twin].dtype), state[twin]):
             raise CheckpointError(
                 f'checkpoint {path}: the model ties "{name}" to "{twin}", but they are stored different'
             )

@@ -65,9 +65,10 @@ def build_model(factory: str, args: Mapping[str, Any], schema: Schema) -> nn.Mod
 
 
 @contextmanager
-def without_table_init() -> Iterator[None]:
+def without_table_init(*, without_rows: bool = False) -> Iterator[None]:
     """Leave new embedding tables uninitialised, so that they commit no memory before their weights are loaded.
 
+    without_rows: on the meta device, so that they do not even take addresses.
     Replaces the constructor of `nn.EmbeddingBag` in the whole process: not for several threads.
     """
     original = nn.EmbeddingBag.__init__
@@ -75,6 +76,8 @@ def without_table_init() -> Iterator[None]:
     def construct(bag: nn.EmbeddingBag, *args: Any, **kwargs: Any) -> None:
         # On the instance, so that it also hides what subclasses (defined now or later) make of the method.
         vars(bag)["reset_parameters"] = _nothing
+        if without_rows:
+            kwargs["device"] = "meta"
         try:
             original(bag, *args, **kwargs)
         finally:

@@ -1,0 +1,104 @@
+"""A model whose rows are at several workers is evaluated and profiled like one in a single process."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from torch import nn
+
+from lowprec.errors import CheckpointError, ModelError
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.profile import swaps
+from lowprec.evaluation.worker import evaluator_of, load_sharded
+from lowprec.plan import Plan, Precision, RowRange
+from lowprec.search.job import open_job
+from lowprec.shards.planner import Placement, Shard, TableLoad
+from lowprec.shards.server import ShardServer
+from lowprec.shards.sharded import ShardedTables
+
+
+@pytest.fixture(params=list(RowRange))
+def job(small_config, request):
+    return open_job(small_config(f"space.row_range={request.param}"))
+
+
+def sharded(job, placement):
+    """An evaluator for each worker, all in this process."""
+    loaded = [load_sharded(job.spec, placement, worker) for worker in range(placement.num_workers)]
+    servers = [ShardServer(held.values()) for _, held in loaded]
+
+    def exchange(requests):
+        return lambda: {worker: servers[worker].answer(request) for worker, request in requests.items()}
+
+    return [ExactEvaluator(adapter, ShardedTables(placement, held, exchange)) for adapter, held in loaded]
+
+
+def placed(job, cuts=()):
+    """Tables whole at three workers in turn, the first one at all of them; the last one cut where it is asked for."""
+    tables = tuple(TableLoad(u.name, u.num_rows, u.dim) for u in job.units)
+    first, *others, last = tables
+    shards = [Shard(t.name, 0, t.num_rows, k % 3) for k, t in enumerate(others)]
+    rows = (0, *cuts, last.num_rows)
+    shards += [Shard(last.name, a, b, k % 3) for k, (a, b) in enumerate(pairwise(rows))]
+    return Placement(tables, (10**6,) * 3, (first.name,), tuple(sorted(shards)))
+
+
+def some_plans(job):
+    rng = np.random.default_rng(0)
+    return [Plan({u.name: Precision(rng.choice(list(Precision))) for u in job.units}) for _ in range(3)]
+
+
+def test_whole_tables_give_the_same_bits(job):
+    local, batch, plans = evaluator_of(job.spec, job.adapter), job.window("search").batch(1), some_plans(job)
+    exact = local.logits(batch, plans)
+    reference, changes = swaps(local, batch, job.columns)
+    for evaluator in sharded(job, placed(job)):
+        assert not evaluator.adapter.has_rows
+        found = evaluator.logits(batch, plans)
+        np.testing.assert_array_equal(found.reference, exact.reference)
+        np.testing.assert_array_equal(found.plans, exact.plans)
+        found_reference, found_changes = swaps(evaluator, batch, job.columns)
+        np.testing.assert_array_equal(found_reference, reference)
+        np.testing.assert_array_equal(found_changes, changes)
+        assert evaluator.lookups == local.lookups
+
+
+def test_a_table_over_three_workers_changes_the_last_bits_alone(job):
+    local, batch, plans = evaluator_of(job.spec, job.adapter), job.window("search").batch(0), some_plans(job)
+    exact = local.logits(batch, plans)
+    _, changes = swaps(local, batch, job.columns)
+    first, *others = sharded(job, placed(job, cuts=(10, 500)))
+    found = first.logits(batch, plans)
+    np.testing.assert_allclose(found.reference, exact.reference, atol=1e-5)
+    np.testing.assert_allclose(found.plans, exact.plans, atol=1e-5)
+    _, found_changes = swaps(first, batch, job.columns)
+    # Of a hot table in one process: 16 bits of the largest change in a row.
+    np.testing.assert_allclose(found_changes, changes, atol=1e-4 * np.abs(changes).max())
+    for other in others:
+        np.testing.assert_array_equal(other.logits(batch, plans).plans, found.plans)
+        np.testing.assert_array_equal(swaps(other, batch, job.columns)[1], found_changes)
+
+
+def test_a_worker_reads_its_own_rows_alone(job):
+    placement = placed(job, cuts=(10, 500))
+    for worker in range(3):
+        _, held = load_sharded(job.spec, placement, worker)
+        expected = {(s.table, s.first_row) for s in placement.shards if s.worker == worker}
+        assert set(held) == expected | {(name, 0) for name in placement.replicated}
+    tables = (*placement.tables[:-1], TableLoad(placement.tables[-1].name, 10**6, placement.tables[-1].dim))
+    too_long = Placement(tables, placement.capacities, (), (Shard(tables[-1].name, 500, 10**6, 0),))
+    with pytest.raises(CheckpointError, match=r"rows 500 to 1000000 of .* are wanted, but it is 1000 x"):
+        load_sharded(job.spec, too_long, 0)
+
+
+def test_a_table_with_a_forward_of_its_own_is_refused(job):
+    evaluator, *_ = sharded(job, placed(job))
+    bag = next(m for m in evaluator.adapter.model.modules() if isinstance(m, nn.EmbeddingBag))
+
+    class Scaled(type(bag)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    bag.__class__ = Scaled
+    with pytest.raises(ModelError, match="is a Scaled with a forward of its own, which other workers do not know"):
+        evaluator.logits(job.window("search").batch(0), some_plans(job))
