@@ -5,18 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
+import numpy as np
 import ray
+import torch
+from numpy.typing import NDArray
 
 from lowprec.errors import LowprecError, WorkerError
-from lowprec.evaluation.worker import Chunk, Summable, Task, Worker, WorkerSpec
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.worker import Chunk, HeldShards, Summable, Task, Worker, WorkerSpec, load_sharded
+from lowprec.models.adapter import ModelAdapter
+from lowprec.shards.planner import Placement
+from lowprec.shards.server import ShardServer
+from lowprec.shards.sharded import Exchange, ShardedTables
+from lowprec.shards.wire import Request
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["RayWorkers", "cluster_resources"]
 
 T = TypeVar("T", bound=Summable)
+
+_LOOKUPS = "lookups"
+# Threads of a worker that answer others while it evaluates: one computes while another is waited for.
+LOOKUP_THREADS = 2
 
 MAX_RESTARTS = 3
 MAX_TASK_RETRIES = 3
@@ -31,41 +46,118 @@ CONNECT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 300.0
 
 
-class _WorkerActor:
-    """A worker in a process of its own. Errors of ours come back as values, so that the driver sees them unwrapped."""
+@dataclass(frozen=True)
+class _Share:
+    """What a worker holds of a placement."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._spec = spec
+    placement: Placement
+    worker: int
+
+
+class _WorkerActor:
+    """A worker in a process of its own. Errors of ours come back as values, so that the driver sees them unwrapped.
+
+    Tasks come one at a time; meanwhile other threads look up what other workers ask of its shards. Neither keeps
+    anything that would be missed: a worker that was restarted loads its rows again and goes on.
+    """
+
+    def __init__(self, spec: WorkerSpec, share: _Share | None) -> None:
+        self._spec, self._share = spec, share
+        self._loading = Lock()
         self._worker: Worker | None = None
+        self._sharded: tuple[ModelAdapter, HeldShards, ShardServer] | None = None
         self._window: tuple[Any, TrafficWindow] | None = None
 
-    def run(self, window: list[Any], task: Task[Any]) -> Chunk[Any] | LowprecError:
-        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off."""
+    def run(self, window: list[Any], task: Task[Any], peers: Sequence[Any]) -> Chunk[Any] | LowprecError:
+        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off.
+
+        peers: all workers, for the rows that they hold.
+        """
         try:
-            self._worker = self._worker or Worker(self._spec)
+            if self._worker is None:
+                self._worker = Worker(self._spec, self._evaluator(peers))
             if self._window is None or self._window[0] != window[0]:
                 self._window = (window[0], ray.get(window[0]))
             return self._worker.run(self._window[1], task)
         except LowprecError as error:
             return error
 
+    @ray.method(concurrency_group=_LOOKUPS)
+    def answer(self, request: Request) -> NDArray[np.float32] | LowprecError:
+        """Look up rows of this worker's shards for another one."""
+        torch.set_num_threads(self._spec.threads)  # of this thread
+        try:
+            *_, server = self._load()
+            return server.answer(request)
+        except LowprecError as error:
+            return error
+
+    @ray.method(concurrency_group=_LOOKUPS)
     def process_id(self) -> int:
         """The process that this worker runs in."""
         return os.getpid()
+
+    def _evaluator(self, peers: Sequence[Any]) -> ExactEvaluator | None:
+        if self._share is None:
+            return None
+        adapter, held, _ = self._load()
+        return ExactEvaluator(adapter, ShardedTables(self._share.placement, held, _exchange_with(peers)))
+
+    def _load(self) -> tuple[ModelAdapter, HeldShards, ShardServer]:
+        with self._loading:
+            if self._sharded is None:
+                assert self._share is not None, "a worker without a share is not asked for rows"
+                adapter, held = load_sharded(self._spec, self._share.placement, self._share.worker)
+                self._sharded = adapter, held, ShardServer(held.values())
+            return self._sharded
+
+
+def _exchange_with(peers: Sequence[Any]) -> Exchange:
+    """Requests to other workers, which answer at the same time."""
+
+    def exchange(requests: Mapping[int, Request]) -> Callable[[], dict[int, NDArray[np.float32]]]:
+        sent = {worker: peers[worker].answer.remote(request) for worker, request in requests.items()}
+        return lambda: {worker: _answer(reference, worker) for worker, reference in sent.items()}
+
+    return exchange
+
+
+def _answer(reference: Any, worker: int) -> NDArray[np.float32]:
+    try:
+        answer: NDArray[np.float32] | LowprecError = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise WorkerError(
+            f"rows of worker {worker} cannot be looked up: {type(error).__name__}: {str(error).splitlines()[0]}; "
+            "resume the run when the cluster is well"
+        ) from error
+    if isinstance(answer, LowprecError):
+        raise answer
+    return answer
 
 
 class RayWorkers:
     """Evaluation workers on Ray. A worker that dies is restarted and its tasks are done again, each counted once."""
 
-    def __init__(self, spec: WorkerSpec, *, num_workers: int, address: str | None) -> None:
-        """Start `num_workers` actors; `address=None` starts Ray on this machine until `close`."""
+    def __init__(
+        self, spec: WorkerSpec, *, num_workers: int, address: str | None, placement: Placement | None = None
+    ) -> None:
+        """Start `num_workers` actors; `address=None` starts Ray on this machine until `close`.
+
+        placement: which of them holds which rows; without it, each of them holds all.
+        """
+        assert placement is None or placement.num_workers == num_workers
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _init_ray(num_workers * spec.threads, address)
-        actor = ray.remote(num_cpus=spec.threads, max_restarts=MAX_RESTARTS, max_task_retries=MAX_TASK_RETRIES)(
-            _WorkerActor
-        )
-        self._actors: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
+        remote: Any = ray.remote  # whose types know no concurrency groups
+        actor = remote(
+            num_cpus=spec.threads,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_TASK_RETRIES,
+            concurrency_groups={_LOOKUPS: LOOKUP_THREADS},
+        )(_WorkerActor)
+        shares = [None if placement is None else _Share(placement, worker) for worker in range(num_workers)]
+        self._actors: list[Any] = [actor.remote(spec, share) for share in shares]
         started = [a.process_id.remote() for a in self._actors]
         ready, pending = ray.wait(started, num_returns=num_workers, timeout=START_TIMEOUT_S)
         if pending:
@@ -88,7 +180,7 @@ class RayWorkers:
                 while wanted not in done:
                     while free and given < min(len(tasks), wanted + TASKS_AHEAD * len(self._actors)):
                         actor = free.pop(0)
-                        in_flight[actor.run.remote(shared_window, tasks[given])] = (given, actor)
+                        in_flight[actor.run.remote(shared_window, tasks[given], self._actors)] = (given, actor)
                         given += 1
                     (ready,), _ = ray.wait(list(in_flight), num_returns=1)
                     number, actor = in_flight.pop(ready)

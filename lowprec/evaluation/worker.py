@@ -25,6 +25,7 @@ from lowprec.traffic.batch import Batch
 __all__ = [
     "Chunk",
     "ExactTask",
+    "HeldShards",
     "LocalWorkers",
     "Summable",
     "Task",
@@ -156,11 +157,11 @@ def evaluator_of(spec: WorkerSpec, adapter: ModelAdapter) -> ExactEvaluator:
 class Worker:
     """A ready evaluator."""
 
-    def __init__(self, spec: WorkerSpec, adapter: ModelAdapter | None = None) -> None:
-        """Load the model, or use the one at hand, and fix the number of threads."""
+    def __init__(self, spec: WorkerSpec, evaluator: ExactEvaluator | None = None) -> None:
+        """Load the model with all its rows, or use the evaluator at hand, and fix the number of threads."""
         self._threads = spec.threads
         torch.set_num_threads(spec.threads)
-        self._evaluator = evaluator_of(spec, adapter or load_adapter(spec))
+        self._evaluator = evaluator or evaluator_of(spec, load_adapter(spec))
 
     def run(self, window: TrafficWindow, task: Task[T]) -> Chunk[T]:
         """Do one task. The same task gives the same bits in any worker with as many threads."""
@@ -195,7 +196,7 @@ class LocalWorkers:
     def __init__(self, spec: WorkerSpec, adapter: ModelAdapter | None = None) -> None:
         """Make the worker ready; restores the number of threads when closed."""
         self._threads_before = torch.get_num_threads()
-        self._worker = Worker(spec, adapter)
+        self._worker = Worker(spec, evaluator_of(spec, adapter) if adapter else None)
 
     def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order."""

@@ -18,7 +18,7 @@ class TwoWorkers:
     """Two workers in this process: every other task each, the last ones first."""
 
     def __init__(self, spec, adapter):
-        self._workers = [Worker(spec, adapter) for _ in range(2)]
+        self._workers = [Worker(spec, evaluator_of(spec, adapter)) for _ in range(2)]
 
     def run(self, window, tasks):
         done = {}

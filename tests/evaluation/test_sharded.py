@@ -1,15 +1,20 @@
 """A model whose rows are at several workers is evaluated and profiled like one in a single process."""
 
+import os
+import signal
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from torch import nn
 
-from lowprec.errors import CheckpointError, ModelError
+from lowprec.errors import CheckpointError, ModelError, WeightError
+from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.profile import swaps
-from lowprec.evaluation.worker import evaluator_of, load_sharded
+from lowprec.evaluation.worker import LocalWorkers, evaluator_of, load_sharded
 from lowprec.plan import Plan, Precision, RowRange
 from lowprec.search.job import open_job
 from lowprec.shards.planner import Placement, Shard, TableLoad
@@ -102,3 +107,65 @@ def test_a_table_with_a_forward_of_its_own_is_refused(job):
     bag.__class__ = Scaled
     with pytest.raises(ModelError, match="is a Scaled with a forward of its own, which other workers do not know"):
         evaluator.logits(job.window("search").batch(0), some_plans(job))
+
+
+@pytest.fixture
+def small(small_config):
+    return open_job(small_config())
+
+
+def evaluated(job, workers, **options):
+    plans = some_plans(job)
+    return job.evaluate(workers, "search", job.window("search"), plans, quarantine=Path("unused"), **options)
+
+
+def profiled(job, workers):
+    return job.measure_profile(workers, "search", job.window("search"), quarantine=Path("unused")).profile
+
+
+@contextmanager
+def on_ray(job, placement):
+    workers = RayWorkers(job.spec, num_workers=placement.num_workers, address=None, placement=placement)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def test_ray_workers_that_share_whole_tables_give_the_bits_of_one_process(small):
+    local = LocalWorkers(small.spec, small.adapter)
+    exact, profile = evaluated(small, local), profiled(small, local)
+    with on_ray(small, placed(small)) as workers:
+        assert evaluated(small, workers).sums.moments.tobytes() == exact.sums.moments.tobytes()
+        np.testing.assert_array_equal(profiled(small, workers).first, profile.first)
+
+
+def test_killed_workers_are_replaced_and_change_no_bit_of_cut_tables(small):
+    killed = []
+    with on_ray(small, placed(small, cuts=(10, 500))) as workers:
+
+        def kill_one(_):
+            if len(killed) < 3:
+                killed.append(workers.process_ids()[len(killed)])
+                os.kill(killed[-1], signal.SIGKILL)
+
+        undisturbed = evaluated(small, workers)
+        disturbed = evaluated(small, workers, on_progress=kill_one)
+    assert len(set(killed)) == 3
+    assert disturbed.metrics == undisturbed.metrics
+    assert disturbed.sums.moments.tobytes() == undisturbed.sums.moments.tobytes()
+    np.testing.assert_allclose(
+        disturbed.sums.moments, evaluated(small, LocalWorkers(small.spec, small.adapter)).sums.moments, rtol=1e-4
+    )
+
+
+def test_a_bad_row_at_another_worker_is_said_as_it_is(small_config, small_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(small_folder / "model.safetensors")
+    tensors["tables.c5.weight"][700, 3] = float("inf")
+    save_file(tensors, tmp_path / "bad.safetensors")
+    job = open_job(small_config(f"model.checkpoint={tmp_path / 'bad.safetensors'}"))
+    with on_ray(job, placed(job, cuts=(10, 500))) as workers:
+        with pytest.raises(WeightError, match='"table:c5": row 700 holds inf in column 3'):
+            evaluated(job, workers)
