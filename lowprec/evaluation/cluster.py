@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.worker import Chunk, HeldShards, Summable, Task, Worker, WorkerSpec, load_sharded
-from lowprec.models.adapter import ModelAdapter
+from lowprec.evaluation.worker import Chunk, HeldShards, ShardLoader, Summable, Task, Worker, WorkerSpec
 from lowprec.shards.planner import Placement
 from lowprec.shards.server import ShardServer
 from lowprec.shards.sharded import Exchange, ShardedTables
@@ -54,6 +53,14 @@ class _Share:
     worker: int
 
 
+@dataclass(frozen=True)
+class _Peers:
+    """All workers, and the machines that they run on: rows of the same machine are mapped, others asked for."""
+
+    actors: tuple[Any, ...]
+    nodes: tuple[str, ...]
+
+
 class _WorkerActor:
     """A worker in a process of its own. Errors of ours come back as values, so that the driver sees them unwrapped.
 
@@ -65,14 +72,11 @@ class _WorkerActor:
         self._spec, self._share = spec, share
         self._loading = Lock()
         self._worker: Worker | None = None
-        self._sharded: tuple[ModelAdapter, HeldShards, ShardServer] | None = None
+        self._sharded: tuple[ShardLoader, HeldShards, ShardServer] | None = None
         self._window: tuple[Any, TrafficWindow] | None = None
 
-    def run(self, window: list[Any], task: Task[Any], peers: Sequence[Any]) -> Chunk[Any] | LowprecError:
-        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off.
-
-        peers: all workers, for the rows that they hold.
-        """
+    def run(self, window: list[Any], task: Task[Any], peers: _Peers) -> Chunk[Any] | LowprecError:
+        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off."""
         try:
             if self._worker is None:
                 self._worker = Worker(self._spec, self._evaluator(peers))
@@ -97,18 +101,28 @@ class _WorkerActor:
         """The process that this worker runs in."""
         return os.getpid()
 
-    def _evaluator(self, peers: Sequence[Any]) -> ExactEvaluator | None:
+    @ray.method(concurrency_group=_LOOKUPS)
+    def node_id(self) -> str:
+        """The machine that this worker runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def _evaluator(self, peers: _Peers) -> ExactEvaluator | None:
         if self._share is None:
             return None
-        adapter, held, _ = self._load()
-        return ExactEvaluator(adapter, ShardedTables(self._share.placement, held, _exchange_with(peers)))
+        loader, held, _ = self._load()
+        if loader.is_mapped:
+            here = peers.nodes[self._share.worker]
+            held = loader.held(worker for worker, node in enumerate(peers.nodes) if node == here)
+        tables = ShardedTables(self._share.placement, held, _exchange_with(peers.actors))
+        return ExactEvaluator(loader.adapter, tables)
 
-    def _load(self) -> tuple[ModelAdapter, HeldShards, ShardServer]:
+    def _load(self) -> tuple[ShardLoader, HeldShards, ShardServer]:
         with self._loading:
             if self._sharded is None:
                 assert self._share is not None, "a worker without a share is not asked for rows"
-                adapter, held = load_sharded(self._spec, self._share.placement, self._share.worker)
-                self._sharded = adapter, held, ShardServer(held.values())
+                loader = ShardLoader(self._spec, self._share.placement)
+                held = loader.held([self._share.worker])
+                self._sharded = loader, held, ShardServer(held.values())
             return self._sharded
 
 
@@ -167,6 +181,8 @@ class RayWorkers:
                 f"Ray started {len(ready)} of {num_workers} workers in {START_TIMEOUT_S:.0f} s, each on {spec.threads} "
                 f"CPU, and has {free:g} CPU left; lower evaluation.num_workers or make the cluster larger"
             )
+        nodes = ray.get([a.node_id.remote() for a in self._actors])
+        self._peers = _Peers(tuple(self._actors), tuple(nodes))
 
     def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order; a task goes to whichever worker is free."""
@@ -180,7 +196,7 @@ class RayWorkers:
                 while wanted not in done:
                     while free and given < min(len(tasks), wanted + TASKS_AHEAD * len(self._actors)):
                         actor = free.pop(0)
-                        in_flight[actor.run.remote(shared_window, tasks[given], self._actors)] = (given, actor)
+                        in_flight[actor.run.remote(shared_window, tasks[given], self._peers)] = (given, actor)
                         given += 1
                     (ready,), _ = ray.wait(list(in_flight), num_returns=1)
                     number, actor = in_flight.pop(ready)
@@ -195,6 +211,10 @@ class RayWorkers:
         """The process of every worker."""
         found: list[int] = ray.get([actor.process_id.remote() for actor in self._actors])
         return found
+
+    def node_ids(self) -> list[str]:
+        """The machine that each worker was started on."""
+        return list(self._peers.nodes)
 
     def close(self) -> None:
         """Stop the actors, and Ray where it was started here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -27,6 +27,7 @@ __all__ = [
     "ExactTask",
     "HeldShards",
     "LocalWorkers",
+    "ShardLoader",
     "Summable",
     "Task",
     "Worker",
@@ -34,7 +35,6 @@ __all__ = [
     "Workers",
     "evaluator_of",
     "load_adapter",
-    "load_sharded",
 ]
 
 
@@ -122,23 +122,35 @@ def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     return ModelAdapter(model)
 
 
-def load_sharded(spec: WorkerSpec, placement: Placement, worker: int) -> tuple[ModelAdapter, HeldShards]:
-    """The model without its tables' rows, and the shards that a placement gives to a worker, by table and first row."""
-    model = _build(spec, without_rows=True)
-    rows = load_dense(model, spec.checkpoint)
-    adapter = ModelAdapter(model)
-    names, hot = adapter.weight_names, hot_tables(adapter.weights)
-    held: HeldShards = {}
-    copies = (Shard(name, 0, placement.table[name].num_rows, worker) for name in placement.replicated)
-    for shard in (*copies, *(s for s in placement.shards if s.worker == worker)):
-        held[shard.table, shard.first_row] = TableShard(
-            shard.table,
-            rows.rows(names[shard.table], shard.first_row, shard.end_row),
-            row_range=spec.row_ranges.get(shard.table, RowRange.MINMAX),
-            is_hot=shard.table in hot and shard.num_rows == placement.table[shard.table].num_rows,
-            first_row=shard.first_row,
-        )
-    return adapter, held
+class ShardLoader:
+    """The model without its tables' rows, and the rows of a placement for who asks for them."""
+
+    def __init__(self, spec: WorkerSpec, placement: Placement) -> None:
+        """Build the model and load its dense part."""
+        model = _build(spec, without_rows=True)
+        self._spec, self._placement = spec, placement
+        self._rows = load_dense(model, spec.checkpoint)
+        self.adapter = ModelAdapter(model)
+        self._names, self._hot = self.adapter.weight_names, hot_tables(self.adapter.weights)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are mapped files, which processes of a machine share: holding more of them costs no memory."""
+        return self._rows.is_mapped
+
+    def held(self, workers: Iterable[int]) -> HeldShards:
+        """The shards of some workers, and the tables that all of them hold, by table and first row."""
+        wanted, found = set(workers), {}
+        copies = (Shard(name, 0, self._placement.table[name].num_rows, -1) for name in self._placement.replicated)
+        for shard in (*copies, *(s for s in self._placement.shards if s.worker in wanted)):
+            found[shard.table, shard.first_row] = TableShard(
+                shard.table,
+                self._rows.rows(self._names[shard.table], shard.first_row, shard.end_row),
+                row_range=self._spec.row_ranges.get(shard.table, RowRange.MINMAX),
+                is_hot=shard.table in self._hot and shard.num_rows == self._placement.table[shard.table].num_rows,
+                first_row=shard.first_row,
+            )
+        return found
 
 
 def _build(spec: WorkerSpec, *, without_rows: bool) -> nn.Module:

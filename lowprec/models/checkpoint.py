@@ -71,6 +71,11 @@ class TableRows:
         """Of a checkpoint; tied: each further name of a tensor -> the name that it is stored by."""
         self._path, self._tied = path, tied
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether rows are mapped from files and not read into memory (fp32 ones, that is)."""
+        return open_tensors(self._path).is_mapped
+
     def rows(self, tensor_name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a table, float32[stop - start, dim]. Raises `CheckpointError` where they are not."""
         name = self._tied.get(tensor_name, tensor_name)

@@ -26,8 +26,12 @@ _NESTING_KEYS = ("state_dict", "model")
 
 
 class TensorSource(Protocol):
-    """Named tensors on disk. `files` are the files that hold them, all below `root`."""
+    """Named tensors on disk. `files` are the files that hold them, all below `root`.
 
+    is_mapped: tensors and rows are mapped from them, which commits no memory.
+    """
+
+    is_mapped: bool
     root: Path
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -83,6 +87,8 @@ def _open_folder(path: Path, wanted: Collection[str]) -> TensorSource:
 class _Safetensors:
     """One or several safetensors files."""
 
+    is_mapped = True
+
     def __init__(self, root: Path, file_of: Mapping[str, Path], extra_files: tuple[Path, ...] = ()) -> None:
         self.root = root
         self._file_of = file_of
@@ -108,6 +114,8 @@ class _Safetensors:
 class _TorchFile:
     """What `torch.save` wrote: a state dict, alone or under the key `state_dict` or `model`."""
 
+    is_mapped = True
+
     def __init__(self, path: Path) -> None:
         self.root = path.parent
         self.files: tuple[Path, ...] = (path,)
@@ -123,6 +131,8 @@ class _TorchFile:
 
 class _DistributedFolder:
     """What `torch.distributed.checkpoint.save` wrote, read by whole chunks: `rows` reads those that it touches."""
+
+    is_mapped = False
 
     def __init__(self, path: Path, wanted: Collection[str]) -> None:
         self.root = path

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 from torch import nn
 
 from lowprec.errors import CheckpointError, ModelError, WeightError
 from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.profile import swaps
-from lowprec.evaluation.worker import LocalWorkers, evaluator_of, load_sharded
+from lowprec.evaluation.worker import ExactTask, LocalWorkers, ShardLoader, Worker, evaluator_of
 from lowprec.plan import Plan, Precision, RowRange
 from lowprec.search.job import open_job
 from lowprec.shards.planner import Placement, Shard, TableLoad
@@ -29,13 +31,17 @@ def job(small_config, request):
 
 def sharded(job, placement):
     """An evaluator for each worker, all in this process."""
-    loaded = [load_sharded(job.spec, placement, worker) for worker in range(placement.num_workers)]
-    servers = [ShardServer(held.values()) for _, held in loaded]
+    loaders = [ShardLoader(job.spec, placement) for _ in range(placement.num_workers)]
+    held = [loader.held([worker]) for worker, loader in enumerate(loaders)]
+    servers = [ShardServer(shards.values()) for shards in held]
 
     def exchange(requests):
         return lambda: {worker: servers[worker].answer(request) for worker, request in requests.items()}
 
-    return [ExactEvaluator(adapter, ShardedTables(placement, held, exchange)) for adapter, held in loaded]
+    return [
+        ExactEvaluator(loader.adapter, ShardedTables(placement, shards, exchange))
+        for loader, shards in zip(loaders, held, strict=True)
+    ]
 
 
 def placed(job, cuts=()):
@@ -87,13 +93,13 @@ def test_a_table_over_three_workers_changes_the_last_bits_alone(job):
 def test_a_worker_reads_its_own_rows_alone(job):
     placement = placed(job, cuts=(10, 500))
     for worker in range(3):
-        _, held = load_sharded(job.spec, placement, worker)
+        held = ShardLoader(job.spec, placement).held([worker])
         expected = {(s.table, s.first_row) for s in placement.shards if s.worker == worker}
         assert set(held) == expected | {(name, 0) for name in placement.replicated}
     tables = (*placement.tables[:-1], TableLoad(placement.tables[-1].name, 10**6, placement.tables[-1].dim))
     too_long = Placement(tables, placement.capacities, (), (Shard(tables[-1].name, 500, 10**6, 0),))
     with pytest.raises(CheckpointError, match=r"rows 500 to 1000000 of .* are wanted, but it is 1000 x"):
-        load_sharded(job.spec, too_long, 0)
+        ShardLoader(job.spec, too_long).held([0])
 
 
 def test_a_table_with_a_forward_of_its_own_is_refused(job):
@@ -124,25 +130,51 @@ def profiled(job, workers):
 
 
 @contextmanager
-def on_ray(job, placement):
-    workers = RayWorkers(job.spec, num_workers=placement.num_workers, address=None, placement=placement)
+def on_ray(job, placement, address=None):
+    workers = RayWorkers(job.spec, num_workers=placement.num_workers, address=address, placement=placement)
     try:
         yield workers
     finally:
         workers.close()
 
 
-def test_ray_workers_that_share_whole_tables_give_the_bits_of_one_process(small):
+# Before the tests with a cluster: Ray starts no other one beside it in the same process.
+def test_workers_on_one_machine_map_the_rows_of_each_other(small):
+    """And get the same numbers as those that ask each other for them."""
+    placement = placed(small, cuts=(10, 500))
+    asked = Worker(small.spec, sharded(small, placement)[0])
+    with on_ray(small, placement) as workers:
+        assert len(set(workers.node_ids())) == 1
+        mapped = evaluated(small, workers)
+    task = ExactTask(tuple(some_plans(small)), tuple(range(small.window("search").num_batches)))
+    np.testing.assert_allclose(asked.run(small.window("search"), task).sums.moments, mapped.sums.moments, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def three_machines():
+    """The address of a Ray cluster of three nodes, on this machine: no node maps what another one holds."""
+    cluster = Cluster()
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=1, include_dashboard=False)
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_ray_workers_that_share_whole_tables_give_the_bits_of_one_process(small, three_machines):
     local = LocalWorkers(small.spec, small.adapter)
     exact, profile = evaluated(small, local), profiled(small, local)
-    with on_ray(small, placed(small)) as workers:
+    with on_ray(small, placed(small), three_machines) as workers:
+        assert len(set(workers.node_ids())) == 3
         assert evaluated(small, workers).sums.moments.tobytes() == exact.sums.moments.tobytes()
         np.testing.assert_array_equal(profiled(small, workers).first, profile.first)
 
 
-def test_killed_workers_are_replaced_and_change_no_bit_of_cut_tables(small):
+def test_killed_workers_are_replaced_and_change_no_bit_of_cut_tables(small, three_machines):
     killed = []
-    with on_ray(small, placed(small, cuts=(10, 500))) as workers:
+    with on_ray(small, placed(small, cuts=(10, 500)), three_machines) as workers:
 
         def kill_one(_):
             if len(killed) < 3:
@@ -159,13 +191,15 @@ def test_killed_workers_are_replaced_and_change_no_bit_of_cut_tables(small):
     )
 
 
-def test_a_bad_row_at_another_worker_is_said_as_it_is(small_config, small_folder, tmp_path):
+def test_a_bad_row_at_another_worker_is_said_as_it_is(small_config, small_folder, tmp_path, three_machines):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(small_folder / "model.safetensors")
     tensors["tables.c5.weight"][700, 3] = float("inf")
     save_file(tensors, tmp_path / "bad.safetensors")
     job = open_job(small_config(f"model.checkpoint={tmp_path / 'bad.safetensors'}"))
-    with on_ray(job, placed(job, cuts=(10, 500))) as workers:
-        with pytest.raises(WeightError, match='"table:c5": row 700 holds inf in column 3'):
-            evaluated(job, workers)
+    with (
+        on_ray(job, placed(job, cuts=(10, 500)), three_machines) as workers,
+        pytest.raises(WeightError, match='"table:c5": row 700 holds inf in column 3'),
+    ):
+        evaluated(job, workers)
