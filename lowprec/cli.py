@@ -174,10 +174,10 @@ def search(
     if dry_run:
         from lowprec.search.describe import describe_job
         from lowprec.search.job import open_job
-        from lowprec.search.placement import place_job
+        from lowprec.search.placement import describe_placement
 
         job = open_job(config)
-        described = describe_job(job) | ({"placement": place_job(job, cluster)} if cluster else {})
+        described = describe_job(job) | ({"placement": describe_placement(job.demand(), cluster)} if cluster else {})
         _show(console.json_document("search", described), as_json, render.render_dry_run)
         return 0
     from lowprec.search.run import run_search
@@ -331,29 +331,19 @@ def _cluster(
             "placing tables needs both --workers and --worker-memory, such as --workers 4 --worker-memory 8GB"
         )
     from lowprec.search.placement import Cluster
+    from lowprec.sizes import parse_bytes, parse_rate
 
-    return Cluster(workers, _bytes("--worker-memory", worker_memory), _bytes_per_s("--network", network), calibration)
+    memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
+    return Cluster(workers, memory, _parsed("--network", network, parse_rate), calibration)
 
 
-_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def _bytes(option: str, text: str) -> int:
+def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
     from lowprec.errors import ConfigError
 
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", text)
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f'{option} "{text}": expected a size such as 8GB, 64GiB or 500MB')
-    return int(float(match[1]) * _SIZES[match[2] or ""])
-
-
-def _bytes_per_s(option: str, text: str) -> float:
-    from lowprec.errors import ConfigError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(bit|B)(?:/s)?", text)
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f'{option} "{text}": expected a rate such as 10Gbit or 1.2GB/s')
-    return float(match[1]) * _SIZES[match[2]] / (8 if match[3] == "bit" else 1)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f'{option} "{text}": {error}') from None
 
 
 def _seconds(text: str) -> float:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lowprec.errors import ConfigError
 from lowprec.plan import Precision, RowRange
+from lowprec.sizes import parse_bytes
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
 
 __all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
@@ -220,13 +221,26 @@ class SearchConfig(_Section):
 class EvaluationConfig(_Section):
     """Where exact evaluation runs. `address` is a Ray address; null starts Ray on this machine for the command.
 
-    `num_workers: 0` evaluates in the command's own process, without Ray.
+    `num_workers: 0` evaluates in the command's own process, without Ray. `worker_memory`, such as 8GB, is what a worker
+    may use: tables that are too large for it are shared among the workers. Without it every worker maps all tables.
     """
 
     num_workers: Annotated[int, Field(ge=0)] = 2
+    worker_memory: Annotated[int, Field(gt=0)] | None = None
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
     batches_per_task: Annotated[int, Field(gt=0)] = 4
     address: str | None = None
+
+    @field_validator("worker_memory", mode="before")
+    @classmethod
+    def _sizes_are_text(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _memory_is_shared_by_workers(self) -> EvaluationConfig:
+        if self.worker_memory is not None and self.num_workers == 0:
+            raise ValueError("worker_memory needs workers to share tables: set num_workers, or leave it out")
+        return self
 
 
 class ResultsConfig(_Section):

@@ -93,6 +93,11 @@ class ModelAdapter:
         return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}
 
     @property
+    def table_parameters(self) -> tuple[Tensor, ...]:
+        """The weights of the tables, as the model has them."""
+        return tuple(bags[0].weight for bags in self._bags.values())
+
+    @property
     def weight_names(self) -> dict[str, str]:
         """The name of every table's weight in a state dict, by unit name."""
         paths = {id(module): path for path, module in self.model.named_modules()}

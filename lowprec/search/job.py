@@ -23,7 +23,9 @@ from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_ad
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import checkpoint_sha256
 from lowprec.plan import Plan, Precision, RowRange, Unit
+from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
+from lowprec.shards.planner import Placement
 from lowprec.traffic import (
     BadRow,
     TrafficReader,
@@ -41,7 +43,10 @@ __all__ = ["Job", "open_job", "open_workers"]
 
 @dataclass(frozen=True)
 class Job:
-    """A config with everything behind it checked and opened once."""
+    """A config with everything behind it checked and opened once.
+
+    placement: which worker holds which rows, where no worker can hold them all.
+    """
 
     config: Config
     reader: TrafficReader
@@ -50,6 +55,7 @@ class Job:
     spec: WorkerSpec
     checkpoint_sha256: str
     features: dict[str, str]
+    placement: Placement | None = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -69,7 +75,21 @@ class Job:
         columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
         model = self.config.model.model_dump(exclude={"checkpoint"})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
-        return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, ranges]
+        # Bags of a table that is cut are added up piece by piece, which decides their last bits.
+        shards = self.placement.shards_of if self.placement else {}
+        cuts = {name: [s.first_row for s in pieces] for name, pieces in shards.items() if len(pieces) > 1}
+        where = [cuts] if cuts else []
+        return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, *where, ranges]
+
+    def demand(self) -> Demand:
+        """What the job asks of a cluster, with lookups counted on its search window."""
+        return demand_of(
+            self.adapter,
+            self.window("search"),
+            self.spec.row_ranges,
+            batch_size=self.config.traffic.batch_size,
+            num_low=len({precision for _, precision in self.columns}),
+        )
 
     def with_row_ranges(self, row_ranges: Mapping[str, RowRange]) -> Job:
         """The same job with other ranges of rows, by unit; minmax for one left out."""
@@ -193,7 +213,7 @@ def open_job(config: Config) -> Job:
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
     row_ranges = {unit.name: config.space.row_range for unit in adapter.units}
-    return Job(
+    job = Job(
         config=config,
         reader=reader.with_schema(schema),
         adapter=adapter,
@@ -203,6 +223,11 @@ def open_job(config: Config) -> Job:
         checkpoint_sha256=checkpoint_sha256(spec.checkpoint),
         features=features,
     )
+    memory = config.evaluation.worker_memory
+    if memory is None:
+        return job
+    _, placement = place(job.demand(), config.evaluation.num_workers, memory)
+    return replace(job, placement=placement if placement.shards else None)
 
 
 @contextmanager
@@ -215,7 +240,10 @@ def open_workers(job: Job) -> Iterator[Workers]:
         from lowprec.evaluation.cluster import RayWorkers
 
         workers = RayWorkers(
-            job.spec, num_workers=job.config.evaluation.num_workers, address=job.config.evaluation.address
+            job.spec,
+            num_workers=job.config.evaluation.num_workers,
+            address=job.config.evaluation.address,
+            placement=job.placement,
         )
     try:
         yield workers

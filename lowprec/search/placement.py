@@ -1,8 +1,8 @@
-"""Where the tables of a job would lie on a cluster, and what that takes: the dry run's answer, without starting one."""
+"""Where the tables of a job lie on a cluster, and what that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 from lowprec.calibration import Calibration, read_calibration
 from lowprec.errors import ConfigError
 from lowprec.evaluation.loads import measure_loads, row_overhead
+from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import Precision, RowRange
-from lowprec.search.job import Job
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
 from lowprec.shards.planner import Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
+from lowprec.traffic import TrafficWindow
 
-__all__ = ["Cluster", "describe_placement", "place_job", "place_spec"]
+__all__ = ["Cluster", "Demand", "demand_of", "describe_placement", "place", "place_spec"]
 
 # What workers do beside an fp32 lookup, in such lookups (of cold tables, `make bench NAME=kernels`).
 _SCORES_OVER_LOOKUP, _LOW_OVER_LOOKUP = 1.6, 1.4
@@ -34,7 +35,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class _Demand:
+class Demand:
     """What is asked of the cluster. num_examples: of the window, None where it is not known."""
 
     tables: tuple[TableLoad, ...]
@@ -44,47 +45,55 @@ class _Demand:
     num_low: int
 
 
-def place_job(job: Job, cluster: Cluster) -> dict[str, Any]:
-    """The placement of a job's tables, with lookups counted on its search window."""
-    window = job.window("search")
-    tables = {id(weight.untyped_storage()) for weight in job.adapter.weights.values()}
-    dense = [p for p in job.adapter.model.parameters() if id(p.untyped_storage()) not in tables]
-    demand = _Demand(
-        tables=measure_loads(job.adapter, window, job.spec.row_ranges),
+def demand_of(
+    adapter: ModelAdapter, window: TrafficWindow, row_ranges: Mapping[str, RowRange], *, batch_size: int, num_low: int
+) -> Demand:
+    """What a job asks of a cluster, with lookups counted on a window. num_low: low precisions of its space."""
+    tables = {id(parameter) for parameter in adapter.table_parameters}
+    dense = [p for p in adapter.model.parameters() if id(p) not in tables]
+    return Demand(
+        tables=measure_loads(adapter, window, row_ranges),
         dense_bytes=sum(p.numel() * p.element_size() for p in dense),
-        batch_size=job.config.traffic.batch_size,
+        batch_size=batch_size,
         num_examples=window.num_rows,
-        num_low=len({precision for _, precision in job.columns}),
+        num_low=num_low,
     )
-    return describe_placement(demand, cluster)
 
 
 def place_spec(path: Path, cluster: Cluster, *, row_range: RowRange = RowRange.MSE) -> dict[str, Any]:
     """The placement of tables that were only written down."""
     spec = read_tables_spec(path, row_overhead=row_overhead(row_range))
     return describe_placement(
-        _Demand(spec.tables, spec.dense_bytes, spec.batch_size, spec.num_examples, len(_LOW)), cluster
+        Demand(spec.tables, spec.dense_bytes, spec.batch_size, spec.num_examples, len(_LOW)), cluster
     )
 
 
-def describe_placement(demand: _Demand, cluster: Cluster) -> dict[str, Any]:
-    """Shards, memory, network, time and limits. Raises `ConfigError` where the tables do not fit."""
+def place(demand: Demand, num_workers: int, worker_memory: int) -> tuple[WorkerNeeds, Placement]:
+    """What each worker needs for itself, and which rows it holds in the rest of its memory.
+
+    Raises `ConfigError` where the tables do not fit.
+    """
     needs = WorkerNeeds.of(
-        cluster.worker_memory,
+        worker_memory,
         dense_bytes=demand.dense_bytes,
         batch_size=demand.batch_size,
         ids=sum(table.ids for table in demand.tables),
         values=sum(table.bags * table.dim for table in demand.tables),
         precisions=demand.num_low + 1,
     )
-    if needs.total >= cluster.worker_memory:
+    if needs.total >= worker_memory:
         raise ConfigError(
-            f"workers of {cluster.worker_memory / 1e9:.2f} GB have no room for tables: they need "
-            f"{needs.total / 1e9:.2f} GB for themselves ({needs.process / 1e9:.2f} GB process, {needs.dense / 1e9:.2f} "
-            f"GB dense part, {needs.batch / 1e9:.2f} GB batches of {demand.batch_size}, {needs.caches / 1e9:.2f} GB "
-            "caches); give them more, or lower traffic.batch_size"
+            f"workers of {worker_memory / 1e9:.2f} GB have no room for tables: they need {needs.total / 1e9:.2f} GB "
+            f"for themselves ({needs.process / 1e9:.2f} GB process, {needs.dense / 1e9:.2f} GB dense part, "
+            f"{needs.batch / 1e9:.2f} GB batches of {demand.batch_size}, {needs.caches / 1e9:.2f} GB caches); give "
+            "them more, or lower traffic.batch_size"
         )
-    placement = place_tables(demand.tables, [cluster.worker_memory - needs.total] * cluster.num_workers)
+    return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers)
+
+
+def describe_placement(demand: Demand, cluster: Cluster) -> dict[str, Any]:
+    """Shards, memory, network, time and limits. Raises `ConfigError` where the tables do not fit."""
+    needs, placement = place(demand, cluster.num_workers, cluster.worker_memory)
     network = network_load(placement, profile_precisions=demand.num_low, exact_precisions=demand.num_low + 1)
     calibration = read_calibration(cluster.calibration) if cluster.calibration else None
     lookup_ns = _lookup_ns(placement, calibration) if calibration else None
@@ -132,7 +141,7 @@ def _lookup_ns(placement: Placement, calibration: Calibration) -> list[float]:
 
 
 def _times(
-    demand: _Demand, cluster: Cluster, lookup_ns: Sequence[float] | None, profile_bytes: float, exact_bytes: float
+    demand: Demand, cluster: Cluster, lookup_ns: Sequence[float] | None, profile_bytes: float, exact_bytes: float
 ) -> dict[str, float] | None:
     """Seconds of lookups and of sending for the window; None where lookups were not calibrated."""
     if lookup_ns is None or demand.num_examples is None:

@@ -110,3 +110,32 @@ def test_a_wrong_spec_says_what_is_wrong(lowprec, tmp_path, document, said):
 def test_a_config_or_tables_but_not_both_or_none(lowprec, spec, config_file, tmp_path):
     assert "CONFIG is missing" in lowprec("search", "--dry-run", cwd=tmp_path).err
     assert "either CONFIG or --tables" in lowprec("search", config_file(), "--tables", spec(), *WORKERS).err
+
+
+def test_a_search_whose_tables_no_worker_can_hold(lowprec, config_file, tmp_path):
+    """Three workers of a third of the tables each find what one process finds, up to the last bits of gaps."""
+    ask = ("--dry-run", "--workers", "3", "--worker-memory", "1GB", "--json")
+    placement = lowprec("search", config_file(), *ask).document["placement"]
+    own = placement["needs"]["total"] - placement["needs"]["caches"]
+    for_tables = 1.3 * sum(w["held_bytes"] for w in placement["workers"]) / 9
+    memory = int((own + for_tables) / 0.95)
+    root = tmp_path / "shared"
+    config = config_file(evaluation__num_workers=3, evaluation__worker_memory=memory, results__root=str(root))
+    placed = lowprec("search", config, "--dry-run", "--workers", "3", "--worker-memory", str(memory), "--json")
+    shards = placed.document["placement"]["shards"]
+    assert len(shards) > len({shard["table"] for shard in shards}) > 1, "no table is cut"
+    shared = lowprec("search", config, "--json")
+    again = lowprec("search", config, "--resume", shared.document["run_id"], "--json")
+    assert again.code == shared.code and again.document["confirm"] == shared.document["confirm"]
+    alone = lowprec("search", config_file(results__root=str(tmp_path / "alone")), "--json")
+    assert shared.code == alone.code, shared.err
+    for key in ("search", "confirm"):
+        assert shared.document[key]["gap_pct"] == pytest.approx(alone.document[key]["gap_pct"], abs=0.02)
+    assert shared.document["bytes"] == pytest.approx(alone.document["bytes"], rel=0.1)
+
+
+def test_memory_for_workers_that_are_not_there_is_refused(lowprec, config_file):
+    done = lowprec("search", config_file(evaluation__num_workers=0, evaluation__worker_memory="8GB"))
+    assert done.code == 64 and "worker_memory needs workers to share tables" in done.err
+    done = lowprec("search", config_file(evaluation__num_workers=2, evaluation__worker_memory="8 apples"))
+    assert done.code == 64 and "expected a size such as 8GB" in done.err

@@ -1,0 +1,25 @@
+"""Sizes and rates as people write them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["parse_bytes", "parse_rate"]
+
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB", "64GiB", "500MB" or a number; raises `ValueError` saying what was expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", text.strip())
+    if not match or float(match[1]) == 0:
+        raise ValueError("expected a size such as 8GB, 64GiB or 500MB")
+    return int(float(match[1]) * _FACTORS[match[2] or ""])
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second of "10Gbit" or "1.2GB/s"; raises `ValueError` saying what was expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(bit|B)(?:/s)?", text.strip())
+    if not match or float(match[1]) == 0:
+        raise ValueError("expected a rate such as 10Gbit or 1.2GB/s")
+    return float(match[1]) * _FACTORS[match[2]] / (8 if match[3] == "bit" else 1)
