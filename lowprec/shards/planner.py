@@ -23,8 +23,9 @@ _VALUE_BYTES = 4
 
 # A table of this share of an even worker's lookups, or more, is cut for their sake.
 _BUSY_SHARE = 1.25
-# A piece fills at most this many times an even share of a worker's memory, where one row fits.
-_LARGE_PIECE = 1.2
+# A table of more than this many times an even share of a worker's memory is cut, into pieces of at most this share,
+# which leave room for other tables beside them: as many for every worker where they are many.
+_LARGE_TABLE, _PIECE = 1.2, 0.5
 # Copies are made until workers are this full: the fuller, the less choice is left for the other tables, and the less a
 # further copy saves. Where workers are fuller than that, copies may still take this share of their memory.
 _FULL_WITH_COPIES, _FEW_COPIES = 0.8, 0.01
@@ -259,7 +260,7 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
     waiting = [
         (-size(piece), piece.table.name, piece.first_row, piece)
         for table in tables
-        for piece in _pieces(table, min(max(capacities), int(_LARGE_PIECE * even_fill * average)), even_ids)
+        for piece in _pieces(table, len(capacities), max(capacities), even_fill * average, even_ids)
     ]
     heapq.heapify(waiting)
     held, asked = [0] * len(capacities), [0.0] * len(capacities)
@@ -292,10 +293,13 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
     return _joined(shards)
 
 
-def _pieces(table: TableLoad, largest: int, even_ids: float) -> list[_Piece]:
-    """The table in ranges of rows, none of them larger than `largest` bytes or too busy for one worker."""
-    largest = max(largest, table.row_bytes)
+def _pieces(table: TableLoad, num_workers: int, capacity: int, even_bytes: float, even_ids: float) -> list[_Piece]:
+    """The table in ranges of rows that one worker can hold, none of them large or too busy for one worker."""
+    is_large = table.num_bytes > min(capacity, _LARGE_TABLE * even_bytes)
+    largest = max(table.row_bytes, min(capacity, int(_PIECE * even_bytes)) if is_large else capacity)
     by_bytes = math.ceil(table.num_bytes / largest)
+    if by_bytes > num_workers / 2 and is_large:
+        by_bytes = math.ceil(by_bytes / num_workers) * num_workers
     by_ids = math.ceil(table.ids / even_ids) if table.ids > _BUSY_SHARE * even_ids else 1
     num_pieces = min(max(by_bytes, by_ids), table.num_rows)
     if num_pieces == 1:
