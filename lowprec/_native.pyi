@@ -41,3 +41,21 @@ def scores(
     ranges: Sequence[Ranges | None],
     num_threads: int = 1,
 ) -> None: ...
+def row_changes(
+    table: Floats,
+    ranges: Sequence[Ranges | None],
+    words: NDArray[np.int32],
+    steps: Floats,
+    num_threads: int = 1,
+) -> None: ...
+def scores_of_changes(
+    words: NDArray[np.int32],
+    steps: Floats,
+    ids: Ids,
+    offsets: Ids,
+    gradients: Floats,
+    out: Sequence[Floats | None],
+    mean: bool,
+    weights: Floats | None = None,
+    num_threads: int = 1,
+) -> None: ...
