@@ -17,6 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import LowprecError, ModelError
+from lowprec.models.table_modules import (
+    check_ids,
+    check_not_shared,
+    check_plain,
+    check_supported,
+    normalised,
+    short_names,
+)
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Unit
 from lowprec.traffic.batch import Batch
@@ -71,15 +79,15 @@ class ModelAdapter:
         paths: dict[int, list[tuple[str, nn.EmbeddingBag]]] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.EmbeddingBag):
-                _check_supported(path, module)
+                check_supported(path, module)
                 paths.setdefault(id(module.weight), []).append((path, module))
         if not paths:
             raise ModelError(
                 f"model {type(model).__name__}: no nn.EmbeddingBag inside; lowprec gives precisions to nn.EmbeddingBag "
                 "tables, called through their module (TorchScript and compiled models hide them)"
             )
-        _check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
-        names = _short_names([found[0][0] for found in paths.values()])
+        check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
+        names = short_names([found[0][0] for found in paths.values()])
         self._bags = {name: [bag for _, bag in found] for name, found in zip(names, paths.values(), strict=True)}
 
     @property
@@ -122,13 +130,13 @@ class ModelAdapter:
         calls: list[BagCall] = []
 
         def ask(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            _check_plain(name, bag)
+            check_plain(name, bag)
 
             def asked(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-                _check_ids(name, bag, input)
+                check_ids(name, bag, input)
                 num_bags = len(input) if offsets is None else len(offsets) - bag.include_last_offset
                 output = torch.zeros(num_bags, bag.embedding_dim)
-                calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
+                calls.append(normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
                 return output
 
             return asked
@@ -308,10 +316,10 @@ def _recorder(
 
     def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def recorded(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-            _check_ids(name, bag, input)
+            check_ids(name, bag, input)
             with torch.no_grad():
                 output = forward(input, offsets, per_sample_weights)
-            calls.append(_normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
+            calls.append(normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
             return answer(output)
 
         return recorded
@@ -323,88 +331,9 @@ def _leaf(output: Tensor) -> Tensor:
     return output.detach().clone().requires_grad_() if output.is_inference() else output.detach().requires_grad_()
 
 
-def _check_plain(name: str, bag: nn.EmbeddingBag) -> None:
-    if type(bag).forward is not nn.EmbeddingBag.forward:
-        raise ModelError(
-            f'model: table "{name}" is a {type(bag).__name__} with a forward of its own, which other workers do not '
-            "know; hold all tables at each worker, or do what it does outside of the table"
-        )
-
-
 def _what_went_wrong(error: BaseException) -> str:
     """The error and where it was raised; a missing feature is the most frequent one."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     hint = "; is it in traffic.sparse?" if isinstance(error, KeyError) else ""
     return f"its forward raised {type(error).__name__}: {' '.join(str(error).split())}{where}{hint}"
-
-
-def _check_not_shared(model: nn.Module, tables: Mapping[int, str]) -> None:
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in tables and not isinstance(module, nn.EmbeddingBag):
-                raise ModelError(
-                    f'model: the weight of table "{tables[id(parameter)]}" is also {path}.{name} of a '
-                    f"{type(module).__name__}, which would stay fp32; give the table a weight of its own"
-                )
-
-
-def _check_supported(path: str, bag: nn.EmbeddingBag) -> None:
-    if bag.mode not in ("sum", "mean"):
-        raise ModelError(f'model: table "{path}" pools by "{bag.mode}"; low-precision serving has sum and mean')
-    if bag.weight.dtype != torch.float32 or bag.weight.device.type not in ("cpu", "meta"):
-        raise ModelError(
-            f'model: table "{path}" is {bag.weight.dtype} on {bag.weight.device}; the reference must be fp32 on the CPU'
-        )
-    if bag.max_norm is not None:
-        raise ModelError(
-            f'model: table "{path}" has max_norm={bag.max_norm}, which rewrites rows while reading; bake it in'
-        )
-
-
-def _check_ids(name: str, bag: nn.EmbeddingBag, ids: Tensor) -> None:
-    if ids.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low < 0 or high >= bag.num_embeddings:
-        wrong = low if low < 0 else high
-        raise ModelError(
-            f'model: table "{name}" has {bag.num_embeddings} rows and was asked for id {wrong}; set num_embeddings or '
-            "modulo of its feature in traffic.sparse, or traffic.bounds_check: drop or zero"
-        )
-
-
-def _normalised(
-    table: str, bag: nn.EmbeddingBag, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, output: Tensor
-) -> BagCall:
-    if ids.dim() == 2:
-        num_bags, width = ids.shape
-        offsets = torch.arange(num_bags + 1) * width
-    elif offsets is None:
-        raise ModelError(f'model: "{table}" was called with a flat list of ids and no offsets')
-    elif not bag.include_last_offset:
-        offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
-    ids, offsets = ids.reshape(-1).long(), offsets.long()
-    weights = None if weights is None else weights.reshape(-1).float()
-    if bag.padding_idx is not None:
-        keep = ids != bag.padding_idx
-        kept_before = torch.cat([offsets.new_zeros(1), keep.cumsum(0)])
-        ids, offsets, weights = ids[keep], kept_before[offsets], None if weights is None else weights[keep]
-    return BagCall(
-        table, ids.contiguous(), offsets.contiguous(), weights, "mean" if bag.mode == "mean" else "sum", output
-    )
-
-
-def _short_names(paths: Sequence[str]) -> list[str]:
-    def suffix(path: str, length: int) -> str:
-        return ".".join(path.split(".")[-length:])
-
-    names = []
-    for path in paths:
-        parts = path.split(".")
-        for length in range(1, len(parts) + 1):
-            name = suffix(path, length)
-            if sum(suffix(other, length) == name for other in paths) == 1 and not name[:1].isdigit():
-                break
-        names.append(name or "embedding")
-    return names
