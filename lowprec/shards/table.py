@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from threading import RLock
 
 import numpy as np
 import torch
@@ -63,6 +64,8 @@ class TableShard:
         self._rows: Floats = weight.detach().numpy()
         self._row_range = row_range
         self._kept_ranges: dict[Precision, NDArray[np.uint16]] = {}
+        # Threads of a worker share its shards, and what is kept must not be read while it is half written.
+        self._keeping = RLock()
         self._is_hot = is_hot
         self._changes: tuple[frozenset[Precision], ops.RowChanges] | None = None
 
@@ -147,43 +150,45 @@ class TableShard:
 
     def _row_changes(self, precisions: Collection[Precision]) -> ops.RowChanges:
         """Those of all rows, right at `precisions` at least."""
-        known = self._changes
-        if known is None or not known[0].issuperset(precisions):
-            wanted = frozenset(precisions).union(known[0] if known else ())
-            # A row that holds NaN or Inf has no range, and shows when it is touched.
-            finite = np.flatnonzero(np.isfinite(self._rows).all(axis=1))
-            ranges = {p: self._kept_ranges[p] for p in wanted if self._ranges(finite, p) is not None}
-            self._changes = known = (
-                wanted,
-                ops.RowChanges(self._rows, ranges=ranges, num_threads=torch.get_num_threads()),
-            )
-        return known[1]
+        with self._keeping:
+            known = self._changes
+            if known is None or not known[0].issuperset(precisions):
+                wanted = frozenset(precisions).union(known[0] if known else ())
+                # A row that holds NaN or Inf has no range, and shows when it is touched.
+                finite = np.flatnonzero(np.isfinite(self._rows).all(axis=1))
+                ranges = {p: self._kept_ranges[p] for p in wanted if self._ranges(finite, p) is not None}
+                self._changes = known = (
+                    wanted,
+                    ops.RowChanges(self._rows, ranges=ranges, num_threads=torch.get_num_threads()),
+                )
+            return known[1]
 
     def _ranges(self, ids: NDArray[np.int64], precision: Precision) -> NDArray[np.uint16] | None:
         """uint16[num_ids, 2], or None where the kernels make them on the way."""
         if self._row_range is RowRange.MINMAX or not precision.is_rowwise:
             return None
-        kept = self._kept_ranges.get(precision)
-        if kept is None:
-            # Zero pages, which take no memory until they are written to. No range has scale 0.
-            kept = self._kept_ranges[precision] = np.zeros((len(self._rows), 2), dtype=np.uint16)
-        found: NDArray[np.uint16] = kept[ids]
-        missing = found[:, 0] == 0
-        if missing.any():
-            new = np.unique(ids[missing])
-            try:
-                kept[new] = ops.row_ranges(
-                    self._rows,
-                    precision,
-                    self._row_range,
-                    ids=new,
-                    num_threads=torch.get_num_threads(),
-                    first_row=self.first_row,
-                )
-            except WeightError as error:
-                raise self._named(error) from None
-            found = kept[ids]
-        return found
+        with self._keeping:
+            kept = self._kept_ranges.get(precision)
+            if kept is None:
+                # Zero pages, which take no memory until they are written to. No range has scale 0.
+                kept = self._kept_ranges[precision] = np.zeros((len(self._rows), 2), dtype=np.uint16)
+            found: NDArray[np.uint16] = kept[ids]
+            missing = found[:, 0] == 0
+            if missing.any():
+                new = np.unique(ids[missing])
+                try:
+                    kept[new] = ops.row_ranges(
+                        self._rows,
+                        precision,
+                        self._row_range,
+                        ids=new,
+                        num_threads=torch.get_num_threads(),
+                        first_row=self.first_row,
+                    )
+                except WeightError as error:
+                    raise self._named(error) from None
+                found = kept[ids]
+            return found
 
     def _check(self, values: Floats, ids: NDArray[np.int64], precision: Precision) -> None:
         """Find the row that made a value infinite or NaN."""

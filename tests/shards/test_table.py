@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -91,6 +92,26 @@ def test_a_bad_row_is_named_when_a_score_touches_it(row_range, is_hot):
     touched = BagCall("table:t", torch.tensor([1, 3]), torch.tensor([0, 2]), None, "sum", g)
     with pytest.raises(WeightError, match='"table:t": row 3 holds inf in column 2'):
         shard.scores(touched, LOW, g)
+
+
+@pytest.mark.parametrize("is_hot", [False, True])
+def test_threads_that_share_a_shard_get_what_one_alone_gets(is_hot):
+    """Each finds the ranges of rows that the others ask for at the same time."""
+    weight = table(num_rows=3000)
+    ids = [torch.from_numpy(np.random.default_rng(k).permutation(3000)) for k in range(6)]
+    calls = [BagCall("table:t", i, torch.arange(3001), None, "sum", torch.zeros(3000, 16)) for i in ids]
+    g = torch.ones(3000, 16)
+
+    def answers(shard, call):
+        return [v.numpy() for v in shard.pooled(call, LOW).values()] + list(shard.scores(call, LOW, g).values())
+
+    expected = [answers(TableShard("table:t", weight, row_range=RowRange.MSE, is_hot=is_hot), call) for call in calls]
+    for _ in range(5):
+        shared = TableShard("table:t", weight, row_range=RowRange.MSE, is_hot=is_hot)
+        with ThreadPoolExecutor(6) as threads:
+            found = list(threads.map(lambda call, shard=shared: answers(shard, call), calls))
+        for one, right in zip(found, expected, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, right, strict=True))
 
 
 def test_nothing_is_kept_for_a_row_but_the_range_that_is_costly_to_find():
