@@ -62,7 +62,7 @@ struct Words {
 };
 inline Words load_words(const std::int32_t* in) {
   Words words{_mm512_loadu_si512(in)};
-  asm("" : "+v"(words.v));  // or GCC reads them from memory twice, and reading is what limits their use
+  asm("" : "+v"(words.v));  // read once: GCC would read them from memory for each use
   return words;
 }
 // As floats, and their lower halves, from 0 to 65535.

@@ -136,7 +136,7 @@ def train(config: Config, as_json: bool) -> None:
 @click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
 @click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
 @click.option("--worker-memory", metavar="SIZE", help="each of so much memory: 8GB, 64GiB.")
-@click.option("--network", metavar="RATE", default="10Gbit", show_default=True, help="Between any two of them.")
+@click.option("--network", metavar="RATE", help="Between any two of them; 10Gbit when left out.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Lookup times by `lowprec calibrate`.")
 @click.option("--tables", type=click.Path(path_type=Path), help="Place the tables of a JSON file, without CONFIG.")
 def search(
@@ -148,7 +148,7 @@ def search(
     profile: Path | None,
     workers: int | None,
     worker_memory: str | None,
-    network: str,
+    network: str | None,
     calibration: Path | None,
     tables: Path | None,
     as_json: bool,
@@ -309,7 +309,7 @@ def _cluster(
     dry_run: bool,
     workers: int | None,
     worker_memory: str | None,
-    network: str,
+    network: str | None,
     calibration: Path | None,
     tables: Path | None,
 ) -> Cluster | None:
@@ -320,11 +320,11 @@ def _cluster(
         raise ConfigError("CONFIG is missing; with --dry-run, --tables FILE may stand in its place")
     if config is not None and tables is not None:
         raise ConfigError("give either CONFIG or --tables")
-    if workers is None and worker_memory is None and calibration is None and tables is None:
+    if all(option is None for option in (workers, worker_memory, network, calibration, tables)):
         return None
     if not dry_run:
         raise ConfigError(
-            "--workers, --worker-memory, --calibration and --tables say where tables would lie: add --dry-run"
+            "--workers, --worker-memory, --network, --calibration and --tables are for a dry run: add --dry-run"
         )
     if workers is None or worker_memory is None:
         raise ConfigError(
@@ -334,7 +334,7 @@ def _cluster(
     from lowprec.sizes import parse_bytes, parse_rate
 
     memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
-    return Cluster(workers, memory, _parsed("--network", network, parse_rate), calibration)
+    return Cluster(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:

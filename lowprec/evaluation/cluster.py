@@ -181,7 +181,14 @@ class RayWorkers:
                 f"Ray started {len(ready)} of {num_workers} workers in {START_TIMEOUT_S:.0f} s, each on {spec.threads} "
                 f"CPU, and has {free:g} CPU left; lower evaluation.num_workers or make the cluster larger"
             )
-        nodes = ray.get([a.node_id.remote() for a in self._actors])
+        try:
+            nodes = ray.get([a.node_id.remote() for a in self._actors])
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise WorkerError(
+                f"a worker died while it was started: {str(error).splitlines()[0]}; look at the cluster's logs, or "
+                "lower evaluation.num_workers"
+            ) from error
         self._peers = _Peers(tuple(self._actors), tuple(nodes))
 
     def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:

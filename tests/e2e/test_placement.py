@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_a_job_is_placed_with_the_lookups_of_its_traffic(lowprec, config_file):
     assert lowprec(*arguments).document["placement"] == placement
 
 
+def test_the_spec_of_the_readme_is_placed(lowprec, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (document,) = re.findall(r'^    (\{"tables".*?1e10\})$', readme, re.MULTILINE | re.DOTALL)
+    (tmp_path / "tables.json").write_text(document)
+    done = lowprec("search", "--tables", "tables.json", *WORKERS, "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.document["placement"]["table_bytes"] == 4 * (2_000_000_000 * 128 + 1500 * 1_000_000 * 64)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -79,6 +89,7 @@ def test_a_job_is_placed_with_the_lookups_of_its_traffic(lowprec, config_file):
         (("--dry-run", "--workers", "4", "--worker-memory", "300MB"), "have no room for tables: they need"),
         (("--dry-run", "--workers", "4"), "needs both --workers and --worker-memory"),
         (("--workers", "4", "--worker-memory", "8GB"), "add --dry-run"),
+        (("--network", "10Gbit"), "add --dry-run"),
         (("--dry-run", "--workers", "4", "--worker-memory", "8 parsecs"), "expected a size such as 8GB"),
         ((*WORKERS, "--network", "fast"), "expected a rate such as 10Gbit"),
         ((*WORKERS, "--calibration", "nowhere.json"), "nowhere.json"),

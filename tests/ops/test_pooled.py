@@ -185,6 +185,22 @@ def test_an_id_that_is_no_row_is_refused(call: Any, outside: int) -> None:
         call(np.array([0, 1, outside, 3]))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("position", [0, 1, 255, 256, 700, 998, 999])
+def test_the_first_wrong_id_or_offset_of_many_is_named(position: int, path: str) -> None:
+    table, g = np.ones((20, 7), np.float32), np.ones((1000, 7), np.float32)
+    ids, offsets = np.full(1000, 19), np.arange(1001)
+    wrong_ids, falling = ids.copy(), offsets.copy()
+    wrong_ids[position:] = -7
+    falling[position + 1] = -1
+    with ops.using_cpu_path(path):
+        ops.scores(table, LOW, ids, offsets, g, mode="sum")
+        with pytest.raises(TrafficError, match=rf"ids\[{position}\] is -7, outside the 20 rows"):
+            ops.scores(table, LOW, wrong_ids, offsets, g, mode="sum")
+        with pytest.raises(TrafficError, match=rf"offsets\[{position + 1}\] is -1"):
+            ops.scores(table, LOW, ids, falling, g, mode="sum")
+
+
 @pytest.mark.parametrize("call", [lookup, score])
 def test_arrays_of_another_form_are_refused(call: Any) -> None:
     for wrong in ({"ids": IDS.astype(np.int32)}, {"ids": np.repeat(IDS, 2)[::2]}, {"offsets": OFFSETS.astype(float)}):
