@@ -4,6 +4,8 @@ A message says what was asked, where, what came and what to do, in one sentence.
 and exits with `exit_code`; `--debug` shows the traceback as well.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -12,6 +14,7 @@ __all__ = [
     "LowprecError",
     "ModelError",
     "PlanError",
+    "PoisonedWorkError",
     "QueryError",
     "ResultsError",
     "TrafficError",
@@ -70,6 +73,14 @@ class ResultsError(LowprecError, OSError):
 
 class WorkerError(LowprecError, RuntimeError):
     """A worker failed for good."""
+
+
+class PoisonedWorkError(WorkerError):
+    """A piece of work came to nothing again and again; `work` says which, `tries` what became of each try."""
+
+    def __init__(self, message: str, *, work: str, tries: Sequence[str]) -> None:
+        super().__init__(message)
+        self.work, self.tries = work, tuple(tries)
 
 
 class KernelError(LowprecError, ImportError):

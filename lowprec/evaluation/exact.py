@@ -18,11 +18,10 @@ from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inp
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Plan, Precision
 from lowprec.shards import LocalTables, Tables
+from lowprec.shards.estimate import MAX_KEPT_BYTES
 from lowprec.traffic.batch import Batch
 
 __all__ = ["BatchLogits", "ExactEvaluator"]
-
-KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,20 @@ class ExactEvaluator:
     Plans share the reference pass and every (table, precision) pooled output that any of them needs.
     """
 
-    def __init__(self, adapter: ModelAdapter, tables: Tables | None = None) -> None:
-        """Serve the adapter's model; its tables are its own weights, with minmax ranges, when they are left out."""
+    def __init__(
+        self, adapter: ModelAdapter, tables: Tables | None = None, *, kept_bytes: int = MAX_KEPT_BYTES
+    ) -> None:
+        """Serve the adapter's model; its tables are its own weights, with minmax ranges, when they are left out.
+
+        kept_bytes: of batches and what was found of them, for tasks that come back.
+        """
         self.adapter = adapter
         self.tables = tables or LocalTables(adapter.weights, {})
         # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         # For tasks that come back to the same batches.
-        self.kept = Kept(KEPT_BYTES)
+        self.kept = Kept(kept_bytes)
         self._is_checked = False
 
     def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:

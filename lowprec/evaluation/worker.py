@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lowprec import ops
+from lowprec.errors import WeightError
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import Sums
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import load_checkpoint, load_dense
 from lowprec.models.factory import build_model, without_table_init
-from lowprec.plan import Plan, RowRange
+from lowprec.plan import Plan, Precision, RowRange
 from lowprec.shards import LocalTables, TableShard, hot_tables
+from lowprec.shards.estimate import kept_bytes
 from lowprec.shards.planner import Placement, Shard
 from lowprec.traffic import BadRow, Schema, TrafficWindow
 from lowprec.traffic.batch import Batch
@@ -27,6 +30,7 @@ __all__ = [
     "ExactTask",
     "HeldShards",
     "LocalWorkers",
+    "RowCheck",
     "ShardLoader",
     "Summable",
     "Task",
@@ -35,6 +39,7 @@ __all__ = [
     "Workers",
     "evaluator_of",
     "load_adapter",
+    "load_adapter_without_rows",
 ]
 
 
@@ -42,7 +47,7 @@ __all__ = [
 class WorkerSpec:
     """All that a worker needs to become ready, small enough to send anywhere.
 
-    row_ranges: by table; minmax for one left out.
+    row_ranges: by table; minmax for one left out. memory_bytes: what the worker may use, None where nobody said.
     """
 
     factory: str
@@ -52,6 +57,7 @@ class WorkerSpec:
     threads: int
     row_ranges: Mapping[str, RowRange] = field(default_factory=dict)
     import_paths: tuple[str, ...] = ()
+    memory_bytes: int | None = None
 
 
 class Summable(Protocol):
@@ -111,14 +117,37 @@ class Workers(Protocol):
     def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order."""
 
+    def check_rows(self, checks: Sequence[RowCheck]) -> Iterator[str | None]:
+        """What is wrong with each range of rows, in order; None where nothing is."""
+
     def close(self) -> None:
         """Give back what the workers hold."""
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """Rows [first_row, end_row) of a table, to look for one that a precision has no stored form for."""
+
+    table: str
+    first_row: int
+    end_row: int
+    precision: Precision
+
+    def __str__(self) -> str:
+        return f'rows {self.first_row} to {self.end_row} of "{self.table}" at {self.precision}'
 
 
 def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     """Build the model without committing memory for its tables, and load its checkpoint."""
     model = _build(spec, without_rows=False)
     load_checkpoint(model, spec.checkpoint)
+    return ModelAdapter(model)
+
+
+def load_adapter_without_rows(spec: WorkerSpec) -> ModelAdapter:
+    """Build the model and load its dense part, for who only wants to know its tables."""
+    model = _build(spec, without_rows=True)
+    load_dense(model, spec.checkpoint)
     return ModelAdapter(model)
 
 
@@ -131,12 +160,16 @@ class ShardLoader:
         self._spec, self._placement = spec, placement
         self._rows = load_dense(model, spec.checkpoint)
         self.adapter = ModelAdapter(model)
-        self._names, self._hot = self.adapter.weight_names, hot_tables(self.adapter.weights)
+        self._names, self._hot = self.adapter.weight_names, hot_tables(self.adapter.shapes)
 
     @property
     def is_mapped(self) -> bool:
         """Whether rows are mapped files, which processes of a machine share: holding more of them costs no memory."""
         return self._rows.is_mapped
+
+    def rows(self, table: str, first_row: int, end_row: int) -> Tensor:
+        """Rows of a table, float32[end_row - first_row, dim], whoever holds them."""
+        return self._rows.rows(self._names[table], first_row, end_row)
 
     def held(self, workers: Iterable[int]) -> HeldShards:
         """The shards of some workers, and the tables that all of them hold, by table and first row."""
@@ -145,7 +178,7 @@ class ShardLoader:
         for shard in (*copies, *(s for s in self._placement.shards if s.worker in wanted)):
             found[shard.table, shard.first_row] = TableShard(
                 shard.table,
-                self._rows.rows(self._names[shard.table], shard.first_row, shard.end_row),
+                self.rows(shard.table, shard.first_row, shard.end_row),
                 row_range=self._spec.row_ranges.get(shard.table, RowRange.MINMAX),
                 is_hot=shard.table in self._hot and shard.num_rows == self._placement.table[shard.table].num_rows,
                 first_row=shard.first_row,
@@ -163,17 +196,25 @@ def _build(spec: WorkerSpec, *, without_rows: bool) -> nn.Module:
 
 def evaluator_of(spec: WorkerSpec, adapter: ModelAdapter) -> ExactEvaluator:
     """An evaluator of a loaded model, with the ranges of rows that the spec says."""
-    return ExactEvaluator(adapter, LocalTables(adapter.weights, spec.row_ranges))
+    return ExactEvaluator(
+        adapter, LocalTables(adapter.weights, spec.row_ranges), kept_bytes=kept_bytes(spec.memory_bytes)
+    )
 
 
 class Worker:
     """A ready evaluator."""
 
-    def __init__(self, spec: WorkerSpec, evaluator: ExactEvaluator | None = None) -> None:
-        """Load the model with all its rows, or use the evaluator at hand, and fix the number of threads."""
+    def __init__(
+        self, spec: WorkerSpec, evaluator: ExactEvaluator | None = None, loader: ShardLoader | None = None
+    ) -> None:
+        """Load the model with all its rows, or use the evaluator at hand, and fix the number of threads.
+
+        loader: has the rows of an evaluator that has none.
+        """
         self._threads = spec.threads
         torch.set_num_threads(spec.threads)
         self._evaluator = evaluator or evaluator_of(spec, load_adapter(spec))
+        self._loader = loader
 
     def run(self, window: TrafficWindow, task: Task[T]) -> Chunk[T]:
         """Do one task. The same task gives the same bits in any worker with as many threads."""
@@ -198,6 +239,19 @@ class Worker:
         )
         return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups, bags)
 
+    def check_rows(self, check: RowCheck) -> str | None:
+        """What is wrong with the first of some rows that has no stored form; None where all have one."""
+        table, first, end = check.table, check.first_row, check.end_row
+        if self._loader is None:
+            rows = self._evaluator.adapter.weights[table][first:end]
+        else:
+            rows = self._loader.rows(table, first, end)
+        try:
+            ops.check_rows(rows.numpy(), check.precision, num_threads=self._threads, first_row=first)
+        except WeightError as error:
+            return f'"{table}": {error}'
+        return None
+
     def _kept(self, window: TrafficWindow, name: str, k: int) -> Batch:
         return self._evaluator.kept.get((name, k), lambda: window.batch(k), lambda batch: batch.nbytes)
 
@@ -213,6 +267,10 @@ class LocalWorkers:
     def run(self, window: TrafficWindow, tasks: Sequence[Task[T]]) -> Iterator[Chunk[T]]:
         """The chunk of every task, in order."""
         return (self._worker.run(window, task) for task in tasks)
+
+    def check_rows(self, checks: Sequence[RowCheck]) -> Iterator[str | None]:
+        """What is wrong with each range of rows, in order."""
+        return (self._worker.check_rows(check) for check in checks)
 
     def close(self) -> None:
         """Give the threads back."""

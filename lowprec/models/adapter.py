@@ -101,6 +101,11 @@ class ModelAdapter:
         return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(num_rows, dim) of every table, by unit name."""
+        return {unit.name: (unit.num_rows, unit.dim) for unit in self.units}
+
+    @property
     def table_parameters(self) -> tuple[Tensor, ...]:
         """The weights of the tables, as the model has them."""
         return tuple(bags[0].weight for bags in self._bags.values())
@@ -252,7 +257,7 @@ class ModelAdapter:
         """Which table (unit name) each feature's ids reach unchanged; features where none is seen to are left out.
 
         Found by one call with two made-up rows of one id: the call of a table that receives the very tensor of a
-        feature.
+        feature. Nothing is looked up: each table returns zeros.
         """
         features: dict[str, SparseInput] = {}
         for feature in schema.sparse:
@@ -263,7 +268,7 @@ class ModelAdapter:
         def watch(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def watched(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 reached.setdefault(input.data_ptr(), f"table:{name}")
-                return forward(input, *args, **kwargs)
+                return torch.zeros(2, bag.embedding_dim)
 
             return watched
 

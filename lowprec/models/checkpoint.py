@@ -23,6 +23,7 @@ __all__ = [
     "LoadedCheckpoint",
     "TableRows",
     "checkpoint_sha256",
+    "is_mapped",
     "load_checkpoint",
     "load_dense",
     "read_rows",
@@ -51,6 +52,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
     Inf outside the embedding tables (tables are checked row by row where they are quantized).
     """
     return _load(model, Path(path), with_tables=True)
+
+
+def is_mapped(path: str | Path) -> bool:
+    """Whether tensors of a checkpoint are mapped from its files, and not read into memory."""
+    return open_tensors(Path(path)).is_mapped
 
 
 def load_dense(model: nn.Module, path: str | Path) -> TableRows:

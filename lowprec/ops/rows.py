@@ -130,15 +130,16 @@ def check_overflow(table: Floats, stored: NDArray[np.uint8], precision: Precisio
         raise overflow(table, row, precision, first_row=first_row)
 
 
-def check_rows(table: Floats, precision: Precision, *, num_threads: int = 1) -> None:
+def check_rows(table: Floats, precision: Precision, *, num_threads: int = 1, first_row: int = 0) -> None:
     """Raise `WeightError` naming the first row of float32[num_rows, dim] that has no stored form.
 
-    The whole table is read, some rows at a time. A row that `minmax` cannot hold no range can: `mse` keeps it then.
+    All of them are read, some at a time. A row that `minmax` cannot hold no range can: `mse` keeps it then. first_row:
+    where they stand in the whole table, for errors.
     """
     for start in range(0, len(table), _ROWS_AT_ONCE):
         rows = table[start : start + _ROWS_AT_ONCE]
-        stored = quantize(rows, precision, num_threads=num_threads, first_row=start)
-        check_overflow(rows, stored, precision, first_row=start)
+        stored = quantize(rows, precision, num_threads=num_threads, first_row=first_row + start)
+        check_overflow(rows, stored, precision, first_row=first_row + start)
 
 
 def overflow(table: Floats, row: int, precision: Precision, *, first_row: int = 0) -> WeightError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowprec.cost import unit_bytes
 from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.models.adapter import inputs_of
 from lowprec.plan import Precision
 from lowprec.search.job import Job
 from lowprec.search.proxy import ProxyFront
@@ -35,7 +36,11 @@ def describe_job(job: Job) -> dict[str, Any]:
         for unit in space.units
     ]
     # One batch through the model finds what reading the config cannot.
-    ExactEvaluator(job.adapter).logits(job.window("search").batch(0), [])
+    batch = job.window("search").batch(0)
+    if job.adapter.has_rows:
+        ExactEvaluator(job.adapter).logits(batch, [])
+    else:
+        job.adapter.asked(inputs_of(batch))
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)

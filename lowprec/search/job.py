@@ -11,17 +11,23 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from lowprec import ops
 from lowprec.config import Config, WindowConfig
-from lowprec.errors import ConfigError, TrafficError, WeightError
+from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
 from lowprec.evaluation.profile import Column, columns_of
 from lowprec.evaluation.profile_file import ProfileOrigin
 from lowprec.evaluation.rows import RowAccount
-from lowprec.evaluation.worker import LocalWorkers, Workers, WorkerSpec, load_adapter
+from lowprec.evaluation.worker import (
+    LocalWorkers,
+    RowCheck,
+    Workers,
+    WorkerSpec,
+    load_adapter,
+    load_adapter_without_rows,
+)
 from lowprec.models.adapter import ModelAdapter
-from lowprec.models.checkpoint import checkpoint_sha256
+from lowprec.models.checkpoint import checkpoint_sha256, is_mapped
 from lowprec.plan import Plan, Precision, RowRange, Unit
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
@@ -40,11 +46,15 @@ from lowprec.traffic.window import Window
 
 __all__ = ["Job", "open_job", "open_workers"]
 
+# Rows that are looked through at once: what a worker that holds others reads for it.
+_CHECKED_BYTES = 128 << 20
+
 
 @dataclass(frozen=True)
 class Job:
     """A config with everything behind it checked and opened once.
 
+    adapter: the model; without rows where workers alone are to have them.
     placement: which worker holds which rows, where no worker can hold them all.
     """
 
@@ -135,15 +145,19 @@ class Job:
         self._judge_rows(name, measured.rows, measured.bad_rows, measured.profile.num_rows, quarantine)
         return measured
 
-    def rows_without_form(self, plan: Plan) -> list[str]:
+    def rows_without_form(self, workers: Workers, plan: Plan) -> list[str]:
         """A sentence for each table with a row that its precision in a plan cannot store, met by traffic or not."""
-        found = []
-        for name, weight in self.adapter.weights.items():
-            try:
-                ops.check_rows(weight.numpy(), plan[name], num_threads=self.spec.threads)
-            except WeightError as error:
-                found.append(f'"{name}": {error}; no example of these windows looked it up, but serving stores it too')
-        return found
+        checks = []
+        for unit in self.units:
+            step = max(1, _CHECKED_BYTES // (4 * unit.dim))
+            for first in range(0, unit.num_rows, step):
+                checks.append(RowCheck(unit.name, first, min(first + step, unit.num_rows), plan[unit.name]))
+        found: dict[str, str] = {}
+        for check, wrong in zip(checks, workers.check_rows(checks), strict=True):
+            if wrong:
+                found.setdefault(check.table, wrong)
+        more = "no example of these windows looked it up, but serving stores it too"
+        return [f"{wrong}; {more}" for wrong in found.values()]
 
     def evaluate(
         self,
@@ -207,8 +221,9 @@ def open_job(config: Config) -> Job:
         schema=columns,
         threads=config.evaluation.threads_per_worker,
         import_paths=(os.getcwd(),),
+        memory_bytes=config.evaluation.worker_memory,
     )
-    adapter = load_adapter(spec)
+    adapter = load_adapter_without_rows(spec) if _is_for_workers_alone(config, spec) else load_adapter(spec)
     features = adapter.tables_of_features(columns)
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
@@ -230,9 +245,18 @@ def open_job(config: Config) -> Job:
     return replace(job, placement=placement if placement.shards else None)
 
 
+def _is_for_workers_alone(config: Config, spec: WorkerSpec) -> bool:
+    """Whether rows have no place in this process: too large for one, or read into memory instead of mapped."""
+    where = config.evaluation
+    return where.num_workers > 0 and (where.worker_memory is not None or not is_mapped(spec.checkpoint))
+
+
 @contextmanager
-def open_workers(job: Job) -> Iterator[Workers]:
-    """The workers that the config asks for: Ray actors, or this process where `evaluation.num_workers` is 0."""
+def open_workers(job: Job, note: Callable[[str], None] = lambda _: None) -> Iterator[Workers]:
+    """The workers that the config asks for: Ray actors, or this process where `evaluation.num_workers` is 0.
+
+    `note` is told what happens to them.
+    """
     workers: Workers
     if job.config.evaluation.num_workers == 0:
         workers = LocalWorkers(job.spec, job.adapter)
@@ -244,6 +268,8 @@ def open_workers(job: Job) -> Iterator[Workers]:
             num_workers=job.config.evaluation.num_workers,
             address=job.config.evaluation.address,
             placement=job.placement,
+            task_timeout_s=job.config.evaluation.task_timeout_s,
+            note=note,
         )
     try:
         yield workers

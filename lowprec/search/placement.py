@@ -12,6 +12,7 @@ from lowprec.errors import ConfigError
 from lowprec.evaluation.loads import measure_loads, row_overhead
 from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import Precision, RowRange
+from lowprec.shards import hot_bytes
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
 from lowprec.shards.planner import Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
@@ -76,6 +77,7 @@ def place(demand: Demand, num_workers: int, worker_memory: int) -> tuple[WorkerN
     needs = WorkerNeeds.of(
         worker_memory,
         dense_bytes=demand.dense_bytes,
+        hot_bytes=hot_bytes({table.name: (table.num_rows, table.dim) for table in demand.tables}),
         batch_size=demand.batch_size,
         ids=sum(table.ids for table in demand.tables),
         values=sum(table.bags * table.dim for table in demand.tables),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lowprec import __version__
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, PoisonedWorkError
 from lowprec.results import ResultsStore
 from lowprec.search.job import Job
 from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial
+from lowprec.whole_file import whole_file
 
 __all__ = ["RunRecord"]
 
@@ -25,6 +27,7 @@ FREE_TO_CHANGE = (
     "search.max_trials",
     "search.timeout_s",
     "evaluation.num_workers",
+    "evaluation.task_timeout_s",
     "evaluation.address",
     "results",
     "train",
@@ -83,6 +86,18 @@ class RunRecord:
         }
         self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
         self._version += 1
+
+    def failed(self, error: Exception) -> Path | None:
+        """Commit that the run failed; returns the file in which work is set aside that failed again and again."""
+        self.state("failed", message=str(error))
+        if not isinstance(error, PoisonedWorkError):
+            return None
+        name = hashlib.sha256(error.work.encode()).hexdigest()[:16]
+        path = self.artifacts / "quarantine" / f"work-{name}.json"
+        document = {"run_id": self.run_id, "command": self._command, "work": error.work, "tries": error.tries}
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps({**document, "message": str(error)}, indent=2))
+        return path
 
     def has_sensitivities(self, window: str) -> bool:
         """Whether the sensitivities of that window are there; they are committed all at once."""

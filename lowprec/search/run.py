@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lowprec.config import Config
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, WorkerError
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.profile_file import read_profile, write_profile
@@ -64,14 +64,17 @@ def run_search(
     try:
         if given is not None:
             write_profile(given, job.profile_origin("search"), record.artifacts / "profile.npz")
-        with open_workers(job) as workers:
+        with open_workers(job, listener.note) as workers:
             outcome = _Search(job, record, workers, listener).run()
     except KeyboardInterrupt:
         record.state("stopped", message="interrupted")
         listener.note(f"interrupted; go on with: lowprec search CONFIG --resume {record.run_id}")
         raise
     except Exception as error:
-        record.state("failed", message=str(error))
+        if kept := record.failed(error):
+            listener.note(f"the work that failed is described in {kept}")
+        if isinstance(error, WorkerError):
+            listener.note(f"what is committed is kept; go on with: lowprec search CONFIG --resume {record.run_id}")
         raise
     best = outcome.recommendations[0].best
     record.state(
@@ -127,7 +130,9 @@ class _Search:
             profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
             row_ranges=self._job.spec.row_ranges,
-            notes=tuple(n for r in recommendations for n in self._job.rows_without_form(r.best.choice.trial.plan)),
+            notes=tuple(
+                n for r in recommendations for n in self._job.rows_without_form(self._workers, r.best.choice.trial.plan)
+            ),
             seconds=time.monotonic() - self._began,
         )
 

@@ -98,7 +98,7 @@ def verify_plan(
     record.state("running")
     listener.stage("verify", traffic_window.num_batches)
     try:
-        with open_workers(job) as workers:
+        with open_workers(job, listener.note) as workers:
             evaluation = job.evaluate(
                 workers,
                 window,
@@ -107,8 +107,10 @@ def verify_plan(
                 quarantine=record.artifacts / "quarantine",
                 on_progress=listener.advance,
             )
+            wrong_rows = job.rows_without_form(workers, file.plan)
     except Exception as error:
-        record.state("failed", message=str(error))
+        if kept := record.failed(error):
+            listener.note(f"the work that failed is described in {kept}")
         raise
     metrics = evaluation.metrics[0]
     verdict = metrics.verdict(budget)
@@ -140,7 +142,7 @@ def verify_plan(
         verdict=verdict,
         window=job.window_text(window),
         rows=evaluation.rows,
-        notes=(*notes, *costs.notes, *job.rows_without_form(file.plan)),
+        notes=(*notes, *costs.notes, *wrong_rows),
         seconds=time.monotonic() - began,
     )
     record.state(

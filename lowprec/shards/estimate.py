@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 from lowprec.shards.planner import Placement, Shard
 
-__all__ = ["Limit", "NetworkLoad", "WorkerNeeds", "limits_of", "network_load"]
+__all__ = ["MAX_KEPT_BYTES", "Limit", "NetworkLoad", "WorkerNeeds", "kept_bytes", "limits_of", "network_load"]
 
 _MB = 10**6
+
+# What a worker keeps of batches that it will come back to, at most, and of its memory where that is limited.
+MAX_KEPT_BYTES = 256 << 20
+_KEPT_SHARE = 1 / 25
 
 # A row number and a length of a bag, as they are sent; a value, a score.
 ID_BYTES, LENGTH_BYTES, VALUE_BYTES = 4, 1, 4
@@ -23,7 +27,7 @@ class WorkerNeeds:
     """Memory that a worker needs beside its tables, in bytes.
 
     process: Python, PyTorch and Ray. dense: the dense part and its gradients. batch: the inputs and pooled vectors of
-    the batches at work. caches: what it keeps of batches and of small tables, a share of its memory.
+    the batches at work. caches: what it keeps of batches, a share of its memory, and of small tables.
     """
 
     process: int
@@ -38,20 +42,33 @@ class WorkerNeeds:
 
     @classmethod
     def of(
-        cls, memory: int, *, dense_bytes: int, batch_size: int, ids: float, values: float, precisions: int
+        cls,
+        memory: int,
+        *,
+        dense_bytes: int,
+        hot_bytes: int,
+        batch_size: int,
+        ids: float,
+        values: float,
+        precisions: int,
     ) -> WorkerNeeds:
         """Of a worker with `memory` bytes.
 
-        ids, values: ids and pooled values of one example, over all tables. precisions: how many pooled vectors of a
-        call are held at once.
+        hot_bytes: what is kept of small tables. ids, values: ids and pooled values of one example, over all tables.
+        precisions: how many pooled vectors of a call are held at once.
         """
         of_example = 8 * (ids + 1) + VALUE_BYTES * values * (precisions + 2)
         return cls(
             process=320 * _MB,
             dense=4 * dense_bytes,
             batch=int(2 * batch_size * of_example),
-            caches=min(320 * _MB, memory // 20),
+            caches=kept_bytes(memory) + hot_bytes,
         )
+
+
+def kept_bytes(memory: int | None) -> int:
+    """What a worker with so many bytes keeps of batches; None where nobody said."""
+    return MAX_KEPT_BYTES if memory is None else min(MAX_KEPT_BYTES, int(memory * _KEPT_SHARE))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lowprec.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
 
-__all__ = ["TableShard", "hot_tables"]
+__all__ = ["TableShard", "hot_bytes", "hot_tables"]
 
 Floats = NDArray[np.float32]
 
@@ -23,20 +23,25 @@ _HOT_TABLE_BYTES = 512 << 10
 _KEPT_CHANGES_BYTES = 64 << 20
 
 
-def hot_tables(weights: Mapping[str, Tensor]) -> frozenset[str]:
+def hot_tables(shapes: Mapping[str, tuple[int, int]]) -> frozenset[str]:
     """The tables so small that they stay in a cache of the CPU: the changes of their rows are worth keeping.
 
-    Those of at most 512 KiB, the smallest first, until what is kept reaches 64 MiB. It depends on the model alone, so
-    that every worker chooses the same ones and adds up the same numbers.
+    shapes: (num_rows, dim) of each table. Those of at most 512 KiB, the smallest first, until what is kept reaches
+    64 MiB. It depends on the model alone, so that every worker chooses the same ones and adds up the same numbers.
     """
-    small = [(w.numel() * w.element_size(), name) for name, w in weights.items()]
+    small = [(4 * num_rows * dim, name) for name, (num_rows, dim) in shapes.items()]
     chosen, left = set(), _KEPT_CHANGES_BYTES
     for num_bytes, name in sorted(small):
-        left -= ops.RowChanges.bytes_for(*weights[name].shape)
+        left -= ops.RowChanges.bytes_for(*shapes[name])
         if num_bytes > _HOT_TABLE_BYTES or left < 0:
             break
         chosen.add(name)
     return frozenset(chosen)
+
+
+def hot_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """What is kept of them."""
+    return sum(ops.RowChanges.bytes_for(*shapes[name]) for name in hot_tables(shapes))
 
 
 class TableShard:

@@ -57,7 +57,7 @@ class LocalTables:
 
     def __init__(self, weights: Mapping[str, Tensor], row_ranges: Mapping[str, RowRange]) -> None:
         """Take weights float32[num_rows, dim] without a copy; the ranges of rows are minmax for one left out."""
-        hot = hot_tables(weights)
+        hot = hot_tables({name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()})
         self._shards = {
             name: TableShard(name, weight, row_range=row_ranges.get(name, RowRange.MINMAX), is_hot=name in hot)
             for name, weight in weights.items()

@@ -176,3 +176,41 @@ def test_a_time_limit_stops_the_waves_and_still_confirms(lowprec, config_file):
     assert done.code in (0, 2, 4)
     assert done.document["num_trials"] < 100_000 and done.document["confirm"]["num_examples"] > 0
     assert "time limit" in done.err
+
+
+def test_work_that_kills_its_workers_is_set_aside_and_done_when_mended(lowprec, config_file, tmp_path, undisturbed):
+    """The model kills its process on whole batches, as a bug in its own C++ might; later it is mended."""
+    done, _ = undisturbed
+    model = tmp_path / "fragile.py"
+    lines = (
+        "import os, signal, time, torch\n"
+        "from lowprec.models import dlrm\n"
+        "class Fragile(dlrm.DLRM):\n"
+        "    def forward(self, dense, sparse):\n"
+        "        if len(dense) == 1024: DIE\n"
+        "        return super().forward(dense, sparse)\n"
+        "def build(schema, **args):\n"
+        "    model = dlrm.build(schema=schema, **args)\n"
+        "    model.__class__ = Fragile\n"
+        "    return model\n"
+    )
+    model.write_text(lines.replace("DIE", "os.kill(os.getpid(), signal.SIGKILL); time.sleep(100)"))
+    root = tmp_path / "fragile"
+    config = config_file(results__root=str(root), evaluation__num_workers=2, model__factory="fragile:build")
+    failed = lowprec("search", config, "--json", cwd=tmp_path)
+    assert failed.code == 3
+    error = failed.document["error"]
+    assert error["type"] == "PoisonedWorkError"
+    assert "came to nothing 3 times and is set aside" in error["message"] and "want of memory" in error["message"]
+    run = only_run(root)[0]
+    (kept,) = (root / "artifacts" / run / "quarantine").glob("work-*.json")
+    assert f"described in {kept}" in failed.err and f"--resume {run}" in failed.err
+    aside = json.loads(kept.read_text())
+    assert aside["work"].startswith("ProfileTask of batches") and len(aside["tries"]) == 3
+
+    model.write_text(lines.replace("DIE", "pass"))
+    mended = lowprec("search", config, "--json", "--resume", run, cwd=tmp_path)
+    assert mended.code == done.code, mended.err
+    for key in ("plan", "bytes", "search", "confirm", "verdict"):
+        ours, theirs = mended.document[key], done.document[key]
+        assert ours == theirs

@@ -58,7 +58,15 @@ def test_the_fullest_worker_breaks_first():
 
 def test_needs_grow_with_batches_and_precisions():
     def needs(**other):
-        given = {"dense_bytes": 10**6, "batch_size": 1000, "ids": 30, "values": 416, "precisions": 5, **other}
+        given = {
+            "dense_bytes": 10**6,
+            "hot_bytes": 10**6,
+            "batch_size": 1000,
+            "ids": 30,
+            "values": 416,
+            "precisions": 5,
+            **other,
+        }
         return WorkerNeeds.of(8 * 10**9, **given)
 
     assert needs().total == sum(vars(needs()).values())

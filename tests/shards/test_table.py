@@ -12,7 +12,7 @@ from lowprec import ops
 from lowprec.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
-from lowprec.shards import TableShard, hot_tables
+from lowprec.shards import TableShard, hot_bytes, hot_tables
 
 LOW = [Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2]
 
@@ -73,13 +73,15 @@ def test_scores_are_those_of_the_pooled_outputs(dim, mode, weights, row_range, i
 
 
 def test_hot_tables_are_small_and_few():
-    def weights(**rows):
-        return {name: torch.empty(n, 64, device="meta") for name, n in rows.items()}
+    def shapes(**rows):
+        return {name: (n, 64) for name, n in rows.items()}
 
     assert hot_tables({}) == frozenset()
-    assert hot_tables(weights(at_the_limit=2048, above=2049, small=3)) == {"at_the_limit", "small"}
-    many = hot_tables(weights(**{f"t{i}": 2048 for i in range(100)}, small=1))
+    assert hot_tables(shapes(at_the_limit=2048, above=2049, small=3)) == {"at_the_limit", "small"}
+    many = hot_tables(shapes(**{f"t{i}": 2048 for i in range(100)}, small=1))
     assert "small" in many and len(many) == 1 + (64 << 20) // ops.RowChanges.bytes_for(2048, 64)
+    one = {"one": (2048, 64)}
+    assert hot_bytes(one) == ops.RowChanges(np.ones((2048, 64), np.float32), ranges={}).num_bytes
 
 
 @pytest.mark.parametrize("is_hot", [False, True])

@@ -1,0 +1,62 @@
+"""Ray itself: one started for the command, or a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+
+from lowprec.errors import WorkerError
+
+__all__ = ["cluster_resources", "init_ray"]
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+def cluster_resources(address: str) -> dict[str, Any]:
+    """Address, nodes, CPUs and GPUs of the Ray cluster at `address` ("auto": the one that runs on this machine).
+
+    Raises `WorkerError` where none answers. Ray must not be in use by this process.
+    """
+    init_ray(0, address)
+    try:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return {
+            "address": ray.get_runtime_context().gcs_address,
+            "num_nodes": sum(bool(node["Alive"]) for node in ray.nodes()),  # type: ignore[no-untyped-call]
+            "num_cpus": resources.get("CPU", 0.0),
+            "num_gpus": resources.get("GPU", 0.0),
+        }
+    finally:
+        ray.shutdown()
+
+
+def init_ray(num_cpus: int, address: str | None) -> None:
+    """Join the cluster at `address`, or start Ray on this machine; raises `WorkerError` where that cannot be done."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is None:
+            # "local" never joins a cluster that an old address file points to.
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        else:
+            _check_reachable(address)
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        # Ray sends no token to an address that it was given, and a cluster that wants one does not say so.
+        asks_token = address is not None and "RAY_AUTH_MODE" not in os.environ and "Failed to connect" in str(error)
+        raise WorkerError(
+            f"Ray at {address or 'this machine'}: cannot be reached or started: {str(error).splitlines()[0]}; "
+            + ("set RAY_AUTH_MODE=token if the cluster asks for a token; " if asks_token else "")
+            + "check the address (evaluation.address, --address), or leave it out to run on this machine"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits without end for a head node that is not there."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

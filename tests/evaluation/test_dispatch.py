@@ -1,0 +1,106 @@
+"""Work among workers that come and go, without any worker."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowprec.evaluation.cluster.dispatch import Dispatch
+
+
+def given_out(dispatch, up):
+    found = []
+    while (one := dispatch.next(up)) is not None:
+        found.append(one)
+    return found
+
+
+def test_work_goes_out_in_order_to_the_emptiest_worker():
+    dispatch = Dispatch(10, 2, in_flight=2, ahead=16)
+    assert given_out(dispatch, [0, 1]) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    dispatch.finished(1)
+    assert given_out(dispatch, [0, 1]) == [(4, 1)]
+    assert dispatch.at(0) == (0, 2)
+
+
+def test_nobody_runs_far_ahead_of_a_slow_worker():
+    dispatch = Dispatch(100, 2, in_flight=2, ahead=6)
+    given_out(dispatch, [0, 1])
+    while dispatch.at(1):
+        dispatch.finished(dispatch.at(1)[0])
+        given_out(dispatch, [0, 1])
+    assert dispatch.at(0) == (0, 2)
+    dispatch.finished(0)
+    assert given_out(dispatch, [0, 1])[0] == (6, 1)
+
+
+def test_a_lost_worker_gives_everything_back_and_one_piece_is_blamed():
+    dispatch = Dispatch(4, 2, in_flight=2, ahead=16)
+    given_out(dispatch, [0, 1])
+    assert dispatch.lost(0, "killed") == 0
+    assert dispatch.at(0) == ()
+    assert [(f.worker, f.how) for f in dispatch.failures[0]] == [(0, "killed")]
+    assert 2 not in dispatch.failures
+    # Piece 0 waits for worker 1, which it was not with, and is alone there; worker 0 takes what it had besides.
+    assert given_out(dispatch, [0, 1]) == [(2, 0)]
+    dispatch.finished(1)
+    dispatch.finished(3)
+    assert given_out(dispatch, [0, 1]) == [(0, 1)]
+    assert given_out(dispatch, [0, 1]) == []
+
+
+def test_a_suspect_returns_to_the_same_worker_where_there_is_no_other():
+    dispatch = Dispatch(2, 1, in_flight=2, ahead=16)
+    given_out(dispatch, [0])
+    for tries in range(1, 4):
+        assert dispatch.lost(0, "killed") == 0
+        assert len(dispatch.failures[0]) == tries
+        assert given_out(dispatch, []) == []
+        assert given_out(dispatch, [0]) == [(0, 0)]
+    dispatch.finished(0)
+    assert given_out(dispatch, [0]) == [(1, 0)]
+
+
+def test_a_failure_that_leaves_the_worker_alive_costs_nobody_else_anything():
+    dispatch = Dispatch(3, 2, in_flight=2, ahead=16)
+    given_out(dispatch, [0, 1])
+    dispatch.failed(0, "ValueError")
+    assert dispatch.at(0) == (2,)
+    dispatch.finished(1)
+    assert given_out(dispatch, [0, 1]) == [(0, 1)]
+
+
+@given(
+    num_pieces=st.integers(0, 40),
+    num_workers=st.integers(1, 5),
+    in_flight=st.integers(1, 3),
+    seed=st.integers(0, 2**32),
+)
+def test_whatever_is_lost_every_piece_is_finished_once(num_pieces, num_workers, in_flight, seed):
+    rng = random.Random(seed)
+    dispatch = Dispatch(num_pieces, num_workers, in_flight=in_flight, ahead=8)
+    finished, down, disasters = [], set(), 60
+    while not dispatch.is_done:
+        given_out(dispatch, [w for w in range(num_workers) if w not in down])
+        at = {w: dispatch.at(w) for w in range(num_workers)}
+        held = [piece for pieces in at.values() for piece in pieces]
+        assert len(set(held)) == len(held) and not set(held) & set(finished)
+        assert all(len(pieces) <= in_flight for pieces in at.values())
+        busy = [w for w in at if at[w]]
+        assert busy or down
+        if disasters and rng.random() < 0.4:
+            disasters -= 1
+            worker = rng.randrange(num_workers)
+            before = at[worker]
+            assert dispatch.lost(worker, "killed") == (before[0] if before else None)
+            down.add(worker)
+        elif busy and rng.random() < 0.7:
+            piece = at[rng.choice(busy)][0]
+            dispatch.finished(piece)
+            finished.append(piece)
+        elif busy and disasters and rng.random() < 0.2:
+            disasters -= 1
+            dispatch.failed(at[rng.choice(busy)][0], "raised")
+        else:
+            down.discard(rng.randrange(num_workers))
+    assert sorted(finished) == list(range(num_pieces))

@@ -1,0 +1,199 @@
+"""Workers that die, hang and fail: real signals to real processes. What is lost is done again, and counted once."""
+
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from lowprec.errors import PoisonedWorkError, WorkerError
+from lowprec.evaluation.cluster import RayWorkers, watch
+from lowprec.evaluation.worker import ExactTask, LocalWorkers
+from lowprec.plan import Plan, Precision
+from lowprec.search.job import open_job
+
+# Tasks of this file go to processes that cannot import it.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def job(small_config):
+    return open_job(small_config())
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """An exact task to which something happens at one of its batches, so many times, counted in a folder."""
+
+    task: ExactTask
+    batch: int
+    times: int
+    folder: Path
+    how: str
+
+    @property
+    def batches(self):
+        return self.task.batches
+
+    keep = None
+
+    def sums(self, evaluator, batch):
+        if batch.index == self.batch and len(list(self.folder.iterdir())) < self.times:
+            (self.folder / str(time.monotonic_ns())).touch()
+            if self.how == "raise":
+                raise ZeroDivisionError("by a user's hand")
+            if self.how == "memory":
+                raise MemoryError("cannot allocate 12 GB")
+            if self.how != "sleep":
+                os.kill(os.getpid(), getattr(signal, self.how))
+            time.sleep(1000)  # a signal takes its time
+        return self.task.sums(evaluator, batch)
+
+
+def tasks_of(job):
+    plans = (Plan.uniform(job.units, Precision.INT4), Plan.uniform(job.units, Precision.INT2))
+    return [ExactTask(plans, (k,)) for k in range(job.window("search").num_batches)]
+
+
+def doomed(job, folder, how, times, batch=2):
+    folder.mkdir()
+    return [Doomed(task, batch, times, folder, how) for task in tasks_of(job)]
+
+
+def bits(chunks):
+    return [chunk.sums.moments.tobytes() for chunk in chunks]
+
+
+@contextmanager
+def on_ray(spec, num_workers, address=None, **options):
+    told: list[str] = []
+    workers = RayWorkers(spec, num_workers=num_workers, address=address, note=told.append, **options)
+    try:
+        yield workers, told
+    finally:
+        workers.close()
+
+
+@pytest.fixture
+def undisturbed(job):
+    return bits(LocalWorkers(job.spec, job.adapter).run(job.window("search"), tasks_of(job)))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("SIGKILL", r"worker \d \(process \d+ on node \w+\) died at"), ("raise", "ZeroDivisionError")]
+)
+def test_work_that_fails_twice_is_done_again_and_changes_no_bit(job, tmp_path, undisturbed, how, said):
+    with on_ray(job.spec, 2) as (workers, told):
+        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=2)))
+    assert found == undisturbed
+    assert len(list((tmp_path / "tries").iterdir())) == 2
+    first, second = told
+    assert "Doomed of batches 2 to 2" in first and "Doomed of batches 2 to 2" in second
+    assert re.search(said, first)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("SIGSEGV", r"worker \d .* died; .*most often for want of memory \(it was last seen with \d\.\d\d GB"),
+        ("raise", "by a user's hand"),
+        ("memory", "MemoryError.*want of memory .*: lower traffic.batch_size"),
+    ],
+)
+def test_poisoned_work_is_set_aside_after_three_tries(job, tmp_path, undisturbed, how, said):
+    with on_ray(job.spec, 2) as (workers, _):
+        chunks = workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=100))
+        assert bits([next(chunks), next(chunks)]) == undisturbed[:2]
+        with pytest.raises(PoisonedWorkError, match=f"batches 2 to 2 came to nothing 3 times.*{said}") as found:
+            next(chunks)
+        assert len(found.value.tries) == 3
+        assert len(list((tmp_path / "tries").iterdir())) == 3
+        # The workers are as good as before.
+        assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
+
+
+def test_a_stopped_worker_is_killed_and_its_work_done_again(job, undisturbed, monkeypatch):
+    monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
+    monkeypatch.setattr(watch, "HUNG_AFTER_S", 2.0)
+    with on_ray(job.spec, 2) as (workers, told):
+        chunks = workers.run(job.window("search"), tasks_of(job))
+        found = [next(chunks)]
+        stopped = workers.process_ids()[1]
+        os.kill(stopped, signal.SIGSTOP)
+        found += list(chunks)
+        assert not Path(f"/proc/{stopped}").exists()
+    assert bits(found) == undisturbed
+    assert any("has not answered for 2 s" in line for line in told)
+
+
+def test_work_that_does_not_end_is_stopped(job, tmp_path, undisturbed):
+    with on_ray(job.spec, 2, task_timeout_s=3.0) as (workers, told):
+        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
+    assert found == undisturbed
+    assert any("has been at Doomed of batches 2 to 2 for 3 s (evaluation.task_timeout_s)" in line for line in told)
+
+
+def test_a_worker_that_dies_while_it_loads_ends_the_run(job, tmp_path):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\ndef build(schema, **args):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    spec = replace(job.spec, factory="deadly:build", import_paths=(str(tmp_path),))
+    with (
+        on_ray(spec, 1) as (workers, _),
+        pytest.raises(WorkerError, match=r"died 3 times in a row without finishing anything, most often for want of"),
+    ):
+        list(workers.run(job.window("search"), tasks_of(job)))
+
+
+def test_rows_are_checked_by_workers_as_in_one_process(small_config, small_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(small_folder / "model.safetensors")
+    tensors["tables.c5.weight"][700, 3] = 1e30
+    save_file(tensors, tmp_path / "wide.safetensors")
+    job = open_job(small_config(f"model.checkpoint={tmp_path / 'wide.safetensors'}"))
+    plan = Plan.uniform(job.units, Precision.INT4)
+    expected = job.rows_without_form(LocalWorkers(job.spec, job.adapter), plan)
+    assert len(expected) == 1 and '"table:c5": row 700 spans' in expected[0]
+    with on_ray(job.spec, 2) as (workers, _):
+        assert job.rows_without_form(workers, plan) == expected
+
+
+# After the tests with a Ray of their own: Ray starts no other one beside a cluster in the same process.
+@pytest.fixture
+def machines():
+    cluster = Cluster()
+    nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(3)]
+    try:
+        yield cluster, {node.node_id: node for node in nodes}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturbed, machines, monkeypatch):
+    """With room elsewhere the worker moves there; without, the run says so."""
+    cluster, nodes = machines
+    monkeypatch.setattr(watch, "START_TIMEOUT_S", 30.0)
+    with on_ray(job.spec, 2, cluster.address) as (workers, _):
+        chunks = workers.run(job.window("search"), tasks_of(job))
+        found = [next(chunks)]
+        # The first node is the head.
+        lost = next(w for w, node in enumerate(workers.node_ids()) if nodes[node] is not cluster.head_node)
+        cluster.remove_node(nodes[workers.node_ids()[lost]], allow_graceful=False)
+        found += list(chunks)
+        assert bits(found) == undisturbed
+
+        monkeypatch.setattr(watch, "START_TIMEOUT_S", 4.0)
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node, allow_graceful=False)
+        with pytest.raises(WorkerError, match=r"is gone and was not started again in 4 s.*resume with fewer workers"):
+            for _ in range(1000):
+                list(workers.run(job.window("search"), tasks_of(job)))
