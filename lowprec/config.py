@@ -223,7 +223,8 @@ class EvaluationConfig(_Section):
 
     `num_workers: 0` evaluates in the command's own process, without Ray. `worker_memory`, such as 8GB, is what a worker
     may use: tables that are too large for it are shared among the workers. Without it every worker maps all tables.
-    A task of `batches_per_task` batches that takes longer than `task_timeout_s` is taken for hung, and done again.
+    A task of `batches_per_task` batches that takes longer than `task_timeout_s` is taken for hung, and so is a worker
+    that does not answer for `hung_after_s`: its process is killed, and what it had is done again.
     """
 
     num_workers: Annotated[int, Field(ge=0)] = 2
@@ -231,6 +232,7 @@ class EvaluationConfig(_Section):
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
     batches_per_task: Annotated[int, Field(gt=0)] = 4
     task_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    hung_after_s: Annotated[float, Field(gt=0)] = 30.0
     address: str | None = None
 
     @field_validator("worker_memory", mode="before")

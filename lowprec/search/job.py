@@ -269,6 +269,7 @@ def open_workers(job: Job, note: Callable[[str], None] = lambda _: None) -> Iter
             address=job.config.evaluation.address,
             placement=job.placement,
             task_timeout_s=job.config.evaluation.task_timeout_s,
+            hung_after_s=job.config.evaluation.hung_after_s,
             note=note,
         )
     try:

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "search.timeout_s",
     "evaluation.num_workers",
     "evaluation.task_timeout_s",
+    "evaluation.hung_after_s",
     "evaluation.address",
     "results",
     "train",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lowprec.shards.estimate import kept_bytes
+
 SPEC = {
     "tables": [
         {"name": "user", "num_rows": 2_000_000_000, "dim": 128, "lookups": [8, 4, 2, 1, 1]},
@@ -127,9 +129,9 @@ def test_a_search_whose_tables_no_worker_can_hold(lowprec, config_file, tmp_path
     """Three workers of a third of the tables each find what one process finds, up to the last bits of gaps."""
     ask = ("--dry-run", "--workers", "3", "--worker-memory", "1GB", "--json")
     placement = lowprec("search", config_file(), *ask).document["placement"]
-    own = placement["needs"]["total"] - placement["needs"]["caches"]
+    own = placement["needs"]["total"] - kept_bytes(10**9)
     for_tables = 1.3 * sum(w["held_bytes"] for w in placement["workers"]) / 9
-    memory = int((own + for_tables) / 0.95)
+    memory = int((own + for_tables) / (1 - kept_bytes(10**9) / 10**9))  # of which a part is kept for batches
     root = tmp_path / "shared"
     config = config_file(evaluation__num_workers=3, evaluation__worker_memory=memory, results__root=str(root))
     placed = lowprec("search", config, "--dry-run", "--workers", "3", "--worker-memory", str(memory), "--json")

@@ -121,8 +121,7 @@ def test_poisoned_work_is_set_aside_after_three_tries(job, tmp_path, undisturbed
 
 def test_a_stopped_worker_is_killed_and_its_work_done_again(job, undisturbed, monkeypatch):
     monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
-    monkeypatch.setattr(watch, "HUNG_AFTER_S", 2.0)
-    with on_ray(job.spec, 2) as (workers, told):
+    with on_ray(job.spec, 2, hung_after_s=2.0) as (workers, told):
         chunks = workers.run(job.window("search"), tasks_of(job))
         found = [next(chunks)]
         stopped = workers.process_ids()[1]
@@ -130,7 +129,7 @@ def test_a_stopped_worker_is_killed_and_its_work_done_again(job, undisturbed, mo
         found += list(chunks)
         assert not Path(f"/proc/{stopped}").exists()
     assert bits(found) == undisturbed
-    assert any("has not answered for 2 s" in line for line in told)
+    assert any("has not answered for 2 s (evaluation.hung_after_s)" in line for line in told)
 
 
 def test_work_that_does_not_end_is_stopped(job, tmp_path, undisturbed):

@@ -42,9 +42,9 @@ class _Seen:
 class Watch:
     """Some actors, from their start to their end."""
 
-    def __init__(self, actors: tuple[Any, ...], note: Callable[[str], None]) -> None:
+    def __init__(self, actors: tuple[Any, ...], hung_after_s: float, note: Callable[[str], None]) -> None:
         """Watch `actors`, which are being started; `note` is told what happens to them."""
-        self._actors, self._note = actors, note
+        self._actors, self._hung_after_s, self._note = actors, hung_after_s, note
         self._seen = [_Seen("starting", time.monotonic()) for _ in actors]
 
     @property
@@ -169,10 +169,15 @@ class Watch:
     def _ask(self, worker: int, seen: _Seen) -> None:
         now = time.monotonic()
         if seen.asked is None:
-            if now - seen.asked_at > (PULSE_EVERY_S if seen.state == "up" else START_PULSE_EVERY_S):
+            if now - seen.asked_at > (
+                min(PULSE_EVERY_S, self._hung_after_s) if seen.state == "up" else START_PULSE_EVERY_S
+            ):
                 seen.asked, seen.asked_at = self._actors[worker].pulse.remote(), now
-        elif seen.state != "starting" and now - seen.asked_at > HUNG_AFTER_S and not seen.is_killed:
-            self._note(f"{self.place(worker)} has not answered for {HUNG_AFTER_S:g} s: it is killed and started again")
+        elif seen.state != "starting" and now - seen.asked_at > self._hung_after_s and not seen.is_killed:
+            self._note(
+                f"{self.place(worker)} has not answered for {self._hung_after_s:g} s (evaluation.hung_after_s): it is "
+                "killed and started again"
+            )
             self.kill(worker)
         if seen.state == "starting" and seen.pulse is not None and now - seen.heard_at > START_TIMEOUT_S:
             raise WorkerError(

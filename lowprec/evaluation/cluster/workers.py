@@ -12,7 +12,7 @@ from lowprec.errors import LowprecError, PoisonedWorkError
 from lowprec.evaluation.cluster.actor import Share, start_actor
 from lowprec.evaluation.cluster.connect import init_ray
 from lowprec.evaluation.cluster.dispatch import Dispatch
-from lowprec.evaluation.cluster.watch import Watch, memory_hint
+from lowprec.evaluation.cluster.watch import HUNG_AFTER_S, Watch, memory_hint
 from lowprec.evaluation.worker import Chunk, RowCheck, Summable, Task, WorkerSpec
 from lowprec.shards.planner import Placement
 from lowprec.traffic import TrafficWindow
@@ -44,12 +44,14 @@ class RayWorkers:
         address: str | None,
         placement: Placement | None = None,
         task_timeout_s: float = TASK_TIMEOUT_S,
+        hung_after_s: float = HUNG_AFTER_S,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Start `num_workers` actors; `address=None` starts Ray on this machine until `close`.
 
         placement: which of them holds which rows; without it, each of them holds all. A task that takes longer than
-        `task_timeout_s` is taken for hung, and its worker is killed. `note` is told what happens to workers.
+        `task_timeout_s` is taken for hung, and so is a worker that does not answer for `hung_after_s`: it is killed.
+        `note` is told what happens to workers.
         """
         assert placement is None or placement.num_workers == num_workers
         self._note, self._task_timeout_s = note, task_timeout_s
@@ -58,7 +60,7 @@ class RayWorkers:
             init_ray(num_workers * spec.threads, address)
         shares = [None if placement is None else Share(placement, worker) for worker in range(num_workers)]
         self._actors = tuple(start_actor(spec, share) for share in shares)
-        self._watch = Watch(self._actors, note)
+        self._watch = Watch(self._actors, hung_after_s, note)
         memory = f" and {spec.memory_bytes / 1e9:.1f} GB" if spec.memory_bytes else ""
         try:
             self._watch.start(f"{spec.threads} CPU{memory}")

@@ -1,0 +1,34 @@
+"""Whole searches on a cluster whose workers, machines and drivers are killed: `tests/benchmarks/chaos.py`."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def chaos(monkeypatch):
+    path = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
+    spec = importlib.util.spec_from_file_location("chaos", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "chaos", module)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(found, num_seeds):
+    assert (found["runs"], found["lost"], found["duplicated"], found["metrics_equal"]) == (num_seeds, 0, 0, 1)
+    # A run that ends before its last event comes is compared all the same; nearly all events happen.
+    assert set(found["events"]) == {"kill", "stop", "node", "driver"}
+    assert sum(found["events"].values()) > 4 * num_seeds
+
+
+def test_three_seeds(chaos, tmp_path):
+    check(chaos.play(tmp_path, range(3), num_rows=24_000, max_trials=12), 3)
+
+
+@pytest.mark.slow
+def test_twenty_seeds(chaos, tmp_path):
+    check(chaos.play(tmp_path, range(100, 120)), 20)
