@@ -16,7 +16,7 @@ _MB = 10**6
 
 # What a worker keeps of batches that it will come back to, at most, and of its memory where that is limited.
 MAX_KEPT_BYTES = 256 << 20
-_KEPT_SHARE = 1 / 25
+_KEPT_SHARE = 1 / 50
 
 # A row number and a length of a bag, as they are sent; a value, a score.
 ID_BYTES, LENGTH_BYTES, VALUE_BYTES = 4, 1, 4

@@ -21,8 +21,9 @@ Floats = NDArray[np.float32]
 class ShardServer:
     """Some shards. It keeps nothing of a request: asked again, it gives the same answer, and so does another one."""
 
-    def __init__(self, shards: Iterable[TableShard]) -> None:
-        """Take the shards that this worker holds."""
+    def __init__(self, shards: Iterable[TableShard], *, num_threads: int | None = None) -> None:
+        """Take the shards that this worker holds. num_threads: of PyTorch; as it is in the caller's when left out."""
+        self._num_threads = num_threads
         self._shards = {(shard.name, shard.first_row): shard for shard in shards}
 
     def answer(self, request: Request) -> Floats:
@@ -30,6 +31,8 @@ class ShardServer:
 
         Raises `WeightError` naming a touched row that has no form at a precision, or is not finite.
         """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)  # PyTorch keeps it by thread
         shards = [self._shards[part.table, part.first_row] for part in request.parts]
         calls = request.calls()
         found: list[Floats] = []

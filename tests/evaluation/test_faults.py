@@ -57,6 +57,14 @@ class Doomed:
         return self.task.sums(evaluator, batch)
 
 
+@pytest.fixture(scope="module")
+def one_ray():
+    """A Ray on this machine for most of the tests; started by RayWorkers it would take seconds each time."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 def tasks_of(job):
     plans = (Plan.uniform(job.units, Precision.INT4), Plan.uniform(job.units, Precision.INT2))
     return [ExactTask(plans, (k,)) for k in range(job.window("search").num_batches)]
@@ -89,7 +97,7 @@ def undisturbed(job):
 @pytest.mark.parametrize(
     ("how", "said"), [("SIGKILL", r"worker \d \(process \d+ on node \w+\) died at"), ("raise", "ZeroDivisionError")]
 )
-def test_work_that_fails_twice_is_done_again_and_changes_no_bit(job, tmp_path, undisturbed, how, said):
+def test_work_that_fails_twice_is_done_again_and_changes_no_bit(one_ray, job, tmp_path, undisturbed, how, said):
     with on_ray(job.spec, 2) as (workers, told):
         found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=2)))
     assert found == undisturbed
@@ -107,7 +115,7 @@ def test_work_that_fails_twice_is_done_again_and_changes_no_bit(job, tmp_path, u
         ("memory", "MemoryError.*want of memory .*: lower traffic.batch_size"),
     ],
 )
-def test_poisoned_work_is_set_aside_after_three_tries(job, tmp_path, undisturbed, how, said):
+def test_poisoned_work_is_set_aside_after_three_tries(one_ray, job, tmp_path, undisturbed, how, said):
     with on_ray(job.spec, 2) as (workers, _):
         chunks = workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=100))
         assert bits([next(chunks), next(chunks)]) == undisturbed[:2]
@@ -119,7 +127,7 @@ def test_poisoned_work_is_set_aside_after_three_tries(job, tmp_path, undisturbed
         assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
 
 
-def test_a_stopped_worker_is_killed_and_its_work_done_again(job, undisturbed, monkeypatch):
+def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, undisturbed, monkeypatch):
     monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
     with on_ray(job.spec, 2, hung_after_s=2.0) as (workers, told):
         chunks = workers.run(job.window("search"), tasks_of(job))
@@ -132,14 +140,14 @@ def test_a_stopped_worker_is_killed_and_its_work_done_again(job, undisturbed, mo
     assert any("has not answered for 2 s (evaluation.hung_after_s)" in line for line in told)
 
 
-def test_work_that_does_not_end_is_stopped(job, tmp_path, undisturbed):
+def test_work_that_does_not_end_is_stopped(one_ray, job, tmp_path, undisturbed):
     with on_ray(job.spec, 2, task_timeout_s=3.0) as (workers, told):
         found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
     assert found == undisturbed
     assert any("has been at Doomed of batches 2 to 2 for 3 s (evaluation.task_timeout_s)" in line for line in told)
 
 
-def test_a_worker_that_dies_while_it_loads_ends_the_run(job, tmp_path):
+def test_a_worker_that_dies_while_it_loads_ends_the_run(one_ray, job, tmp_path):
     (tmp_path / "deadly.py").write_text(
         "import os, signal\ndef build(schema, **args):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -151,7 +159,7 @@ def test_a_worker_that_dies_while_it_loads_ends_the_run(job, tmp_path):
         list(workers.run(job.window("search"), tasks_of(job)))
 
 
-def test_rows_are_checked_by_workers_as_in_one_process(small_config, small_folder, tmp_path):
+def test_rows_are_checked_by_workers_as_in_one_process(one_ray, small_config, small_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(small_folder / "model.safetensors")
@@ -168,6 +176,7 @@ def test_rows_are_checked_by_workers_as_in_one_process(small_config, small_folde
 # After the tests with a Ray of their own: Ray starts no other one beside a cluster in the same process.
 @pytest.fixture
 def machines():
+    ray.shutdown()
     cluster = Cluster()
     nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(3)]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,7 @@ from numpy.typing import NDArray
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.memory import MemoryUse, memory_use
-from lowprec.evaluation.worker import (
-    Chunk,
-    HeldShards,
-    RowCheck,
-    ShardLoader,
-    Task,
-    Worker,
-    WorkerSpec,
-)
+from lowprec.evaluation.worker import Chunk, RowCheck, ShardLoader, Task, Worker, WorkerSpec
 from lowprec.shards.estimate import kept_bytes
 from lowprec.shards.planner import Placement
 from lowprec.shards.server import ShardServer
@@ -32,19 +24,11 @@ from lowprec.shards.sharded import Exchange, ShardedTables
 from lowprec.shards.wire import Request
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["Peers", "Pulse", "Share", "start_actor"]
+__all__ = ["Peers", "Pulse", "start_actor"]
 
-_LOOKUPS, _PULSE = "lookups", "pulse"
+_PREPARE, _LOOKUPS, _PULSE = "prepare", "lookups", "pulse"
 # Threads of a worker that answer others while it evaluates: one computes while another is waited for.
 LOOKUP_THREADS = 2
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a worker holds of a placement."""
-
-    placement: Placement
-    worker: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +37,15 @@ class Peers:
 
     actors: tuple[Any, ...]
     nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker holds of a placement."""
+
+    placement: Placement
+    worker: int
+    peers: Peers
 
 
 @dataclass(frozen=True)
@@ -67,49 +60,62 @@ class Pulse:
 class WorkerActor:
     """A worker in a process of its own. Errors of ours come back as values, so that the driver sees them unwrapped.
 
-    Tasks come one at a time; meanwhile other threads look up what other workers ask of its shards. Neither keeps
-    anything that would be missed: a worker that was restarted loads its rows again and goes on.
+    It is told everything by `prepare`, every time that it was started. Then tasks come one at a time; meanwhile other
+    threads look up what other workers ask of its shards. Neither keeps anything that would be missed.
     """
 
-    def __init__(self, spec: WorkerSpec, share: Share | None) -> None:
-        self._spec, self._share = spec, share
-        self._loading = Lock()
+    def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._sharded: tuple[ShardLoader, HeldShards, ShardServer] | None = None
-        self._window: tuple[Any, TrafficWindow] | None = None
+        self._server: ShardServer | LowprecError | None = None
+        self._is_prepared = Event()
+        self._work: tuple[Any, TrafficWindow, Sequence[Task[Any]]] | None = None
 
-    def ready(self, peers: Peers) -> LowprecError | None:
-        """Load the model and the rows; tasks do it where this was not called."""
+    @ray.method(concurrency_group=_PREPARE)
+    def prepare(self, spec: WorkerSpec, placement: Placement | None, worker: int, peers: Peers) -> LowprecError | None:
+        """Load the model and the rows; nothing where that was done."""
+        if self._worker is not None:
+            return None
+        torch.set_num_threads(spec.threads)
         try:
-            self._ready(peers)
+            if placement is None:
+                self._worker = Worker(spec)
+            else:
+                self._worker, self._server = _sharded_worker(spec, _Share(placement, worker, peers))
             return None
         except LowprecError as error:
+            self._server = error
             return error
+        finally:
+            self._is_prepared.set()
 
-    def run(self, window: list[Any], task: Task[Any], peers: Peers) -> Chunk[Any] | LowprecError:
-        """Do a task; `window` holds one reference, fetched once: a window kept open reads on where it left off."""
+    def run(self, work: list[Any], number: int) -> Chunk[Any] | LowprecError:
+        """Do a task by its number.
+
+        `work` holds one reference, to the window and all tasks, and is fetched once: a window kept open reads on where
+        it left off.
+        """
         try:
-            worker = self._ready(peers)
-            if self._window is None or self._window[0] != window[0]:
-                self._window = (window[0], ray.get(window[0]))
-            return worker.run(self._window[1], task)
+            if self._work is None or self._work[0] != work[0]:
+                self._work = (work[0], *ray.get(work[0]))
+            _, window, tasks = self._work
+            return self._prepared().run(window, tasks[number])
         except LowprecError as error:
             return error
 
-    def check_rows(self, check: RowCheck, peers: Peers) -> str | LowprecError | None:
+    def check_rows(self, check: RowCheck) -> str | LowprecError | None:
         """What is wrong with the first row of a range that has no form at a precision."""
         try:
-            return self._ready(peers).check_rows(check)
+            return self._prepared().check_rows(check)
         except LowprecError as error:
             return error
 
     @ray.method(concurrency_group=_LOOKUPS, max_task_retries=-1)
     def answer(self, request: Request) -> NDArray[np.float32] | LowprecError:
         """Look up rows of this worker's shards for another one, which waits while this one is started again."""
-        torch.set_num_threads(self._spec.threads)  # of this thread
+        self._is_prepared.wait()
+        assert self._server is not None, "a worker that holds all tables is not asked for rows"
         try:
-            *_, server = self._load()
-            return server.answer(request)
+            return self._server if isinstance(self._server, LowprecError) else self._server.answer(request)
         except LowprecError as error:
             return error
 
@@ -118,46 +124,43 @@ class WorkerActor:
         """That this worker lives; answered whatever else it does."""
         return Pulse(os.getpid(), str(ray.get_runtime_context().get_node_id()), memory_use())
 
-    def _ready(self, peers: Peers) -> Worker:
-        if self._worker is None:
-            self._worker = Worker(self._spec) if self._share is None else self._sharded_worker(peers, self._share)
+    def _prepared(self) -> Worker:
+        """The worker; one that was started again unseen is given work before it is told what it needs for it."""
+        self._is_prepared.wait()
+        if isinstance(self._server, LowprecError):
+            raise self._server
+        assert self._worker is not None
         return self._worker
 
-    def _sharded_worker(self, peers: Peers, share: Share) -> Worker:
-        loader, held, _ = self._load()
-        if loader.is_mapped:
-            here = ray.get_runtime_context().get_node_id()
-            neighbours = (worker for worker, node in enumerate(peers.nodes) if node == here)
-            held = loader.held({*neighbours, share.worker})
-        tables = ShardedTables(share.placement, held, _exchange_with(peers.actors))
-        evaluator = ExactEvaluator(loader.adapter, tables, kept_bytes=kept_bytes(self._spec.memory_bytes))
-        return Worker(self._spec, evaluator, loader)
 
-    def _load(self) -> tuple[ShardLoader, HeldShards, ShardServer]:
-        with self._loading:
-            if self._sharded is None:
-                assert self._share is not None, "a worker without a share is not asked for rows"
-                loader = ShardLoader(self._spec, self._share.placement)
-                held = loader.held([self._share.worker])
-                self._sharded = loader, held, ShardServer(held.values())
-            return self._sharded
+def _sharded_worker(spec: WorkerSpec, share: _Share) -> tuple[Worker, ShardServer]:
+    """A worker that asks others for the rows that it does not have, and what answers them."""
+    loader = ShardLoader(spec, share.placement)
+    own = loader.held([share.worker])
+    reached = own
+    if loader.is_mapped:
+        here = ray.get_runtime_context().get_node_id()
+        neighbours = (worker for worker, node in enumerate(share.peers.nodes) if node == here)
+        reached = loader.held({*neighbours, share.worker})
+    tables = ShardedTables(share.placement, reached, _exchange_with(share.peers.actors))
+    evaluator = ExactEvaluator(loader.adapter, tables, kept_bytes=kept_bytes(spec.memory_bytes))
+    return Worker(spec, evaluator, loader), ShardServer(own.values(), num_threads=spec.threads)
 
 
-def start_actor(spec: WorkerSpec, share: Share | None) -> Any:
+def start_actor(num_cpus: int, memory_bytes: int | None) -> Any:
     """A worker that is being started. Ray starts it again whenever it dies, on any machine with room for it.
 
     What it was at is not done again by Ray but by who gave it, so that each try is counted.
     """
     remote: Any = ray.remote  # whose types know no concurrency groups
-    options = {"memory": spec.memory_bytes} if spec.memory_bytes else {}
     actor = remote(
-        num_cpus=spec.threads,
+        num_cpus=num_cpus,
         max_restarts=-1,
         max_task_retries=0,
-        concurrency_groups={_LOOKUPS: LOOKUP_THREADS, _PULSE: 1},
-        **options,
+        concurrency_groups={_PREPARE: 1, _LOOKUPS: LOOKUP_THREADS, _PULSE: 1},
+        **({"memory": memory_bytes} if memory_bytes else {}),
     )(WorkerActor)
-    return actor.remote(spec, share)
+    return actor.remote()
 
 
 def _exchange_with(peers: Sequence[Any]) -> Exchange:

@@ -42,9 +42,18 @@ class _Seen:
 class Watch:
     """Some actors, from their start to their end."""
 
-    def __init__(self, actors: tuple[Any, ...], hung_after_s: float, note: Callable[[str], None]) -> None:
-        """Watch `actors`, which are being started; `note` is told what happens to them."""
-        self._actors, self._hung_after_s, self._note = actors, hung_after_s, note
+    def __init__(
+        self,
+        actors: tuple[Any, ...],
+        prepare: Callable[[int, Peers], Any],
+        hung_after_s: float,
+        note: Callable[[str], None],
+    ) -> None:
+        """Watch `actors`, which are being started; `note` is told what happens to them.
+
+        prepare: lets a worker load what it needs; whoever was started again does so again.
+        """
+        self._actors, self._prepare, self._hung_after_s, self._note = actors, prepare, hung_after_s, note
         self._seen = [_Seen("starting", time.monotonic()) for _ in actors]
 
     @property
@@ -152,7 +161,7 @@ class Watch:
             return
         if seen.loading is None:
             if all(other.pulse for other in self._seen):
-                seen.loading = self._actors[worker].ready.remote(self.peers)
+                seen.loading = self._prepare(worker, self.peers)
         elif _is_there(seen.loading):
             loading, seen.loading = seen.loading, None
             try:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import ray
 
 from lowprec.errors import LowprecError, PoisonedWorkError
-from lowprec.evaluation.cluster.actor import Share, start_actor
+from lowprec.evaluation.cluster.actor import start_actor
 from lowprec.evaluation.cluster.connect import init_ray
 from lowprec.evaluation.cluster.dispatch import Dispatch
 from lowprec.evaluation.cluster.watch import HUNG_AFTER_S, Watch, memory_hint
@@ -58,9 +58,14 @@ class RayWorkers:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             init_ray(num_workers * spec.threads, address)
-        shares = [None if placement is None else Share(placement, worker) for worker in range(num_workers)]
-        self._actors = tuple(start_actor(spec, share) for share in shares)
-        self._watch = Watch(self._actors, hung_after_s, note)
+        self._actors = tuple(start_actor(spec.threads, spec.memory_bytes) for _ in range(num_workers))
+        shared_spec, shared_placement = ray.put(spec), ray.put(placement)
+        self._watch = Watch(
+            self._actors,
+            lambda worker, peers: self._actors[worker].prepare.remote(shared_spec, shared_placement, worker, peers),
+            hung_after_s,
+            note,
+        )
         memory = f" and {spec.memory_bytes / 1e9:.1f} GB" if spec.memory_bytes else ""
         try:
             self._watch.start(f"{spec.threads} CPU{memory}")
@@ -73,16 +78,17 @@ class RayWorkers:
 
         Raises `PoisonedWorkError` for a task that came to nothing three times.
         """
-        shared_window = [ray.put(window)]
+        # All together: what tasks have in common is sent once to a machine.
+        work = [ray.put((window, tasks))]
         return self._work(
             tasks,
-            lambda actor, task: actor.run.remote(shared_window, task, self._watch.peers),
+            lambda actor, number: actor.run.remote(work, number),
             lambda task: f"{type(task).__name__} of batches {task.batches[0]} to {task.batches[-1]}",
         )
 
     def check_rows(self, checks: Sequence[RowCheck]) -> Iterator[str | None]:
         """What is wrong with each range of rows, in order."""
-        return self._work(checks, lambda actor, check: actor.check_rows.remote(check, self._watch.peers), str)
+        return self._work(checks, lambda actor, number: actor.check_rows.remote(checks[number]), str)
 
     def process_ids(self) -> list[int]:
         """The process of every worker, as last heard."""
@@ -99,7 +105,9 @@ class RayWorkers:
         if self._owns_ray:
             ray.shutdown()
 
-    def _work(self, pieces: Sequence[P], send: Callable[[Any, P], Any], describe: Callable[[P], str]) -> Iterator[Any]:
+    def _work(
+        self, pieces: Sequence[P], send: Callable[[Any, int], Any], describe: Callable[[P], str]
+    ) -> Iterator[Any]:
         work = _Work(self._actors, self._watch, pieces, send, describe)
         return work.results(self._task_timeout_s, self._note)
 
@@ -112,7 +120,7 @@ class _Work(Generic[P]):
         actors: Sequence[Any],
         watch: Watch,
         pieces: Sequence[P],
-        send: Callable[[Any, P], Any],
+        send: Callable[[Any, int], Any],
         describe: Callable[[P], str],
     ) -> None:
         self._actors, self._watch, self._pieces, self._send, self._describe = actors, watch, pieces, send, describe
@@ -143,7 +151,7 @@ class _Work(Generic[P]):
     def _give(self) -> None:
         while (given := self._dispatch.next(self._watch.up)) is not None:
             piece, worker = given
-            self._sent[self._send(self._actors[worker], self._pieces[piece])] = piece, worker
+            self._sent[self._send(self._actors[worker], piece)] = piece, worker
 
     def _ready(self) -> list[Any]:
         """References of results that are there, in the order of work; waits a little for the first."""

@@ -1,0 +1,247 @@
+"""A model with 8 GB of tables on four workers that may use 2.5 GB each: a profile and an exact evaluation of 32 plans.
+
+Four Ray nodes on this machine, a worker on each, so that nobody maps the rows of another one. The caps are real: each
+worker is in a memory cgroup of its own (version 1 or 2) before it reads a row, with the checkpoint's files dropped from
+the page cache, so that the pages of tables count as the worker's that reads them. Without permission to make cgroups
+there is no benchmark. Ids are uniform: nearly every page of every table is read. Prints one JSON object as its last
+line: `completed` (1 where no worker was killed), the peak PSS of each worker and of the driver, and their sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import ray
+from ray.cluster_utils import Cluster
+
+from lowprec.config import Config, load_config
+from lowprec.models.factory import build_model, without_table_init
+from lowprec.plan import Plan, Precision
+from lowprec.search.job import open_job, open_workers
+
+GB = 10**9
+TABLE_BYTES, DIM = 8 * GB, 128
+# Shares of the bytes, from huge to small.
+SHARES = (0.4, 0.2, 0.15, 0.1, 0.05, 0.05, 0.03, 0.02)
+NUM_WORKERS, WORKER_BYTES = 4, 2_500_000_000
+NUM_EXAMPLES, IDS_PER_FEATURE, BATCH_SIZE = 120_000, 6, 1024
+NUM_PLANS = 32
+
+
+def rows_of_tables() -> list[int]:
+    return [int(TABLE_BYTES * share) // (4 * DIM) for share in SHARES]
+
+
+def write_traffic(path: Path) -> None:
+    """Uniform ids, a bag of several for each feature."""
+    rng = np.random.default_rng(0)
+    columns = {"label": rng.integers(0, 2, NUM_EXAMPLES).astype(np.float32)}
+    columns |= {f"d{k}": rng.normal(size=NUM_EXAMPLES).astype(np.float32) for k in range(4)}
+    for k, num_rows in enumerate(rows_of_tables()):
+        # As many ids for a table as it has a share of the bytes: pages are read alike everywhere.
+        length = max(1, round(IDS_PER_FEATURE * len(SHARES) * SHARES[k]))
+        ids = rng.integers(0, num_rows, NUM_EXAMPLES * length)
+        offsets = pa.array(np.arange(NUM_EXAMPLES + 1) * length, pa.int32())
+        columns[f"c{k}"] = pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int64()))
+    pq.write_table(pa.table(columns), path, row_group_size=20_000)
+
+
+def make_config(folder: Path) -> Config:
+    document = {
+        "name": "memory",
+        "traffic": {
+            "path": str(folder / "traffic.parquet"),
+            "dense": [f"d{k}" for k in range(4)],
+            "sparse": [{"name": f"c{k}", "num_embeddings": n} for k, n in enumerate(rows_of_tables())],
+            "batch_size": BATCH_SIZE,
+        },
+        "windows": {"search": {"end": NUM_EXAMPLES // 2}, "confirm": {"start": NUM_EXAMPLES // 2}},
+        "model": {
+            "args": {"embedding_dim": DIM, "bottom": [64, DIM], "top": [128]},
+            "checkpoint": str(folder / "model.safetensors"),
+        },
+        "evaluation": {"num_workers": NUM_WORKERS, "worker_memory": WORKER_BYTES, "batches_per_task": 2},
+        "results": {"root": str(folder / "runs")},
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return load_config(path)
+
+
+def write_model(config: Config) -> None:
+    """The checkpoint, streamed: this process never has it in memory."""
+    with without_table_init(without_rows=True):
+        model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        size = 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = np.random.default_rng(1).normal(0, 0.1, 4_000_037).astype(np.float32)
+    with Path(config.model.checkpoint).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in model.state_dict().values():
+            if not tensor.is_meta:
+                file.write(tensor.numpy().tobytes())
+                continue
+            left = tensor.numel()
+            while left:
+                file.write(block[: min(left, len(block))].tobytes())
+                left -= min(left, len(block))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_from_page_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Caps:
+    """Memory cgroups, one for each process; gone when this is closed."""
+
+    def __init__(self) -> None:
+        root = Path("/sys/fs/cgroup")
+        self._is_v2 = (root / "cgroup.controllers").exists()
+        self._root = root if self._is_v2 else root / "memory"
+        self._folders: list[Path] = []
+
+    def cap(self, pid: int, num_bytes: int) -> None:
+        """No more than so many bytes for a process, mapped pages that it was the first to read included."""
+        folder = self._root / f"lowprec-{os.getpid()}-{pid}"
+        folder.mkdir()
+        self._folders.append(folder)
+        (folder / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")).write_text(str(num_bytes))
+        (folder / "cgroup.procs").write_text(str(pid))
+
+    def peaks(self) -> list[int]:
+        """The most that each of them used, as the kernel counted."""
+        name = "memory.peak" if self._is_v2 else "memory.max_usage_in_bytes"
+        return [int((folder / name).read_text()) for folder in self._folders]
+
+    def reclaims(self) -> list[int]:
+        """How often each of them ran into its cap, so that pages of files were dropped."""
+        if self._is_v2:
+            events = [
+                dict(line.split() for line in (f / "memory.events").read_text().splitlines()) for f in self._folders
+            ]
+            return [int(e["max"]) for e in events]
+        return [int((folder / "memory.failcnt").read_text()) for folder in self._folders]
+
+    def close(self) -> None:
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+class Peaks:
+    """The largest PSS of some processes, looked at twice a second."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.found = dict.fromkeys(pids, 0)
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.5):
+            for pid in self.found:
+                with contextlib.suppress(OSError):
+                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                    pss = next(line for line in text.splitlines() if line.startswith("Pss:"))
+                    self.found[pid] = max(self.found[pid], 1024 * int(pss.split()[1]))
+
+
+def run(folder: Path) -> dict:
+    config = make_config(folder)
+    write_traffic(folder / "traffic.parquet")
+    write_model(config)
+    job = open_job(config)
+    assert job.placement is not None and not job.adapter.has_rows
+    drop_from_page_cache(Path(config.model.checkpoint))
+    cluster, caps = Cluster(), Caps()
+    notes: list[str] = []
+    try:
+        for _ in range(NUM_WORKERS):
+            cluster.add_node(num_cpus=1, include_dashboard=False)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        with open_workers(job, notes.append) as workers:
+            pids = workers.process_ids()
+            assert len(set(workers.node_ids())) == NUM_WORKERS
+            for pid in pids:
+                caps.cap(pid, WORKER_BYTES)
+            peaks = Peaks([*pids, os.getpid()])
+            times = {}
+            began = time.monotonic()
+            window = job.window("search")
+            profile = job.measure_profile(workers, "search", window, quarantine=folder).profile
+            times["profile_s"] = time.monotonic() - began
+            assert profile.num_rows == NUM_EXAMPLES // 2
+            rng = np.random.default_rng(0)
+            plans = [
+                Plan(
+                    {
+                        u.name: list(Precision)[k]
+                        for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)
+                    }
+                )
+                for _ in range(NUM_PLANS)
+            ]
+            began = time.monotonic()
+            evaluation = job.evaluate(workers, "confirm", job.window("confirm"), plans, quarantine=folder)
+            times["exact_s"] = time.monotonic() - began
+            assert len(evaluation.metrics) == NUM_PLANS and evaluation.rows.num_bad == 0
+            peaks.close()
+            completed = int(workers.process_ids() == pids and not notes)
+            driver = peaks.found.pop(os.getpid())
+            per_worker = [round(value / GB, 3) for value in peaks.found.values()]
+            return {
+                "completed": completed,
+                "table_gb": round(sum(rows_of_tables()) * DIM * 4 / GB, 3),
+                "cap_gb": WORKER_BYTES / GB,
+                "peak_pss_gb": per_worker,
+                "sum_of_peaks_gb": round(sum(per_worker), 3),
+                "within": int(sum(per_worker) <= TABLE_BYTES / GB + 3.0),
+                "peak_cgroup_gb": [round(value / GB, 3) for value in caps.peaks()],
+                "times_at_cap": caps.reclaims(),
+                "driver_peak_pss_gb": round(driver / GB, 3),
+                "planned_gb": [
+                    round((held + WORKER_BYTES - capacity) / GB, 3)
+                    for held, capacity in zip(job.placement.held_bytes, job.placement.capacities, strict=True)
+                ],
+                "num_examples": NUM_EXAMPLES,
+                "notes": notes,
+                **{name: round(value, 1) for name, value in times.items()},
+            }
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        caps.close()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(run(Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
