@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["MemoryUse", "memory_use"]
+import pyarrow as pa
+
+__all__ = ["MemoryUse", "give_back_freed", "memory_use"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self")
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # A limit of cgroup v1 that is none: the largest whole number of pages, about 8 EiB.
 _NO_LIMIT = 1 << 60
 
@@ -40,6 +45,19 @@ def memory_use() -> MemoryUse:
             events = dict(line.split() for line in _text(folder / name).splitlines() if len(line.split()) == 2)
             kills = max(kills, int(events.get("oom_kill", 0)))
     return MemoryUse(used, min(limits, default=None), kills)
+
+
+def give_back_freed() -> None:
+    """Let this process return large blocks to the system when it frees them, for where memory is counted.
+
+    Otherwise glibc and Arrow keep them: a tenth of what a worker needs beside its tables (`make bench NAME=memory`).
+    Where the C library is another one, it does as it does.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in ((_M_ARENA_MAX, 2), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 1 << 20)):
+        if mallopt is not None:
+            mallopt(option, value)
 
 
 def _containers(cgroups: str) -> list[Path]:

@@ -1,8 +1,8 @@
 """A model with 8 GB of tables on four workers that may use 2.5 GB each: a profile and an exact evaluation of 32 plans.
 
 Four Ray nodes on this machine, a worker on each, so that nobody maps the rows of another one. The caps are real: each
-worker is in a memory cgroup of its own (version 1 or 2) before it reads a row, with the checkpoint's files dropped from
-the page cache, so that the pages of tables count as the worker's that reads them. Without permission to make cgroups
+worker is in a memory cgroup of its own (version 1 or 2) from its birth, with the checkpoint's files dropped from the
+page cache, so that the pages of tables count as the worker's that reads them. Without permission to make cgroups
 there is no benchmark. Ids are uniform: nearly every page of every table is read. Prints one JSON object as its last
 line: `completed` (1 where no worker was killed), the peak PSS of each worker and of the driver, and their sum.
 """
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -113,21 +114,22 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 class Caps:
-    """Memory cgroups, one for each process; gone when this is closed."""
+    """A memory cgroup for each node, which the node's workers are moved to when they are born."""
 
-    def __init__(self) -> None:
+    def __init__(self, raylets: list[int], num_bytes: int) -> None:
         root = Path("/sys/fs/cgroup")
         self._is_v2 = (root / "cgroup.controllers").exists()
-        self._root = root if self._is_v2 else root / "memory"
-        self._folders: list[Path] = []
-
-    def cap(self, pid: int, num_bytes: int) -> None:
-        """No more than so many bytes for a process, mapped pages that it was the first to read included."""
-        folder = self._root / f"lowprec-{os.getpid()}-{pid}"
-        folder.mkdir()
-        self._folders.append(folder)
-        (folder / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")).write_text(str(num_bytes))
-        (folder / "cgroup.procs").write_text(str(pid))
+        self._folders = []
+        self.members: list[set[int]] = [set() for _ in raylets]
+        for raylet in raylets:
+            folder = (root if self._is_v2 else root / "memory") / f"lowprec-{os.getpid()}-{raylet}"
+            folder.mkdir()
+            (folder / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")).write_text(str(num_bytes))
+            self._folders.append(folder)
+        self._raylets = raylets
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
     def peaks(self) -> list[int]:
         """The most that each of them used, as the kernel counted."""
@@ -144,16 +146,29 @@ class Caps:
         return [int((folder / "memory.failcnt").read_text()) for folder in self._folders]
 
     def close(self) -> None:
+        self._is_over.set()
+        self._thread.join()
         for folder in self._folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.02):
+            for raylet, folder, members in zip(self._raylets, self._folders, self.members, strict=True):
+                with contextlib.suppress(OSError):
+                    for pid in Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split():
+                        # Agents of the node are children of the raylet too, and no workers.
+                        is_worker = "default_worker" in (title := Path(f"/proc/{pid}/cmdline").read_text())
+                        if int(pid) not in members and (is_worker or title.startswith("ray::")):
+                            members.add(int(pid))
+                            (folder / "cgroup.procs").write_text(pid)
+
 
 class Peaks:
-    """The largest PSS of some processes, looked at twice a second."""
+    """The largest PSS of some processes, all and what is not of files, looked at twice a second."""
 
     def __init__(self, pids: list[int]) -> None:
-        self.found = dict.fromkeys(pids, 0)
+        self.found = {name: dict.fromkeys(pids, 0) for name in ("Pss", "Pss_Anon")}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -164,31 +179,31 @@ class Peaks:
 
     def _watch(self) -> None:
         while not self._is_over.wait(0.5):
-            for pid in self.found:
+            for pid in self.found["Pss"]:
                 with contextlib.suppress(OSError):
-                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                    pss = next(line for line in text.splitlines() if line.startswith("Pss:"))
-                    self.found[pid] = max(self.found[pid], 1024 * int(pss.split()[1]))
+                    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                        name, _, value = line.partition(":")
+                        if name in self.found:
+                            self.found[name][pid] = max(self.found[name][pid], 1024 * int(value.split()[0]))
 
 
-def run(folder: Path) -> dict:
+def run(folder: Path, cap_bytes: int) -> dict:
     config = make_config(folder)
     write_traffic(folder / "traffic.parquet")
     write_model(config)
     job = open_job(config)
     assert job.placement is not None and not job.adapter.has_rows
     drop_from_page_cache(Path(config.model.checkpoint))
-    cluster, caps = Cluster(), Caps()
+    cluster = Cluster()
     notes: list[str] = []
+    nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(NUM_WORKERS)]
+    caps = Caps([node.all_processes["raylet"][0].process.pid for node in nodes], cap_bytes)
     try:
-        for _ in range(NUM_WORKERS):
-            cluster.add_node(num_cpus=1, include_dashboard=False)
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         with open_workers(job, notes.append) as workers:
             pids = workers.process_ids()
             assert len(set(workers.node_ids())) == NUM_WORKERS
-            for pid in pids:
-                caps.cap(pid, WORKER_BYTES)
+            assert set(pids) <= set().union(*caps.members), "a worker is not capped"
             peaks = Peaks([*pids, os.getpid()])
             times = {}
             began = time.monotonic()
@@ -212,13 +227,14 @@ def run(folder: Path) -> dict:
             assert len(evaluation.metrics) == NUM_PLANS and evaluation.rows.num_bad == 0
             peaks.close()
             completed = int(workers.process_ids() == pids and not notes)
-            driver = peaks.found.pop(os.getpid())
-            per_worker = [round(value / GB, 3) for value in peaks.found.values()]
+            driver = peaks.found["Pss"].pop(os.getpid())
+            per_worker = [round(value / GB, 3) for value in peaks.found["Pss"].values()]
             return {
                 "completed": completed,
                 "table_gb": round(sum(rows_of_tables()) * DIM * 4 / GB, 3),
-                "cap_gb": WORKER_BYTES / GB,
+                "cap_gb": cap_bytes / GB,
                 "peak_pss_gb": per_worker,
+                "peak_pss_without_files_gb": [round(peaks.found["Pss_Anon"][pid] / GB, 3) for pid in pids],
                 "sum_of_peaks_gb": round(sum(per_worker), 3),
                 "within": int(sum(per_worker) <= TABLE_BYTES / GB + 3.0),
                 "peak_cgroup_gb": [round(value / GB, 3) for value in caps.peaks()],
@@ -240,7 +256,7 @@ def run(folder: Path) -> dict:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(Path(folder))))
+        print(json.dumps(run(Path(folder), int(sys.argv[1]) if len(sys.argv) > 1 else WORKER_BYTES)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.memory import MemoryUse, memory_use
+from lowprec.evaluation.memory import MemoryUse, give_back_freed, memory_use
 from lowprec.evaluation.worker import Chunk, RowCheck, ShardLoader, Task, Worker, WorkerSpec
 from lowprec.shards.estimate import kept_bytes
 from lowprec.shards.planner import Placement
@@ -76,6 +76,8 @@ class WorkerActor:
         if self._worker is not None:
             return None
         torch.set_num_threads(spec.threads)
+        if spec.memory_bytes is not None:
+            give_back_freed()
         try:
             if placement is None:
                 self._worker = Worker(spec)
