@@ -1,0 +1,102 @@
+"""One profile and 32 exact plans on 1 and on 2 workers, and with tables shared between them.
+
+The demo model on its search window, workers warm, one thread each. On two Ray nodes of this machine: 1 worker with all
+tables, 2 workers with all tables, and 2 workers of which each holds half of the bytes and asks the other for the rest.
+All three give the same profile and the same metrics (asserted to the bit before anything is timed). Timed in turn,
+round by round. Prints one JSON object as its last line: `speedup` (1 worker / 2 workers), `sharded_over_local` (2
+workers with shared tables / with all tables: what it costs to ask), medians over rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import numpy as np
+import ray
+from demo_model import large_demo_config
+from ray.cluster_utils import Cluster
+
+from lowprec.evaluation.cluster import RayWorkers
+from lowprec.plan import Plan, Precision
+from lowprec.search import open_job
+from lowprec.shards.planner import place_tables
+
+NUM_PLANS, REPEATS = 32, 5
+
+
+def main() -> None:
+    job = open_job(large_demo_config("windows.search={start: 2026-01-06T12:00, end: 2026-01-08}"))
+    demand = job.demand()
+    # Room for half of the bytes: nothing is held by both.
+    placement = place_tables(demand.tables, [int(0.51 * sum(table.num_bytes for table in demand.tables))] * 2)
+    rng = np.random.default_rng(0)
+    plans = [
+        Plan({u.name: list(Precision)[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
+        for _ in range(NUM_PLANS)
+    ]
+    window = job.window("search")
+    cluster = Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=3, include_dashboard=False)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        sides = {
+            "one": RayWorkers(job.spec, num_workers=1, address=None),
+            "two": RayWorkers(job.spec, num_workers=2, address=None),
+            "sharded": RayWorkers(job.spec, num_workers=2, address=None, placement=placement),
+        }
+        assert len(set(sides["sharded"].node_ids())) == 2, "rows of the other worker would be mapped"
+
+        def work(workers: RayWorkers) -> tuple[float, float, tuple[bytes, bytes]]:
+            began = time.perf_counter()
+            profile = job.measure_profile(workers, "search", window, quarantine=Path("unused")).profile
+            middle = time.perf_counter()
+            evaluation = job.evaluate(workers, "search", window, plans, quarantine=Path("unused"))
+            bits = profile.first.tobytes(), evaluation.sums.moments.tobytes()
+            return middle - began, time.perf_counter() - middle, bits
+
+        found = {name: work(workers)[2] for name, workers in sides.items()}
+        assert len(set(found.values())) == 1, "the same work must give the same bits, wherever tables are"
+        rounds = []
+        for _ in range(REPEATS):
+            rounds.append({name: work(workers)[:2] for name, workers in sides.items()})
+            print({name: [round(s, 2) for s in seconds] for name, seconds in rounds[-1].items()}, flush=True)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+    def ratios(top: str, bottom: str) -> list[float]:
+        return [sum(r[top]) / sum(r[bottom]) for r in rounds]
+
+    def spread(values: list[float]) -> list[float]:
+        return [round(min(values), 3), round(max(values), 3)]
+
+    speedups, overheads = ratios("one", "two"), ratios("sharded", "two")
+    print(
+        json.dumps(
+            {
+                "speedup": round(statistics.median(speedups), 3),
+                "speedup_range": spread(speedups),
+                "sharded_over_local": round(statistics.median(overheads), 3),
+                "sharded_over_local_range": spread(overheads),
+                "profile_sharded_over_local": round(
+                    statistics.median(r["sharded"][0] / r["two"][0] for r in rounds), 3
+                ),
+                "exact_sharded_over_local": round(statistics.median(r["sharded"][1] / r["two"][1] for r in rounds), 3),
+                "seconds": {name: round(statistics.median(sum(r[name]) for r in rounds), 2) for name in rounds[0]},
+                "num_examples": window.num_rows,
+                "num_plans": NUM_PLANS,
+                "num_cores": os.cpu_count(),
+                "repeats": REPEATS,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
