@@ -207,8 +207,8 @@ up {ids} ids. The dense part has {dense_mb} MB and takes {mflops} MFLOP an examp
 
 **The machines.** {cores} cores, {memory} GB, {network} Gbit/s; one worker on each that uses all cores. All threads
 together are taken for {efficiency:g} of as many single ones, as they share a memory bus. Measured on one thread:
-lookups by `lowprec calibrate`, {gflops} GFLOP/s in fp32 layers, {decoded} million values decoded a second. Nothing is taken
-to overlap.
+lookups by `lowprec calibrate`, {gflops} GFLOP/s in fp32 layers, {decoded} million values decoded a second. Nothing
+is taken to overlap.
 
 {table}
 
