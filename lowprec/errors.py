@@ -17,6 +17,7 @@ __all__ = [
     "PoisonedWorkError",
     "QueryError",
     "ResultsError",
+    "StorageError",
     "TrafficError",
     "WeightError",
     "WorkerError",
@@ -69,6 +70,10 @@ class ExportError(LowprecError, OSError):
 
 class ResultsError(LowprecError, OSError):
     """The results root cannot be read or written."""
+
+
+class StorageError(LowprecError, OSError):
+    """An object store, or the folder for copies of its files, cannot be used."""
 
 
 class WorkerError(LowprecError, RuntimeError):

@@ -1,8 +1,13 @@
 """Settings and fixtures that every folder of tests shares."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
 
 # One thread a process: the tests run in parallel, and PyTorch reads this when it is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +24,78 @@ settings.register_profile("lowprec", deadline=None, derandomize=True, max_exampl
 settings.load_profile("lowprec")
 
 SMALL_TABLES = (40, 80, 160, 320, 640, 1000)
+
+
+@dataclass
+class S3Server:
+    """An S3 server (moto) in this process, one request after the other: then a conditional put is one step, as on S3.
+
+    `requests` are those that came, with method, path, and the range of bytes that was asked for; `answer` is called
+    with the WSGI environment before a request is taken: it may wait, and give another answer, as status and body.
+    """
+
+    app: Any
+    endpoint: str = ""
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    answer: Callable[[dict[str, Any]], tuple[str, bytes] | None] | None = None
+    _lock: Lock = field(default_factory=Lock)
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+        other = self.answer(environ) if self.answer else None
+        if other is None:
+            with self._lock:
+                return list(self.app(environ, start_response))
+        start_response(other[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(other[1])))])
+        return [other[1]]
+
+    def new_bucket(self) -> str:
+        """The URL of an empty bucket."""
+        import pyarrow.fs as pafs
+
+        name = f"bucket-{next(self._numbers)}"
+        keys = {"access_key": "key", "secret_key": "secret"}
+        pafs.S3FileSystem(endpoint_override=self.endpoint, allow_bucket_creation=True, **keys).create_dir(name)
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """The server, on a port of its own; nothing of it is in the environment."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = S3Server(DomainDispatcherApplication(create_backend_app))
+    http = make_server("127.0.0.1", 0, server, threaded=True)
+    server.endpoint = f"http://127.0.0.1:{http.server_port}"
+    thread = Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    http.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Server]:
+    """The server as this test and the processes that it starts find it: by the variables that a user sets."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("LOWPREC_SCRATCH", str(tmp_path / "scratch"))
+    s3_server.requests.clear()
+    yield s3_server
+    s3_server.answer = None
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    """The URL of an empty bucket of the test's own."""
+    return s3.new_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lowprec"
 
 # From the bottom up: a part imports parts of lower layers and of its own; a part is a file or a folder of lowprec/.
 LAYERS = (
-    {"errors", "progress", "sizes", "whole_file"},
+    {"errors", "progress", "sizes", "storage", "whole_file"},
     {"plan", "console", "render"},
     {"ops"},
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
@@ -33,7 +33,7 @@ OWNERS = {
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),
 }
-TORCH_FREE = ("traffic/", "errors.py", "plan.py", "config.py", "cost.py", "cli.py")
+TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli.py")
 HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake", "duckdb")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
