@@ -16,6 +16,7 @@ from lowprec.errors import CheckpointError, ExportError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
 from lowprec.plan import Precision, RowRange
 from lowprec.progress import Progress, Silent
+from lowprec.storage import Location, Where
 from lowprec.whole_file import whole_file
 
 __all__ = ["StoredTable", "write_table"]
@@ -41,7 +42,7 @@ class StoredTable:
 
 
 def write_table(
-    checkpoint: str | Path,
+    checkpoint: Where,
     tensor: str,
     out: str | Path,
     precision: Precision | str,
@@ -55,18 +56,21 @@ def write_table(
 
     Rows are read, quantized and written `block_bytes` of fp32 at a time, and memory does not grow with the table (a
     `torch.distributed.checkpoint` folder is read by its own chunks). The bytes depend on neither `num_threads` nor the
-    CPU. `row_range` is that of the plan (`PlanFile.row_range`); it does nothing to fp32 and fp16.
+    CPU. `row_range` is that of the plan (`PlanFile.row_range`); it does nothing to fp32 and fp16. The checkpoint may be
+    a URL, `out` not.
 
     Raises `CheckpointError` where the checkpoint has no such table, `WeightError` naming the first row that holds NaN
     or Inf or that `precision` cannot hold, `ExportError` where the file cannot be written or is part of the checkpoint,
     `PlanError` for an unknown precision or range.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    checkpoint, target = Location.of(checkpoint), Location.of(out).local
+    if target is None:
+        raise ExportError(f"export {out}: rows are written to a file of this machine; give a path and copy it there")
     precision = Precision.parse(str(precision), where="export")
     row_range = RowRange.parse(str(row_range), where="export")
     source = open_tensors(checkpoint, [tensor])
     num_rows, dim = _shape(source, tensor, checkpoint)
-    if any(out.exists() and out.samefile(file) for file in source.files):
+    if any(target.exists() and file.local is not None and target.samefile(file.local) for file in source.files):
         raise ExportError(f"export {out}: is a file of the checkpoint that is read; write to another one")
     row_bytes = ops.row_bytes(dim, precision)
     block_rows = max(1, block_bytes // (4 * dim))
@@ -74,7 +78,7 @@ def write_table(
     progress.stage(tensor, num_rows)
     digest = hashlib.sha256()
     try:
-        with whole_file(out) as partial, partial.open("wb") as file:
+        with whole_file(target) as partial, partial.open("wb") as file:
             for start, rows in _blocks(source, tensor, num_rows, block_rows):
                 stored = _stored(rows, start, tensor, precision, row_range, num_threads)
                 digest.update(stored.data)
@@ -82,10 +86,10 @@ def write_table(
                 progress.advance(len(rows))
     except OSError as error:
         raise ExportError(f"export {out}: cannot be written: {error.strerror or error}") from None
-    return StoredTable(out, precision, row_range, num_rows, dim, row_bytes, digest.hexdigest())
+    return StoredTable(target, precision, row_range, num_rows, dim, row_bytes, digest.hexdigest())
 
 
-def _shape(source: TensorSource, tensor: str, checkpoint: Path) -> tuple[int, int]:
+def _shape(source: TensorSource, tensor: str, checkpoint: Location) -> tuple[int, int]:
     shape = source.shapes.get(tensor)
     if shape is None:
         tables = [name for name, found in source.shapes.items() if len(found) == 2]

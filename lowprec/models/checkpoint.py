@@ -1,12 +1,12 @@
-"""Weights of a model on disk: load them strictly, read row ranges, save, identify."""
+"""Weights of a model, in files or on an object store: load them strictly, read row ranges, save, identify."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
-from lowprec.whole_file import whole_file
+from lowprec.storage import Location, Where, existing_copy
 
 __all__ = [
     "LoadedCheckpoint",
@@ -31,16 +31,20 @@ __all__ = [
 ]
 
 
+# Files hashed at once: one thread each, which on an object store waits more than it works.
+_FILES_AT_ONCE = 4
+
+
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """What was loaded. `cast` maps a tensor that was stored in another format than the model's to that format."""
 
-    path: Path
+    path: Location
     num_tensors: int
     cast: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
+def load_checkpoint(model: nn.Module, path: Where) -> LoadedCheckpoint:
     """Load every parameter and buffer of `model`, memory-mapped where the format allows it.
 
     Formats: safetensors (one file, or several with or without an index), `.pt` of `torch.save` (never running pickled
@@ -48,54 +52,58 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadedCheckpoint:
     format is cast to the model's, fp32 as a rule, which takes memory and is reported in `cast`. Afterwards no
     parameter requires a gradient. While the model lives its file may be replaced, but not changed in place.
 
+    path: also a URL; its files are copied to this machine first, once for all processes (`lowprec.storage.local_copy`).
+
     Raises `CheckpointError` on missing, unexpected or mis-shaped tensors and unreadable files, `WeightError` on NaN or
     Inf outside the embedding tables (tables are checked row by row where they are quantized).
     """
-    return _load(model, Path(path), with_tables=True)
+    where, expected = Location.of(path), model.state_dict(keep_vars=True)
+    return _load(model, where, open_tensors(where, expected, whole=True), with_tables=True)
 
 
-def is_mapped(path: str | Path) -> bool:
-    """Whether tensors of a checkpoint are mapped from its files, and not read into memory."""
-    return open_tensors(Path(path)).is_mapped
+def is_mapped(path: Where) -> bool:
+    """Whether rows of a checkpoint are mapped from files of this machine, and not read into memory."""
+    return open_tensors(Location.of(path)).is_mapped
 
 
-def load_dense(model: nn.Module, path: str | Path) -> TableRows:
+def load_dense(model: nn.Module, path: Where) -> TableRows:
     """Load all but the tables, whose weights become tensors of the same shape on the meta device; returns their rows.
 
-    Formats and errors are those of `load_checkpoint`. For a model whose tables no process can hold.
+    Formats and errors are those of `load_checkpoint`. For a model whose tables no process can hold: of a URL, nothing
+    but what is asked for is read.
     """
-    path = Path(path)
-    expected = model.state_dict(keep_vars=True)
-    _load(model, path, with_tables=False)
-    return TableRows(path, _tied(expected, open_tensors(path, expected)))
+    where, expected = Location.of(path), model.state_dict(keep_vars=True)
+    source = open_tensors(where, expected)
+    _load(model, where, source, with_tables=False)
+    return TableRows(where, source, _tied(expected, source))
 
 
 class TableRows:
     """The rows of tables in a checkpoint, read by range: memory-mapped where the format allows it."""
 
-    def __init__(self, path: Path, tied: Mapping[str, str]) -> None:
-        """Of a checkpoint; tied: each further name of a tensor -> the name that it is stored by."""
-        self._path, self._tied = path, tied
+    def __init__(self, path: Location, source: TensorSource, tied: Mapping[str, str]) -> None:
+        """Of an opened checkpoint; tied: each further name of a tensor -> the name that it is stored by."""
+        self._path, self._source, self._tied = path, source, tied
 
     @property
     def is_mapped(self) -> bool:
         """Whether rows are mapped from files and not read into memory (fp32 ones, that is)."""
-        return open_tensors(self._path).is_mapped
+        return self._source.is_mapped
 
     def rows(self, tensor_name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a table, float32[stop - start, dim]. Raises `CheckpointError` where they are not."""
         name = self._tied.get(tensor_name, tensor_name)
-        source = open_tensors(self._path, [name])
-        shape = source.shapes.get(name)
+        shape = self._source.shapes.get(name)
         if shape is None or not 0 <= start <= stop <= shape[0]:
             what = "it has no such tensor" if shape is None else f"it is {_text(shape)}"
             raise CheckpointError(f'checkpoint {self._path}: rows {start} to {stop} of "{name}" are wanted, but {what}')
-        return source.rows(name, start, stop).to(torch.float32)
+        rows = self._source.rows(name, start, stop).to(torch.float32)
+        self._source.release()
+        return rows
 
 
-def _load(model: nn.Module, path: Path, *, with_tables: bool) -> LoadedCheckpoint:
+def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables: bool) -> LoadedCheckpoint:
     expected = model.state_dict(keep_vars=True)
-    source = open_tensors(path, expected)
     tied = _tied(expected, source)
     _check_fit(expected, tied, source, path)
     tables = _table_weights(model)
@@ -128,12 +136,13 @@ def _load(model: nn.Module, path: Path, *, with_tables: bool) -> LoadedCheckpoin
     return LoadedCheckpoint(path, len(state), cast)
 
 
-def read_rows(path: str | Path, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
+def read_rows(path: Where, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
     """Rows [start, stop) of one tensor, float32[stop - start, ...], without loading the tensor.
 
-    A `torch.distributed.checkpoint` folder is read by whole chunks: those that the range touches, one at a time.
+    A `torch.distributed.checkpoint` folder is read by whole chunks: those that the range touches, one at a time. Of a
+    URL only the bytes of the rows, or chunks, are asked for; a `.pt` file is copied to this machine.
     """
-    source = open_tensors(Path(path), [tensor_name])
+    source = open_tensors(Location.of(path), [tensor_name])
     shape = source.shapes.get(tensor_name)
     if shape is None:
         raise CheckpointError(f'checkpoint {path}: has no tensor "{tensor_name}"; it has {_preview(source.shapes)}')
@@ -143,38 +152,38 @@ def read_rows(path: str | Path, tensor_name: str, start: int, stop: int) -> NDAr
     return np.array(rows.to(torch.float32).numpy())
 
 
-def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_checkpoint(model: nn.Module, path: Where, metadata: Mapping[str, str] | None = None) -> None:
     """Write the model's state as one safetensors file, whole or not at all.
 
     `metadata` goes into the header, as one JSON entry called lowprec: several entries come in an order that changes
     from run to run, and the same model must give the same bytes.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    path = Location.of(path)
+    if not path.name.endswith(".safetensors"):
         raise CheckpointError(f"checkpoint {path}: is written as safetensors; give it a name that ends in .safetensors")
     header = {"lowprec": json.dumps(dict(metadata or {}), sort_keys=True)}
     try:
-        with whole_file(path) as partial:
+        with path.whole_file() as partial:
             save_file(_unshared(model.state_dict()), partial, metadata=header)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {path}: cannot be written: {reason}") from None
 
 
-def checkpoint_sha256(path: str | Path) -> str:
-    """The identity of a checkpoint: SHA-256 of its file.
+def checkpoint_sha256(path: Where) -> str:
+    """The identity of a checkpoint: SHA-256 of its file, the same wherever it lies.
 
     Of several files: SHA-256 over the lines "relative name, space, SHA-256 of the file", sorted by name.
     """
-    path = Path(path)
+    path = Location.of(path)
     source = open_tensors(path)
-    try:
-        if source.files == (path,):
-            return _file_sha256(path)
-        lines = sorted(f"{file.relative_to(source.root).as_posix()} {_file_sha256(file)}\n" for file in source.files)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        hashes = list(pool.map(_file_sha256, source.files))
+    if source.files == (path,):
+        return hashes[0]
+    root = f"{source.root}/"
+    lines = (f"{str(file).removeprefix(root)} {found}\n" for file, found in zip(source.files, hashes, strict=True))
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def _tied(expected: Mapping[str, Tensor], source: TensorSource) -> dict[str, str]:
@@ -200,7 +209,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: TensorSource, path: Path) -> None:
+def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: TensorSource, path: Location) -> None:
     problems = []
     if missing := [name for name in expected if name not in source.shapes and name not in tied]:
         problems.append(f"the checkpoint has no {_preview(missing)}")
@@ -249,9 +258,16 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _file_sha256(where: Location) -> str:
+    digest = hashlib.sha256()
+    try:
+        # A copy is what a model that was loaded here has been made of, and costs no second download.
+        with existing_copy(where, where.state()).open() as file:
+            for _, piece in file.pieces():
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {where}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def _preview(names: Mapping[str, object] | list[str], limit: int = 3) -> str:

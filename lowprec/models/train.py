@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from lowprec.models.fit import fit, quality_on
 from lowprec.models.minibatches import labelled
 from lowprec.models.quality import Quality
 from lowprec.progress import Progress, Silent
+from lowprec.storage import Location
 from lowprec.traffic.batch import BadRow, Batch
 from lowprec.traffic.quarantine import check_bad_rows, write_quarantine
 from lowprec.traffic.reader import TrafficReader, TrafficWindow, open_traffic
@@ -190,8 +190,8 @@ def _window(reader: TrafficReader, window: WindowConfig, key: str) -> TrafficWin
 def _keep_bad_rows(source: _Source, config: Config) -> None:
     """Write the bad rows beside the checkpoint; raise where there are more than the config allows."""
     if source.bad_rows:
-        checkpoint = Path(config.model.checkpoint)
-        kept = checkpoint.with_name(checkpoint.name + ".quarantine.parquet")
+        checkpoint = Location.of(config.model.checkpoint)
+        kept = checkpoint.parent / (checkpoint.name + ".quarantine.parquet")
         write_quarantine(source.bad_rows, kept)
         fraction = config.traffic.max_bad_fraction
         check_bad_rows(len(source.bad_rows), source.num_read, fraction, first=source.bad_rows[0], quarantine_path=kept)

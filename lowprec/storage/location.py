@@ -21,7 +21,7 @@ from lowprec.whole_file import whole_file
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
 
-__all__ = ["FileState", "Location", "OpenFile"]
+__all__ = ["FileState", "Location", "OpenFile", "Where"]
 
 # A request of an object store has its price, and memory is what the pieces in flight take.
 PIECE_BYTES = 8 << 20
@@ -47,7 +47,7 @@ class Location:
     text: str
 
     @classmethod
-    def of(cls, where: str | Path | Location) -> Location:
+    def of(cls, where: Where) -> Location:
         """The location that a path, a URL or a location means; raises `ConfigError` for a URL that became a path."""
         if isinstance(where, Location):
             return where
@@ -203,6 +203,10 @@ class Location:
             raise FileNotFoundError(errno.ENOENT, "there is no such file") from None
         except (OSError, pa.ArrowException, ValueError) as error:
             raise StorageError(sentence(error, self.text)) from None
+
+
+# What `Location.of` takes.
+Where = str | Path | Location
 
 
 class OpenFile:

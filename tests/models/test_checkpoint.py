@@ -15,6 +15,7 @@ from torch import nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.checkpoint import checkpoint_sha256, load_checkpoint, read_rows, save_checkpoint
+from lowprec.storage import Location
 
 
 class Model(nn.Module):
@@ -361,11 +362,12 @@ def test_distributed_chunks_are_put_together(tmp_path, monkeypatch):
     """A tensor stored in chunks by rows and by columns, as several ranks write it."""
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-    from lowprec.models.tensor_files import _DistributedFolder
+    from lowprec.models.distributed_folder import DistributedFolder
 
     whole = torch.arange(60.0).reshape(10, 6)
     pieces = {f"{r}.{c}": whole[r : r + 5, c : c + 3].clone() for r in (0, 5) for c in (0, 3)}
-    source = _DistributedFolder(write_distributed({"t": whole, **pieces}, tmp_path), ())
+    folder = Location.of(write_distributed({"t": whole, **pieces}, tmp_path))
+    source = DistributedFolder(folder, (), (), is_copied=False)
     entry, stored = source._entries["t"], source._metadata.storage_data
     entry.chunks = [
         ChunkStorageMetadata(torch.Size((r, c)), torch.Size((5, 3))) for r, c in ((0, 0), (0, 3), (5, 0), (5, 3))

@@ -1,0 +1,159 @@
+"""Folders of `torch.distributed.checkpoint`, read by whole chunks without a process group."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from lowprec.errors import CheckpointError
+from lowprec.storage import FileState, Location, local_copy
+
+__all__ = ["METADATA_FILE", "DistributedFolder"]
+
+METADATA_FILE = ".metadata"
+
+
+class DistributedFolder:
+    """What `torch.distributed.checkpoint.save` wrote, read by whole chunks: `rows` reads those that it touches.
+
+    Of a remote one, chunks come from copies of its files on this machine if `is_copied`, else by their range of bytes.
+    """
+
+    is_mapped = False
+
+    def __init__(self, path: Location, wanted: Collection[str], nesting_keys: Collection[str], *, is_copied: bool):
+        """Read the metadata. Raises `CheckpointError` where it is none, or a file is missing.
+
+        wanted, nesting_keys: names may all begin with one of the keys; `wanted` tells whether that belongs to them.
+        """
+        self.root = path
+        self._is_copied = is_copied
+        self._metadata, state = _read_metadata(path / METADATA_FILE)
+        self._entries = {
+            name: entry
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        nested = next((f"{k}." for k in nesting_keys if all(n.startswith(f"{k}.") for n in self._entries)), "")
+        self._prefix = "" if wanted and all(name in self._entries for name in wanted) else nested
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name.removeprefix(self._prefix): tuple(entry.size) for name, entry in self._entries.items()
+        }
+        stored = sorted({str(info.relative_path) for info in self._metadata.storage_data.values()})
+        try:
+            missing = path.missing(stored)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: cannot be listed: {error.strerror or error}") from None
+        if missing:
+            raise CheckpointError(f"checkpoint {path}: file {missing[0]} is missing")
+        self.files: tuple[Location, ...] = (path / METADATA_FILE, *(path / name for name in stored))
+        self._states = {path / METADATA_FILE: state}
+        # Those that were read last: a table that is read by row ranges comes back to its chunks.
+        self._kept: dict[MetadataIndex, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, put together from its chunks."""
+        shape = self.shapes[name]
+        return self._read(name, 0, shape[0] if shape else 1)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop)."""
+        return self._read(name, start, stop)
+
+    def release(self) -> None:
+        """Forget the chunks that were read last."""
+        self._kept = {}
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self._entries[self._prefix + name]
+        if not entry.size:
+            return self._chunk(name, entry.chunks[0].offsets)
+        out = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
+        touched = {}
+        for chunk in entry.chunks:
+            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if first < last:
+                columns = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+                index = MetadataIndex(self._prefix + name, chunk.offsets)
+                touched[index] = whole = self._kept[index] if index in self._kept else self._chunk(name, chunk.offsets)
+                out[(slice(first - start, last - start), *columns)] = whole[
+                    first - chunk.offsets[0] : last - chunk.offsets[0]
+                ]
+        self._kept = touched if stop - start < entry.size[0] else {}
+        return out
+
+    def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
+        info = self._metadata.storage_data[MetadataIndex(self._prefix + name, offsets)]
+        where = self.root / info.relative_path
+        if getattr(info, "transform_descriptors", None):
+            raise CheckpointError(f'checkpoint {where}: "{name}" is stored transformed; save it without compression')
+        try:
+            stored = self._bytes(where, info.offset, info.offset + info.length)
+            chunk: Tensor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f'checkpoint {where}: cannot read "{name}": {error.strerror or _first_line(error)}'
+            ) from None
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f'checkpoint {where}: cannot read "{name}": {_first_line(error)}') from None
+        return chunk
+
+    def _bytes(self, where: Location, start: int, stop: int) -> bytes:
+        state = self._same(where)
+        # A checkpoint that is saved again while it is read changes its metadata too.
+        self._same(self.root / METADATA_FILE)
+        with Location.of(local_copy(where, state) if self._is_copied else where).open() as file:
+            return file.read(start, stop)
+
+    def _same(self, where: Location) -> FileState:
+        state = where.state()
+        if self._states.setdefault(where, state) != state:
+            raise CheckpointError(f"checkpoint {where}: was changed while it was read; start again")
+        return state
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata`, which is a pickle, and refuses every class that a checkpoint does not need."""
+
+    _ALLOWED: Mapping[str, frozenset[str]] = {
+        "torch": frozenset({"Size"}),
+        "torch.serialization": frozenset({"_get_layout"}),
+        "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+        "torch.distributed.checkpoint.metadata": frozenset(metadata.__all__) | {"_MEM_FORMAT_ENCODING"},
+        "collections": frozenset({"OrderedDict"}),
+        "pathlib": frozenset({"PosixPath"}),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self._ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _read_metadata(path: Location) -> tuple[Metadata, FileState]:
+    try:
+        with path.open() as file:
+            document, state = _MetadataUnpickler(io.BytesIO(file.read())).load(), file.state
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
+    except (EOFError, pickle.UnpicklingError, AttributeError, ValueError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: is not that of torch.distributed.checkpoint: {_first_line(error)}"
+        ) from None
+    if not isinstance(document, Metadata) or not isinstance(document.storage_data, dict):
+        raise CheckpointError(f"checkpoint {path}: holds no torch.distributed.checkpoint metadata")
+    return document, state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
