@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from lowprec.config import load_config
 from lowprec.console import EXIT_CODES, json_document, print_document, report_error
@@ -14,7 +13,7 @@ def main() -> int:
     """Parse, load, verify, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--plan", required=True)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     try:

@@ -17,6 +17,7 @@ from lowprec.errors import ConfigError, PlanError, ResultsError
 from lowprec.ops.timing import Grid, machine_facts, measure_lookups
 from lowprec.plan import Precision, Unit
 from lowprec.progress import Progress
+from lowprec.storage import Location
 from lowprec.whole_file import whole_file
 
 __all__ = [
@@ -219,12 +220,12 @@ def check_writable(path: Path) -> None:
         raise _not_writable(path, error) from None
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Read and check what `write_calibration` wrote; raises `ConfigError` on anything else."""
+def read_calibration(path: str | Path) -> Calibration:
+    """Read and check what `write_calibration` wrote, from a path or URL; raises `ConfigError` on anything else."""
     where = f"calibration {path}"
     again = "run `lowprec calibrate` again"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(Location.of(path).read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{where}: cannot be read: {error.strerror or error}; `lowprec calibrate --out {path}` makes it"

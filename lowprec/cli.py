@@ -27,6 +27,18 @@ EXIT_INTERRUPTED = 130
 Command = Callable[..., int | None]
 
 
+class _LocalPath(click.Path):
+    """A path of this machine: a URL would become a folder called `s3:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value} is a URL; give a path of this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_LOCAL_PATH = _LocalPath(path_type=Path)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="lowprec")
 def cli() -> None:
@@ -75,9 +87,7 @@ def _command(name: str, *, config: bool = True, optional: bool = False) -> Calla
 
 
 @_command("demo", config=False)
-@click.option(
-    "--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where all goes."
-)
+@click.option("--root", type=_LOCAL_PATH, default=Path("runs"), show_default=True, help="Where all goes.")
 def demo(root: Path, as_json: bool) -> int:
     """Make traffic, train a small DLRM, search, confirm: everything on this machine, in a few minutes."""
     from lowprec import console, render
@@ -103,15 +113,15 @@ def generate(config: Config, as_json: bool) -> None:
 
 
 @_command("convert", config=False)
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-def convert(source: Path, out: Path, as_json: bool) -> None:
+@click.argument("source")
+@click.argument("out")
+def convert(source: str, out: str, as_json: bool) -> None:
     """Convert an original Criteo file (tab separated, also gzip) to Parquet."""
     from lowprec import console
     from lowprec.traffic.criteo import convert_criteo
 
     rows = convert_criteo(source, out)
-    document = console.json_document("convert", {"path": str(out), "num_rows": rows})
+    document = console.json_document("convert", {"path": out, "num_rows": rows})
     _show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
 
 
@@ -133,19 +143,19 @@ def train(config: Config, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
 @click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
 @click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
-@click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
+@click.option("--profile", metavar="FILE", help="Use the profile.npz of an earlier run (a path or URL).")
 @click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
 @click.option("--worker-memory", metavar="SIZE", help="each of so much memory: 8GB, 64GiB.")
 @click.option("--network", metavar="RATE", help="Between any two of them; 10Gbit when left out.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="Lookup times by `lowprec calibrate`.")
-@click.option("--tables", type=click.Path(path_type=Path), help="Place the tables of a JSON file, without CONFIG.")
+@click.option("--calibration", type=_LOCAL_PATH, help="Lookup times by `lowprec calibrate`.")
+@click.option("--tables", type=_LOCAL_PATH, help="Place the tables of a JSON file, without CONFIG.")
 def search(
     config: Config | None,
     resume: str | None,
     dry_run: bool,
     timeout: str | None,
     max_trials: int | None,
-    profile: Path | None,
+    profile: str | None,
     workers: int | None,
     worker_memory: str | None,
     network: str | None,
@@ -189,10 +199,10 @@ def search(
 
 
 @_command("verify")
-@click.option("--plan", required=True, type=click.Path(path_type=Path), help="The plan.json to evaluate.")
+@click.option("--plan", required=True, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
-def verify(config: Config, plan: Path, window: str, budget: float | None, as_json: bool) -> int:
+def verify(config: Config, plan: str, window: str, budget: float | None, as_json: bool) -> int:
     """Evaluate one plan exactly against its budget."""
     from lowprec import console, render
     from lowprec.search.verify import verify_plan
@@ -206,7 +216,7 @@ def verify(config: Config, plan: Path, window: str, budget: float | None, as_jso
 @_command("calibrate", config=False)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_LOCAL_PATH,
     default=Path("runs/calibration.json"),
     show_default=True,
     help="The file to write.",
@@ -258,7 +268,7 @@ def doctor(address: str | None, as_json: bool) -> int:
 @click.option("--root", default=lambda: os.environ.get("LOWPREC_RESULTS", "runs"), help="Results root [default: runs].")
 @click.option("--run", "run_id", metavar="RUN", help="The run to show, instead of the latest.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "parquet"]), default="table")
-@click.option("--out", type=click.Path(path_type=Path), help="Write to a file (needed for parquet on a terminal).")
+@click.option("--out", type=_LOCAL_PATH, help="Write to a file (needed for parquet on a terminal).")
 def results(sql: str | None, root: str, run_id: str | None, form: Format, out: Path | None, as_json: bool) -> None:
     """Query results with SQL; without, the latest search's Pareto front; `sensitivities`: each table by itself."""
     from lowprec.results import latest_front, query, sensitivity_report

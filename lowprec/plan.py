@@ -7,11 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
-from lowprec.whole_file import whole_file
+from lowprec.storage import Location, Where
 
 __all__ = [
     "Plan",
@@ -156,7 +155,7 @@ class PlanFile:
         return self.row_ranges.get(unit, RowRange.MINMAX)
 
 
-def write_plan(file: PlanFile, path: Path) -> None:
+def write_plan(file: PlanFile, path: Where) -> None:
     """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
     ranges = rowwise_ranges(file.plan, file.row_ranges)
     document = {
@@ -172,21 +171,21 @@ def write_plan(file: PlanFile, path: Path) -> None:
         "evidence": dict(file.evidence),
     }
     try:
-        with whole_file(path) as partial:
+        with Location.of(path).whole_file() as partial:
             partial.write_text(json.dumps(document, indent=2) + "\n")
     except OSError as error:
         reason = error.strerror or error
         raise ResultsError(f"plan {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_plan(path: Path, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
+def read_plan(path: Where, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
     """Read and check a plan against a model.
 
     Raises `PlanError` when the file is not a plan, misses or invents a unit or a key of one, or was made for another
     checkpoint (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(Location.of(path).read_bytes())
     except OSError as error:
         raise PlanError(f"plan {path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:
@@ -237,7 +236,7 @@ def precision_counts(precisions: Iterable[str]) -> str:
     return " ".join(f"{precision}:{count}" for precision, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
 
 
-def _unit_precision(name: str, entry: Any, path: Path) -> Precision:
+def _unit_precision(name: str, entry: Any, path: Where) -> Precision:
     where = f'plan {path}: unit "{name}"'
     if not isinstance(entry, dict) or "precision" not in entry:
         raise PlanError(f'{where} needs {{"precision": ...}}; got {entry!r}')

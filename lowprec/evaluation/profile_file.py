@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from lowprec.evaluation.profile import BlockSums, Column, Profile
 from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.plan import Precision, RowRange
-from lowprec.whole_file import whole_file
+from lowprec.storage import Location, Where
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
@@ -58,7 +58,7 @@ class ProfileOrigin:
         return found
 
 
-def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Path) -> None:
+def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Where) -> None:
     """Write a profile, whole or not at all; raises `ResultsError` where that is not possible."""
     profile = measured.profile
     meta = {
@@ -79,18 +79,23 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Path) 
         **_moment_arrays("evidence", [profile.evidence]),
     }
     try:
-        with whole_file(path) as partial, partial.open("wb") as out:
+        with Location.of(path).whole_file() as partial, partial.open("wb") as out:
             np.savez_compressed(out, **arrays)
     except OSError as error:
         reason = error.strerror or error
         raise ResultsError(f"profile {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
+def read_profile(path: Where, wanted: ProfileOrigin) -> MeasuredProfile:
     """Read a profile; raises `ConfigError` where the file is none, or of another checkpoint, window or space."""
     try:
-        # Opened here: of a broken file, NumPy would leave its own handle open.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        content = Location.of(path).read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"profile {path}: there is no such file") from None
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot be read: {error.strerror or error}") from None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             if meta.get("format_version") != FORMAT_VERSION:
                 raise ConfigError(
@@ -103,8 +108,6 @@ def read_profile(path: Path, wanted: ProfileOrigin) -> MeasuredProfile:
                     f"profile {path}: is not of this search: {'; '.join(wrong)}; leave --profile out to measure it anew"
                 )
             return _measured(meta, {name: file[name] for name in file.files})
-    except FileNotFoundError:
-        raise ConfigError(f"profile {path}: there is no such file") from None
     except LowprecError:
         raise
     except Exception as error:  # a broken archive may fail in any way: zlib.error, TypeError, NotImplementedError ...

@@ -54,21 +54,21 @@ _FRONT_COLUMNS = (
 )
 
 
-def query(sql: str, root: str | Path = "runs", storage_options: Mapping[str, str] | None = None) -> pd.DataFrame:
+def query(sql: str, root: str | Path = "runs") -> pd.DataFrame:
     """The answer to one reading SQL statement (SELECT, WITH, DESCRIBE, SHOW, EXPLAIN) as a DataFrame.
 
     The tables are `runs` (the latest version of each run), `trials` and `sensitivities`, with one row for each
     `row_key`. Raises `QueryError` when the statement is wrong or does anything but read, `ResultsError` when there
     are no results under `root`.
     """
-    frame: pd.DataFrame = query_arrow(sql, root, storage_options).to_pandas()
+    frame: pd.DataFrame = query_arrow(sql, root).to_pandas()
     return frame
 
 
-def query_arrow(sql: str, root: str | Path = "runs", storage_options: Mapping[str, str] | None = None) -> pa.Table:
+def query_arrow(sql: str, root: str | Path = "runs") -> pa.Table:
     """What `query` returns, as an Arrow table."""
     statement = _reading_statement(sql)
-    store = ResultsStore(root, storage_options)
+    store = ResultsStore(root)
     store.check_not_empty()
     with duckdb.connect(":memory:", config=dict(_SETTINGS)) as connection:
         for schema in TABLES.values():
@@ -97,7 +97,7 @@ def latest_front(
     """
     import pandas as pd
 
-    store = ResultsStore(root, storage_options)
+    store = ResultsStore(root)
     store.check_not_empty()
     trials = store.read("trials", evaluation="exact").to_pandas()
     chosen = _run_to_show(store.read("runs").to_pandas(), trials, str(root), run_id)
@@ -121,7 +121,7 @@ def sensitivity_report(
     Of `run_id`, or of the latest finished run that has trials, else of the latest run. Raises `QueryError` when there
     is no such run.
     """
-    store = ResultsStore(root, storage_options)
+    store = ResultsStore(root)
     store.check_not_empty()
     runs, trials = store.read("runs").to_pandas(), store.read("trials", evaluation="exact").to_pandas()
     chosen = _run_to_show(runs, trials, str(root), run_id)

@@ -6,9 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +18,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from lowprec.errors import ResultsError
 from lowprec.results.schema import TABLES, TableSchema, table_schema, to_arrow
+from lowprec.storage import Location, Where
+from lowprec.storage.object_store import bucket_of, delta_options, filesystem_of, sentence
 
 __all__ = ["ResultsStore"]
 
@@ -33,20 +33,31 @@ _APPEND_ATTEMPTS = 20
 class ResultsStore:
     """The tables of `lowprec.results.schema` under `root`; one process at a time appends the rows of a run.
 
+    The root is a folder or the URL of an object store. Processes may append to the same root at once: a commit is a
+    file that is created only where there is none (on an object store by a conditional put, `If-None-Match: *`).
+
     What `append` has returned from is on disk, whatever is killed later. A process killed inside `append` may have
     committed: appending the same rows again is right then, because rows whose `row_key` is there are skipped.
     """
 
-    def __init__(self, root: str | Path, storage_options: Mapping[str, str] | None = None) -> None:
-        """Touch nothing yet. `storage_options` go to the object store's client."""
+    def __init__(self, root: Where) -> None:
+        """Touch nothing yet."""
         self.root = str(root)
-        self._storage_options = dict(storage_options or {}) or None
+        self._root = Location.of(root)
+        if self._root.is_url and ("?" in self.root or "@" in bucket_of(self.root)):
+            raise ResultsError(
+                f"results root {self.root}: a URL of results takes no options and no keys; set them in the environment "
+                "(AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
+        # The keys that the last append to each table returned from.
+        self._kept: dict[str, pa.Array] = {}
 
     def append(self, table_name: str, rows: Iterable[Mapping[str, Any]]) -> int:
         """Commit the rows that are not there yet, all at once, and return how many those were.
 
         A row has every column of the table but `committed_at`, and a `row_key` that a repetition would have too.
-        Raises `ResultsError` when a row does not fit the table, or the root cannot be written.
+        Raises `ResultsError` when a row does not fit the table, the root cannot be written, or what the last append
+        wrote is no longer there (`check_kept`).
         """
         schema = table_schema(table_name)
         new = to_arrow(schema, list(rows), datetime.now(UTC))
@@ -54,7 +65,9 @@ class ResultsStore:
             return 0
         for attempt in range(_APPEND_ATTEMPTS):
             try:
-                return self._append_once(schema, new)
+                num_new = self._append_once(schema, new)
+                self._kept[table_name] = new["row_key"].combine_chunks()
+                return num_new
             except CommitFailedError as error:
                 if attempt + 1 == _APPEND_ATTEMPTS:
                     raise self._error(schema, "cannot be written", error) from None
@@ -100,93 +113,126 @@ class ResultsStore:
                 f"results root {self.root}: holds no results yet; run lowprec search CONFIG first, or name another root"
             )
 
-    def artifact_dir(self, run_id: str) -> Path:
-        """The folder for a run's files (plans, quarantined rows); the caller creates it.
+    def check_kept(self) -> None:
+        """Raise `ResultsError` where rows that `append` has returned from are not there: somebody else removed them.
 
-        Below the root where that is local. An object store takes tables only: the files are then under `runs/` in the
-        current folder of the process that writes them.
+        A store that takes a conditional put and overwrites all the same does that, when two processes commit at once.
         """
-        return (_local_path(self.root) or Path("runs")) / "artifacts" / run_id
+        for name in self._kept:
+            schema = table_schema(name)
+            table = self._open(schema)
+            keys = pa.chunked_array([self._last_keys(schema)])
+            try:
+                known = keys.slice(0, 0) if table is None else _known_keys(table, keys)
+            except (DeltaError, OSError, pa.ArrowException) as error:
+                raise self._error(schema, "cannot be read", error) from None
+            self._check_there(schema, known)
 
-    def _uri(self, schema: TableSchema) -> str:
-        local = _local_path(self.root)
-        return str(local / schema.name) if local is not None else f"{self.root.rstrip('/')}/{schema.name}"
+    def artifacts(self, run_id: str) -> Location:
+        """The folder for a run's files (plans, profile, quarantined rows), below the root; made when one is written."""
+        return self._root / "artifacts" / run_id
+
+    def _place(self, schema: TableSchema) -> Location:
+        return self._root / schema.name
+
+    def _options(self) -> dict[str, str] | None:
+        return delta_options(self._root.text) if self._root.is_url else None
 
     def _open(self, schema: TableSchema) -> DeltaTable | None:
-        local = _local_path(self.root)
-        if local is not None:
-            self._check_local(local / schema.name, schema)
-            if not (local / schema.name / "_delta_log").is_dir():
+        place = self._place(schema)
+        if place.local is not None:
+            self._check_folder(schema)
+            if (place / "_delta_log").kind() != "folder":
                 return None
         try:
-            table = DeltaTable(self._uri(schema), storage_options=self._storage_options)
+            table = DeltaTable(place.text, storage_options=self._options())
             columns = pa.schema(table.schema().to_arrow())
         except TableNotFoundError:
+            self._check_folder(schema)
             return None
         except (DeltaError, OSError, ValueError) as error:
             raise self._error(schema, "cannot be read", error) from None
         if {field.name: field.type for field in columns} != {field.name: field.type for field in schema.arrow}:
             differing = sorted({f"{f.name} {f.type}" for f in columns} ^ {f"{f.name} {f.type}" for f in schema.arrow})
             raise ResultsError(
-                f"results table {schema.name} ({self._uri(schema)}): was written by another version of lowprec, which "
-                f"had other columns ({', '.join(differing)}); choose another results.root"
+                f"results table {schema.name} ({place}): was written by another version of lowprec, which had "
+                f"other columns ({', '.join(differing)}); choose another results.root"
             )
         return table
 
     def _append_once(self, schema: TableSchema, new: pa.Table) -> int:
         table = self._open(schema) or self._create(schema)
-        new = new.filter(pc.invert(pc.is_in(new["row_key"], value_set=_known_keys(table, new["row_key"]))))
+        known = _known_keys(table, pa.chunked_array([*new["row_key"].chunks, self._last_keys(schema)]))
+        self._check_there(schema, known)
+        new = new.filter(pc.invert(pc.is_in(new["row_key"], value_set=known)))
         if new.num_rows:
             properties = CommitProperties(max_commit_retries=_MAX_COMMIT_RETRIES)
             write_deltalake(table, new, mode="append", commit_properties=properties)
         return int(new.num_rows)
 
+    def _last_keys(self, schema: TableSchema) -> pa.Array:
+        return self._kept.get(schema.name, pa.array([], pa.string()))
+
+    def _check_there(self, schema: TableSchema, known: pa.ChunkedArray) -> None:
+        """Raise where the keys of the last append are not among those that the table knows."""
+        last = self._last_keys(schema)
+        if lost := len(last) - pc.sum(pc.is_in(last, value_set=known), min_count=0).as_py():
+            raise ResultsError(
+                f"results table {schema.name} ({self._place(schema)}): {lost} rows that were committed are gone: "
+                "somebody removed them, or the store overwrites what a conditional put (If-None-Match: *) must leave "
+                "alone; keep results in another store, or start one process at a time, and resume the run"
+            )
+
     def _create(self, schema: TableSchema) -> DeltaTable:
-        local = _local_path(self.root)
-        if local is not None:
+        if (folder := self._root.local) is not None:
             try:
-                local.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ResultsError(
                     f"results root {self.root}: cannot be written: {error.strerror or error}; "
                     "make it writable or choose another results.root"
                 ) from None
-        return DeltaTable.create(self._uri(schema), schema.arrow, mode="ignore", storage_options=self._storage_options)
+        return DeltaTable.create(self._place(schema).text, schema.arrow, mode="ignore", storage_options=self._options())
 
-    def _check_local(self, folder: Path, schema: TableSchema) -> None:
+    def _check_folder(self, schema: TableSchema) -> None:
         """Refuse a folder of something else: Delta would add its log to it."""
+        place = self._place(schema)
         try:
-            strangers = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+            kind = place.kind()
+            names = place.names() if kind == "folder" and (place / "_delta_log").kind() is None else []
         except OSError as error:
             raise self._error(schema, "cannot be read", error) from None
-        if folder.exists() and not folder.is_dir():
-            raise ResultsError(f"results table {schema.name} ({folder}): is a file; choose another results.root")
-        if strangers and "_delta_log" not in strangers:
+        if kind == "file":
+            raise ResultsError(f"results table {schema.name} ({place}): is a file; choose another results.root")
+        if names:
             raise ResultsError(
-                f"results table {schema.name} ({folder}): holds {', '.join(sorted(strangers)[:3])}, which is no Delta "
-                "table; choose another results.root"
+                f"results table {schema.name} ({place}): holds {', '.join(names[:3])}, which is no Delta table; "
+                "choose another results.root"
             )
 
     def _error(self, schema: TableSchema, what: str, error: Exception) -> ResultsError:
+        if self._root.is_url:
+            return ResultsError(
+                f"results table {schema.name} ({self._place(schema)}): {what}: {sentence(error, self._root.text)}"
+            )
         lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
         # Delta puts the operating system's reason on a line of its own, before a list of stack frames.
         reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Error:") else 1])
         return ResultsError(
-            f"results table {schema.name} ({self._uri(schema)}): {what}: {reason or type(error).__name__}; "
+            f"results table {schema.name} ({self._place(schema)}): {what}: {reason or type(error).__name__}; "
             "check results.root and its permissions"
         )
 
 
 def _arrow_dataset(table: DeltaTable) -> pads.Dataset:
-    """The table's files as a dataset; local ones through Arrow's own file system.
+    """The table's files as a dataset, through Arrow's own file system.
 
     Through Delta's, which is called back in Python from Arrow's threads, processes that read and then ended were
     aborted now and then ("terminate called without an active exception", deltalake 1.6.6 with pyarrow 26.0.1).
     """
-    local = _local_path(table.table_uri)
-    if local is None:
-        return table.to_pyarrow_dataset()
-    return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(str(local), pafs.LocalFileSystem()))
+    place = Location.of(table.table_uri)
+    filesystem, inner = (pafs.LocalFileSystem(), place.text) if not place.is_url else filesystem_of(place.text)
+    return table.to_pyarrow_dataset(filesystem=pafs.SubTreeFileSystem(inner, filesystem))
 
 
 def _known_keys(table: DeltaTable, keys: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -208,10 +254,3 @@ def _visible(found: pa.Table, schema: TableSchema) -> pa.Table:
 def _last_of_each(keys: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int64]]:
     last = {key: index for index, key in enumerate(keys.to_pylist())}
     return np.array(sorted(last.values()), dtype=np.int64)
-
-
-def _local_path(root: str) -> Path | None:
-    """The folder that a root means, None for an object store."""
-    if root.startswith("file://"):
-        return Path(unquote(urlsplit(root).path))
-    return None if "://" in root else Path(root)

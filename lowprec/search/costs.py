@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lowprec.calibration import Calibration, read_calibration, unit_latency_ns
 from lowprec.config import CostConfig
@@ -68,7 +67,7 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
 
     Raises `ConfigError` where the calibration cannot be read or misses a precision.
     """
-    calibration = read_calibration(Path(config.calibration)) if config.calibration else None
+    calibration = read_calibration(config.calibration) if config.calibration else None
     latency: dict[tuple[str, Precision], float] | None = None
     notes: list[str] = []
     if calibration is not None:

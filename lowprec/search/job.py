@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from lowprec.config import Config, WindowConfig
 from lowprec.errors import ConfigError, TrafficError
@@ -32,6 +31,7 @@ from lowprec.plan import Plan, Precision, RowRange, Unit
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
 from lowprec.shards.planner import Placement
+from lowprec.storage import Location
 from lowprec.traffic import (
     BadRow,
     TrafficReader,
@@ -129,7 +129,7 @@ class Job:
         name: str,
         window: TrafficWindow,
         *,
-        quarantine: Path,
+        quarantine: Location,
         on_progress: Callable[[int], None] | None = None,
     ) -> MeasuredProfile:
         """Profile a window; bad rows are written to `quarantine`, and too many of them stop the job."""
@@ -166,7 +166,7 @@ class Job:
         window: TrafficWindow,
         plans: Sequence[Plan],
         *,
-        quarantine: Path,
+        quarantine: Location,
         batches: Sequence[int] | None = None,
         confidence: float | None = None,
         on_progress: Callable[[int], None] | None = None,
@@ -190,7 +190,7 @@ class Job:
         return evaluation
 
     def _judge_rows(
-        self, name: str, rows: RowAccount, bad_rows: Sequence[BadRow], num_labelled: int, quarantine: Path
+        self, name: str, rows: RowAccount, bad_rows: Sequence[BadRow], num_labelled: int, quarantine: Location
     ) -> None:
         if bad_rows:
             kept = quarantine / f"{name}.parquet"
@@ -217,7 +217,7 @@ def open_job(config: Config) -> Job:
     spec = WorkerSpec(
         factory=config.model.factory,
         args=dict(config.model.args),
-        checkpoint=os.path.abspath(config.model.checkpoint),
+        checkpoint=str(Location.of(config.model.checkpoint).absolute()),
         schema=columns,
         threads=config.evaluation.threads_per_worker,
         import_paths=(os.getcwd(),),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lowprec.evaluation.confidence import Verdict
@@ -15,6 +14,7 @@ from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
 from lowprec.search.job import Job
 from lowprec.search.trial import Trial
+from lowprec.storage import Location
 
 __all__ = ["SearchOutcome", "plan_file"]
 
@@ -33,8 +33,8 @@ class SearchOutcome:
     num_trials: int
     fp32_bytes: int
     rows: Mapping[str, RowAccount]
-    plan_paths: tuple[Path, ...]
-    profile_path: Path
+    plan_paths: tuple[Location, ...]
+    profile_path: Location
     profiled: Mapping[str, Any]
     windows: Mapping[str, str]
     row_ranges: Mapping[str, RowRange]
@@ -72,7 +72,7 @@ class SearchOutcome:
             "seconds": round(self.seconds, 1),
         }
 
-    def _recommendation(self, recommendation: Recommendation, path: Path) -> dict[str, Any]:
+    def _recommendation(self, recommendation: Recommendation, path: Location) -> dict[str, Any]:
         best = recommendation.best
         return {
             "budget_pct": recommendation.budget_pct,

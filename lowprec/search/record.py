@@ -7,7 +7,6 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lowprec import __version__
@@ -16,7 +15,7 @@ from lowprec.results import ResultsStore
 from lowprec.search.job import Job
 from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial
-from lowprec.whole_file import whole_file
+from lowprec.storage import Location
 
 __all__ = ["RunRecord"]
 
@@ -62,12 +61,14 @@ class RunRecord:
             self._kept = {key: before[key] for key in ("verdict", "recommended_trial_key", "summary_json")}
 
     @property
-    def artifacts(self) -> Path:
-        """The folder for the run's files."""
-        return self._store.artifact_dir(self.run_id)
+    def artifacts(self) -> Location:
+        """The folder for the run's files, below the results root."""
+        return self._store.artifacts(self.run_id)
 
     def state(self, status: str, *, message: str = "", **known: Any) -> None:
         """Commit a new state of the run: running, done, stopped or failed."""
+        if status == "done":
+            self._store.check_kept()
         config = self._job.config
         row = {
             "run_id": self.run_id,
@@ -88,7 +89,7 @@ class RunRecord:
         self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
         self._version += 1
 
-    def failed(self, error: Exception) -> Path | None:
+    def failed(self, error: Exception) -> Location | None:
         """Commit that the run failed; returns the file in which work is set aside that failed again and again."""
         self.state("failed", message=str(error))
         if not isinstance(error, PoisonedWorkError):
@@ -96,7 +97,7 @@ class RunRecord:
         name = hashlib.sha256(error.work.encode()).hexdigest()[:16]
         path = self.artifacts / "quarantine" / f"work-{name}.json"
         document = {"run_id": self.run_id, "command": self._command, "work": error.work, "tries": error.tries}
-        with whole_file(path) as partial:
+        with path.whole_file() as partial:
             partial.write_text(json.dumps({**document, "message": str(error)}, indent=2))
         return path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
+from lowprec.storage import Location, Where
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["run_search"]
@@ -43,7 +43,11 @@ SLICES_PER_TASK = 4
 
 
 def run_search(
-    config: Config, *, resume: str | None = None, profile: Path | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    resume: str | None = None,
+    profile: Where | None = None,
+    progress: Progress | None = None,
 ) -> SearchOutcome:
     """Search as the config says and confirm the best plans; `resume` continues a run that was stopped or killed.
 
@@ -140,7 +144,7 @@ class _Search:
         """The profile of the search window, measured or as the run has it, and its solved model."""
         path = self._record.artifacts / "profile.npz"
         origin = self._job.profile_origin("search")
-        if path.exists():
+        if path.kind() == "file":
             measured = read_profile(path, origin)
         else:
             self._progress.stage("profile", self._window.num_batches)
@@ -371,10 +375,10 @@ class _Search:
             if choices:
                 self._save(choices[0].trial, budget, None)
 
-    def _save_recommended(self, recommendation: Recommendation) -> Path:
+    def _save_recommended(self, recommendation: Recommendation) -> Location:
         return self._save(recommendation.best.choice.trial, recommendation.budget_pct, recommendation.best)
 
-    def _save(self, trial: Trial, budget: float, confirmed: Confirmed | None) -> Path:
+    def _save(self, trial: Trial, budget: float, confirmed: Confirmed | None) -> Location:
         name = "confirm" if confirmed else "search"
         file = plan_file(
             self._job,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lowprec.config import Config
@@ -19,6 +18,7 @@ from lowprec.search.costs import open_costs
 from lowprec.search.job import open_job, open_workers
 from lowprec.search.record import RunRecord
 from lowprec.search.trial import Trial, plan_key
+from lowprec.storage import Where
 
 __all__ = ["Verification", "verify_plan"]
 
@@ -63,7 +63,7 @@ class Verification:
 
 def verify_plan(
     config: Config,
-    plan_path: Path,
+    plan_path: Where,
     *,
     window: str = "confirm",
     budget_pct: float | None = None,

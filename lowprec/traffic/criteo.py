@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lowprec.errors import TrafficError
-from lowprec.traffic.source import arrow_sentence, locate
-from lowprec.whole_file import whole_file
+from lowprec.storage import Location
+from lowprec.storage.object_store import sentence
+from lowprec.traffic.source import locate
 
 __all__ = ["CRITEO_SCHEMA", "NUM_CATEGORICAL", "NUM_DENSE", "convert_criteo", "read_criteo"]
 
@@ -64,14 +65,16 @@ def read_criteo(source: str | Path) -> Iterator[pa.Table]:
                     table = _parsed(block, labelled, first_row)
                 except (_Malformed, pa.ArrowException) as error:
                     _explain(block, labelled, f"traffic file {source}", first_row + 1)
+                    reason = sentence(error, str(source))
                     raise TrafficError(
-                        f"traffic file {source}, lines from {first_row + 1}: cannot be parsed: {arrow_sentence(error)}"
+                        f"traffic file {source}, lines from {first_row + 1}: cannot be parsed: {reason}"
                     ) from None
                 yield table
                 first_row += table.num_rows
     except (OSError, pa.ArrowException) as error:
+        reason = sentence(error, str(source))
         raise TrafficError(
-            f"traffic file {source}, after line {first_row}: cannot be read (truncated?): {arrow_sentence(error)}"
+            f"traffic file {source}, after line {first_row}: cannot be read (truncated?): {reason}"
         ) from None
     if first_row == 0:
         raise TrafficError(f"traffic file {source}: is empty")
@@ -82,13 +85,13 @@ def convert_criteo(source: str | Path, out_path: str | Path, *, rows_per_group: 
 
     The file appears whole or not at all. Raises `TrafficError` as `read_criteo` does, or where it cannot be written.
     """
-    target = Path(out_path)
+    target = Location.of(out_path)
     num_rows = 0
     waiting: list[pa.Table] = []
     num_waiting = 0
     try:
         with (
-            whole_file(target) as partial,
+            target.whole_file() as partial,
             pq.ParquetWriter(partial, CRITEO_SCHEMA, write_page_checksum=True) as writer,
         ):
             for table in read_criteo(source):

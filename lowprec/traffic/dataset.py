@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lowprec.errors import TrafficError
+from lowprec.storage.object_store import sentence
 from lowprec.traffic.columns import Layout, check_columns, needed_columns, read_as
 from lowprec.traffic.schema import Schema
-from lowprec.traffic.source import Source, SourceFile, arrow_sentence, find_files, open_parquet
+from lowprec.traffic.source import Source, SourceFile, find_files, open_parquet
 
 __all__ = ["Dataset", "RowGroup", "Rows", "open_dataset"]
 
@@ -91,7 +92,7 @@ class Dataset:
         except (OSError, pa.ArrowException) as error:
             raise TrafficError(
                 f"traffic file {file.name}, row group {group.group}: cannot be read (truncated or corrupt?): "
-                f"{arrow_sentence(error)}"
+                f"{sentence(error, file.name)}"
             ) from None
         if position != group.position + group.num_rows:
             raise TrafficError(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lowprec.errors import TrafficError
+from lowprec.storage import Location, Where
 from lowprec.traffic.batch import BadRow
-from lowprec.whole_file import whole_file
 
 __all__ = ["check_bad_rows", "read_quarantine", "write_quarantine"]
 
@@ -19,16 +18,16 @@ _SCHEMA = pa.schema({"file": pa.string(), "row": pa.int64(), "reason": pa.string
 _ROWS_AT_ONCE = 10_000
 
 
-def write_quarantine(bad_rows: Iterable[BadRow], path: str | Path) -> int:
+def write_quarantine(bad_rows: Iterable[BadRow], path: Where) -> int:
     """Write bad rows to a Parquet file (columns file, row, reason, values), whole or not at all; returns how many.
 
     Rows are taken as they come, so an iterator over many is fine. Raises `TrafficError` where it cannot be written.
     """
-    target = Path(path)
+    target = Location.of(path)
     count = 0
     rows = iter(bad_rows)
     try:
-        with whole_file(target) as partial, pq.ParquetWriter(partial, _SCHEMA) as writer:
+        with target.whole_file() as partial, pq.ParquetWriter(partial, _SCHEMA) as writer:
             while some := list(islice(rows, _ROWS_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist([vars(row) for row in some], schema=_SCHEMA))
                 count += len(some)
@@ -40,17 +39,17 @@ def write_quarantine(bad_rows: Iterable[BadRow], path: str | Path) -> int:
     return count
 
 
-def read_quarantine(path: str | Path) -> tuple[BadRow, ...]:
+def read_quarantine(path: Where) -> tuple[BadRow, ...]:
     """The bad rows that `write_quarantine` kept; raises `TrafficError` when the file is not such a file."""
     try:
-        rows = pq.ParquetFile(path).read(columns=_SCHEMA.names).to_pylist()
+        rows = pq.ParquetFile(pa.BufferReader(Location.of(path).read_bytes())).read(columns=_SCHEMA.names).to_pylist()
         return tuple(BadRow(**row) for row in rows)
     except (OSError, pa.ArrowException, TypeError) as error:
         raise TrafficError(f"quarantine {path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def check_bad_rows(
-    num_bad: int, num_rows: int, max_fraction: float, *, first: BadRow | None, quarantine_path: str | Path
+    num_bad: int, num_rows: int, max_fraction: float, *, first: BadRow | None, quarantine_path: Where
 ) -> None:
     """Raise `TrafficError` when more than `max_fraction` of `num_rows` rows (bad ones included) are bad.
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from lowprec.errors import TrafficError
+from lowprec.errors import LowprecError, TrafficError
+from lowprec.storage.object_store import check_bucket, filesystem_of, sentence
 
-__all__ = ["Source", "SourceFile", "arrow_sentence", "find_files", "locate", "open_parquet"]
+__all__ = ["Source", "SourceFile", "find_files", "locate", "open_parquet"]
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -51,12 +52,15 @@ def find_files(path: str) -> Source:
     try:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
+            check_bucket(path)
             raise TrafficError(f"traffic {path}: there is no such file or folder; check traffic.path")
         if info.type == pafs.FileType.File:
             return Source(filesystem, (SourceFile(root, prefix + root),))
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    except TrafficError:
+        raise
     except (OSError, pa.ArrowException) as error:
-        raise TrafficError(f"traffic {path}: cannot be listed: {arrow_sentence(error)}") from None
+        raise TrafficError(f"traffic {path}: cannot be listed: {sentence(error, path)}") from None
     files = []
     for entry in found:
         inner = posixpath.relpath(entry.path, root)
@@ -77,10 +81,12 @@ def locate(path: str) -> tuple[pafs.FileSystem, str, str]:
     if not separator:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)), ""
     try:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
+        filesystem, inner = filesystem_of(path)
+    except LowprecError:
+        raise
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise TrafficError(f"traffic {path}: the URL cannot be opened: {arrow_sentence(error)}") from None
-    return filesystem, inner.rstrip("/") or "/", "" if scheme == "file" else f"{scheme}://"
+        raise TrafficError(f"traffic {path}: the URL cannot be opened: {sentence(error, path)}") from None
+    return filesystem, inner, "" if scheme == "file" else f"{scheme}://"
 
 
 def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
@@ -96,14 +102,8 @@ def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
         )
     except (OSError, pa.ArrowException) as error:
         raise TrafficError(
-            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): {arrow_sentence(error)}"
+            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): {sentence(error, file.name)}"
         ) from None
-
-
-def arrow_sentence(error: Exception) -> str:
-    """What Arrow said, on one line, without the C++ details."""
-    text = " ".join(str(error).split())
-    return text.partition(". Detail:")[0].removesuffix(".") or type(error).__name__
 
 
 def _partition(inner: str) -> dict[str, str | None]:

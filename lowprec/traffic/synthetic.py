@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lowprec.errors import TrafficError
+from lowprec.storage import Location
 from lowprec.traffic.batch import Bags
 from lowprec.traffic.synthetic_spec import LabelShift, NewIds, SyntheticSpec
 from lowprec.traffic.synthetic_truth import SECONDS_PER_DAY, FeatureTruth, Truth
@@ -32,7 +33,10 @@ def generate(spec: SyntheticSpec, out_path: str | Path) -> int:
     The folder appears whole or not at all. When it is there already and was made from an equal spec, nothing is done.
     Raises `TrafficError` when something else is there, or when it cannot be written.
     """
-    target = Path(out_path)
+    place = Location.of(out_path)
+    target = place.local
+    if target is None:
+        raise TrafficError(f"traffic {place}: is made in a folder of this machine; give a path and copy it there")
     document = spec.model_dump_json(indent=2) + "\n"
     if _made_from(target, document):
         return spec.num_rows

@@ -5,24 +5,47 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime
+from functools import reduce
+from operator import truediv
 from pathlib import Path
+from threading import Condition
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import write_deltalake
 
 from lowprec.errors import ResultsError
 from lowprec.results import ResultsStore
 from lowprec.results.schema import TABLES, to_arrow
+from lowprec.storage import Location
+from lowprec.storage.object_store import delta_options
 
 
-@pytest.fixture(params=["folder", "url", "relative"])
+@pytest.fixture(params=["folder", "url", "relative", "s3"])
 def root(request, tmp_path, monkeypatch):
-    """Every way to name a local root; an object store goes through the same calls."""
+    """Every way to name a root: what holds of a folder holds of an object store."""
     monkeypatch.chdir(tmp_path)
+    if request.param == "s3":
+        return request.getfixturevalue("bucket") + "/runs"
     return {"folder": str(tmp_path / "a root"), "url": (tmp_path / "root").as_uri(), "relative": "runs"}[request.param]
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request, tmp_path):
+    """A root of either kind."""
+    return f"{request.getfixturevalue('bucket')}/runs" if request.param == "s3" else str(tmp_path / "runs")
+
+
+def put(content, *parts):
+    with reduce(truediv, parts[1:], Location.of(parts[0])).whole_file() as partial:
+        partial.write_bytes(content)
+
+
+def options(root):
+    return delta_options(root) if "://" in str(root) else None
 
 
 def keys(store, table="trials"):
@@ -69,11 +92,11 @@ def test_append_of_nothing_makes_no_table(root):
     assert store.read("trials").schema.names == TABLES["trials"].arrow.names
 
 
-def test_one_commit_for_many_rows(root, row, tmp_path):
+def test_one_commit_for_many_rows(root, row):
     store = ResultsStore(root)
     store.append("trials", [row("trials", str(i)) for i in range(50)])
-    (log,) = tmp_path.rglob("trials/_delta_log")
-    assert len(list(log.glob("*.json"))) == 2  # the table, and its rows
+    log = Location.of(root) / "trials" / "_delta_log"
+    assert len([name for name in log.names() if name.endswith(".json")]) == 2  # the table, and its rows
 
 
 def test_repetitions_of_a_lost_acknowledgement_are_read_once(root, row):
@@ -173,47 +196,98 @@ def test_an_unwritable_root(row, tmp_path):
     assert ResultsError.exit_code == 3
 
 
-def test_a_folder_of_something_else_is_left_alone(row, tmp_path):
-    (tmp_path / "trials").mkdir()
-    (tmp_path / "trials" / "holiday.jpg").write_text("")
+def test_a_folder_of_something_else_is_left_alone(row, place):
+    put(b"", place, "trials", "holiday.jpg")
     for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
         with pytest.raises(ResultsError, match=r"holds holiday.jpg, which is no Delta table; choose another"):
-            use(ResultsStore(tmp_path))
-    assert [p.name for p in (tmp_path / "trials").iterdir()] == ["holiday.jpg"]
+            use(ResultsStore(place))
+    assert (Location.of(place) / "trials").names() == ["holiday.jpg"]
 
 
-def test_a_file_where_a_table_should_be(row, tmp_path):
-    (tmp_path / "trials").write_text("")
+def test_a_file_where_a_table_should_be(row, place):
+    put(b"", place, "trials")
     with pytest.raises(ResultsError, match="is a file"):
-        ResultsStore(tmp_path).append("trials", [row("trials", "k")])
+        ResultsStore(place).append("trials", [row("trials", "k")])
 
 
 @pytest.mark.parametrize("victim", ["log", "data"])
-def test_a_corrupt_table_is_reported_in_one_line(victim, row, tmp_path):
-    store = ResultsStore(tmp_path)
+def test_a_corrupt_table_is_reported_in_one_line(victim, row, place):
+    store = ResultsStore(place)
     store.append("trials", [row("trials", "k")])
-    pattern = "_delta_log/*1.json" if victim == "log" else "*.parquet"
-    (file,) = (tmp_path / "trials").glob(pattern)
-    file.write_text("{garbage")
+    folder = Location.of(place) / "trials"
+    folder = folder / "_delta_log" if victim == "log" else folder
+    (name,) = (name for name in folder.names() if name.endswith("1.json" if victim == "log" else ".parquet"))
+    put(b"{garbage", folder, name)
     for use in (lambda: store.read("trials"), lambda: store.append("trials", [row("trials", "k")])):
         with pytest.raises(ResultsError) as raised:
             use()
-        assert str(tmp_path / "trials") in str(raised.value)
+        assert f"{place}/trials" in str(raised.value)
         assert "\n" not in str(raised.value)
 
 
-def test_a_table_with_other_columns_is_refused(row, tmp_path):
-    write_deltalake(tmp_path / "trials", pa.table({"row_key": ["k"], "number": [1.5]}))
+def test_a_table_with_other_columns_is_refused(row, place):
+    Location.of(place).is_url or Path(place).mkdir()
+    other = pa.table({"row_key": ["k"], "number": [1.5]})
+    write_deltalake(f"{place}/trials", other, storage_options=options(place))
     for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
         with pytest.raises(ResultsError, match="was written by another version of lowprec"):
-            use(ResultsStore(tmp_path))
+            use(ResultsStore(place))
 
 
-def test_artifacts_lie_below_a_local_root(tmp_path):
-    assert ResultsStore(tmp_path).artifact_dir("r1") == tmp_path / "artifacts" / "r1"
-    assert ResultsStore(tmp_path.as_uri()).artifact_dir("r1") == tmp_path / "artifacts" / "r1"
-    assert ResultsStore("s3://bucket/x").artifact_dir("r1") == Path("runs/artifacts/r1")
+def test_artifacts_lie_below_the_root(tmp_path):
+    for root, below in (
+        (tmp_path, tmp_path / "artifacts" / "r1"),
+        (tmp_path.as_uri(), tmp_path / "artifacts" / "r1"),
+        ("runs", "runs/artifacts/r1"),
+        ("s3://bucket/x/", "s3://bucket/x/artifacts/r1"),
+    ):
+        assert str(ResultsStore(root).artifacts("r1")) == str(below)
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_what_an_object_store_says_is_one_sentence(row, s3, monkeypatch):
+    for root, said in (
+        ("s3://nowhere/runs", f'there is no bucket "nowhere" at {s3.endpoint}'),
+        ("s3://bucket/runs?region=x", "a URL of results takes no options and no keys; set them in the environment"),
+        ("s3://key:secret@bucket/runs", "a URL of results takes no options and no keys"),
+    ):
+        for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.check_not_empty()):
+            with pytest.raises(ResultsError) as raised:
+                use(ResultsStore(root))
+            assert said in str(raised.value) and "\n" not in str(raised.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(ResultsError, match="http://127.0.0.1:1 cannot be reached: nothing listens there"):
+        ResultsStore("s3://bucket/runs").append("trials", [row("trials", "k")])
+
+
+def test_a_store_that_overwrites_commits_is_noticed(row, s3, bucket):
+    """It ignores If-None-Match, and another process lists the log before, and commits after us."""
+    ours, others = ResultsStore(bucket), ResultsStore(bucket)
+    ours.append("trials", [row("trials", "a")])
+    late = []
+
+    def answer(environ):
+        environ.pop("HTTP_IF_NONE_MATCH", None)
+        if environ["PATH_INFO"].endswith("2.json") and environ["REQUEST_METHOD"] == "PUT" and not late:
+            late.append(environ["PATH_INFO"])
+            ours.append("trials", [row("trials", "b")])
+
+    s3.answer = answer
+    others.append("trials", [row("trials", "c")])
+    assert late and keys(ResultsStore(bucket)) == ["a", "c"]
+    others.check_kept()
+    for use in (ours.check_kept, lambda: ours.append("trials", [row("trials", "d")])):
+        with pytest.raises(
+            ResultsError, match="1 rows that were committed are gone: .* one process at a time, and resume"
+        ):
+            use()
+
+
+def test_a_store_without_conditional_put_is_refused(row, s3, bucket):
+    refused = "501 Not Implemented", b"<Error><Code>NotImplemented</Code></Error>"
+    s3.answer = lambda environ: refused if environ.get("HTTP_IF_NONE_MATCH") else None
+    with pytest.raises(ResultsError, match=r"cannot be written: the store has no conditional put"):
+        ResultsStore(bucket).append("trials", [row("trials", "k")])
 
 
 WRITER = """
@@ -242,25 +316,46 @@ def start_writer(root, name, num_appends, sample):
     return process
 
 
-def test_processes_that_start_at_once_lose_nothing(row, tmp_path):
+@pytest.fixture
+def collisions(s3):
+    """Commits of one version that two processes try wait for each other at the server, and are counted."""
+    arrived, changed, found = Counter(), Condition(), Counter()
+
+    def meet(environ):
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] == "PUT" and "_delta_log" in path:
+            with changed:
+                arrived[path] += 1
+                changed.notify_all()
+                found[path] += changed.wait_for(lambda: arrived[path] > 1, timeout=0.3)
+
+    s3.answer = meet
+    return found
+
+
+def test_commits_that_meet_at_an_object_store_are_both_kept(row, bucket, collisions):
+    test_processes_that_start_at_once_lose_nothing(row, bucket)
+    assert sum(collisions.values()) > 4
+
+
+@pytest.mark.parametrize("place", ["folder", "folder", "folder"], indirect=True)
+def test_processes_that_start_at_once_lose_nothing(row, place):
     """They race for the table's creation too."""
-    for attempt in range(3):
-        root = tmp_path / str(attempt)
-        writers = [start_writer(root, f"w{i}", 8, row("trials", "")) for i in range(2)]
-        for writer in writers:
-            writer.stdin.write("go\n")
-            writer.stdin.flush()
-        acknowledged = [key for writer in writers for key in writer.communicate(timeout=60)[0].split()]
-        assert [writer.returncode for writer in writers] == [0, 0]
-        assert len(acknowledged) == 2 * 8 * 3
-        assert sorted(keys(ResultsStore(root))) == sorted(acknowledged)
-        assert DeltaTable(root / "trials").to_pyarrow_dataset().count_rows() == len(acknowledged)
+    writers = [start_writer(place, f"w{i}", 8, row("trials", "")) for i in range(2)]
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    acknowledged = [key for writer in writers for key in writer.communicate(timeout=60)[0].split()]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert len(acknowledged) == 2 * 8 * 3
+    assert sorted(keys(ResultsStore(place))) == sorted(acknowledged)
+    assert ResultsStore(place).dataset("trials").count_rows() == len(acknowledged)
 
 
-def test_sigkill_loses_nothing_acknowledged_and_a_repetition_completes(row, tmp_path):
+def test_sigkill_loses_nothing_acknowledged_and_a_repetition_completes(row, place):
     rng = np.random.default_rng(0)
-    for attempt in range(5):
-        root = tmp_path / str(attempt)
+    for attempt in range(3 if Location.of(place).is_url else 5):
+        root = f"{place}/{attempt}"
         writer = start_writer(root, "w", 10_000, row("trials", ""))
         writer.stdin.write("go\n")
         writer.stdin.flush()
@@ -283,7 +378,7 @@ def test_sigkill_loses_nothing_acknowledged_and_a_repetition_completes(row, tmp_
         assert again.dataset("trials").count_rows() == len(rows)
 
 
-def test_local_tables_are_read_without_python_in_arrows_threads(root, row):
+def test_tables_are_read_without_python_in_arrows_threads(root, row):
     """Delta's own file system calls back into Python, which aborted some processes that ended right after reading."""
     import pyarrow.fs as pafs
 

@@ -50,7 +50,7 @@ def test_a_search_leaves_a_profile_sensitivities_trials_and_a_plan(small_config)
     config = small_config()
     outcome = run_search(config)
     (recommendation,) = outcome.recommendations
-    assert outcome.profile_path.is_file() and outcome.plan_paths[0].is_file()
+    assert outcome.profile_path.kind() == outcome.plan_paths[0].kind() == "file"
     found = lowprec.query("SELECT * FROM sensitivities", config.results.root)
     assert len(found) == 6 * 4 and (found["gap_lower_pct"] <= found["gap_upper_pct"]).all()
     assert (found["linearization_error"].abs() < 0.5).all()
@@ -86,7 +86,7 @@ def test_several_budgets_get_a_plan_each_from_one_search(small_config):
     assert sizes[0] >= sizes[1] >= sizes[2]
     assert [p.name for p in outcome.plan_paths] == ["plan-0.1.json", "plan-0.5.json", "plan-2.json"]
     for recommendation, path in zip(outcome.recommendations, outcome.plan_paths, strict=True):
-        assert json.loads(path.read_text())["evidence"]["budget_pct"] == recommendation.budget_pct
+        assert json.loads(path.read_bytes())["evidence"]["budget_pct"] == recommendation.budget_pct
     confirmed = trials_of(config, outcome, "confirm")
     assert confirmed["plan_json"].is_unique  # plans of several budgets are confirmed once
 
