@@ -47,7 +47,8 @@ __all__ = [
 class WorkerSpec:
     """All that a worker needs to become ready, small enough to send anywhere.
 
-    row_ranges: by table; minmax for one left out. memory_bytes: what the worker may use, None where nobody said.
+    row_ranges: by table; minmax for one left out. checkpoint_stamp: that of the checkpoint when the run began, None
+    where nobody looked. memory_bytes: what the worker may use, None where nobody said.
     """
 
     factory: str
@@ -58,6 +59,7 @@ class WorkerSpec:
     row_ranges: Mapping[str, RowRange] = field(default_factory=dict)
     import_paths: tuple[str, ...] = ()
     memory_bytes: int | None = None
+    checkpoint_stamp: str | None = None
 
 
 class Summable(Protocol):
@@ -140,14 +142,14 @@ class RowCheck:
 def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     """Build the model without committing memory for its tables, and load its checkpoint."""
     model = _build(spec, without_rows=False)
-    load_checkpoint(model, spec.checkpoint)
+    load_checkpoint(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
     return ModelAdapter(model)
 
 
 def load_adapter_without_rows(spec: WorkerSpec) -> ModelAdapter:
     """Build the model and load its dense part, for who only wants to know its tables."""
     model = _build(spec, without_rows=True)
-    load_dense(model, spec.checkpoint)
+    load_dense(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
     return ModelAdapter(model)
 
 
@@ -158,7 +160,7 @@ class ShardLoader:
         """Build the model and load its dense part."""
         model = _build(spec, without_rows=True)
         self._spec, self._placement = spec, placement
-        self._rows = load_dense(model, spec.checkpoint)
+        self._rows = load_dense(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
         self.adapter = ModelAdapter(model)
         self._names, self._hot = self.adapter.weight_names, hot_tables(self.adapter.shapes)
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
-from lowprec.storage import Location, Where, existing_copy
+from lowprec.storage import FileState, Location, Where, existing_copy
 
 __all__ = [
     "LoadedCheckpoint",
     "TableRows",
     "checkpoint_sha256",
+    "checkpoint_stamp",
     "is_mapped",
     "load_checkpoint",
     "load_dense",
@@ -44,7 +45,7 @@ class LoadedCheckpoint:
     cast: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_checkpoint(model: nn.Module, path: Where) -> LoadedCheckpoint:
+def load_checkpoint(model: nn.Module, path: Where, *, stamp: str | None = None) -> LoadedCheckpoint:
     """Load every parameter and buffer of `model`, memory-mapped where the format allows it.
 
     Formats: safetensors (one file, or several with or without an index), `.pt` of `torch.save` (never running pickled
@@ -53,12 +54,13 @@ def load_checkpoint(model: nn.Module, path: Where) -> LoadedCheckpoint:
     parameter requires a gradient. While the model lives its file may be replaced, but not changed in place.
 
     path: also a URL; its files are copied to this machine first, once for all processes (`lowprec.storage.local_copy`).
+    stamp: what `checkpoint_stamp` said; another checkpoint that was put there since is refused.
 
     Raises `CheckpointError` on missing, unexpected or mis-shaped tensors and unreadable files, `WeightError` on NaN or
     Inf outside the embedding tables (tables are checked row by row where they are quantized).
     """
     where, expected = Location.of(path), model.state_dict(keep_vars=True)
-    return _load(model, where, open_tensors(where, expected, whole=True), with_tables=True)
+    return _load(model, where, _stamped(where, open_tensors(where, expected, whole=True), stamp), with_tables=True)
 
 
 def is_mapped(path: Where) -> bool:
@@ -66,14 +68,14 @@ def is_mapped(path: Where) -> bool:
     return open_tensors(Location.of(path)).is_mapped
 
 
-def load_dense(model: nn.Module, path: Where) -> TableRows:
+def load_dense(model: nn.Module, path: Where, *, stamp: str | None = None) -> TableRows:
     """Load all but the tables, whose weights become tensors of the same shape on the meta device; returns their rows.
 
-    Formats and errors are those of `load_checkpoint`. For a model whose tables no process can hold: of a URL, nothing
-    but what is asked for is read.
+    Formats, errors and stamp are those of `load_checkpoint`. For a model whose tables no process can hold: of a URL,
+    nothing but what is asked for is read.
     """
     where, expected = Location.of(path), model.state_dict(keep_vars=True)
-    source = open_tensors(where, expected)
+    source = _stamped(where, open_tensors(where, expected), stamp)
     _load(model, where, source, with_tables=False)
     return TableRows(where, source, _tied(expected, source))
 
@@ -170,15 +172,26 @@ def save_checkpoint(model: nn.Module, path: Where, metadata: Mapping[str, str] |
         raise CheckpointError(f"checkpoint {path}: cannot be written: {reason}") from None
 
 
-def checkpoint_sha256(path: Where) -> str:
+def checkpoint_stamp(path: Where) -> str:
+    """A word that is another one when another checkpoint is put in the place of this one; no tensor is read for it.
+
+    Sizes of the files tell, and on an object store their versions. (Times of local files do not: machines of a cluster
+    may have copies of their own.)
+    """
+    where = Location.of(path)
+    return _stamp(open_tensors(where))
+
+
+def checkpoint_sha256(path: Where, *, stamp: str | None = None) -> str:
     """The identity of a checkpoint: SHA-256 of its file, the same wherever it lies.
 
-    Of several files: SHA-256 over the lines "relative name, space, SHA-256 of the file", sorted by name.
+    Of several files: SHA-256 over the lines "relative name, space, SHA-256 of the file", sorted by name. Raises
+    `CheckpointError` where a file changes meanwhile, or `checkpoint_stamp` said another stamp.
     """
     path = Location.of(path)
-    source = open_tensors(path)
+    source = _stamped(path, open_tensors(path), stamp)
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        hashes = list(pool.map(_file_sha256, source.files))
+        hashes = list(pool.map(_file_sha256, source.files, map(source.states.get, source.files)))
     if source.files == (path,):
         return hashes[0]
     root = f"{source.root}/"
@@ -258,13 +271,31 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _file_sha256(where: Location) -> str:
+def _stamp(source: TensorSource) -> str:
+    states = sorted((str(file), state) for file, state in source.states.items())
+    words = [(file.rpartition("/")[2], s.size, s.version if "://" in file else "") for file, s in states]
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+
+
+def _stamped(path: Location, source: TensorSource, stamp: str | None) -> TensorSource:
+    """The source, which has that stamp if one is given."""
+    if stamp is not None and _stamp(source) != stamp:
+        raise CheckpointError(
+            f"checkpoint {path}: was replaced by another one since this began; put it back and resume, or begin anew"
+        )
+    return source
+
+
+def _file_sha256(where: Location, opened: FileState | None) -> str:
     digest = hashlib.sha256()
     try:
+        state = opened or where.state()
         # A copy is what a model that was loaded here has been made of, and costs no second download.
-        with existing_copy(where, where.state()).open() as file:
+        with existing_copy(where, state).open() as file:
             for _, piece in file.pieces():
                 digest.update(piece)
+        if where.state() != state:
+            raise CheckpointError(f"checkpoint {where}: was changed while it was read; start again")
     except OSError as error:
         raise CheckpointError(f"checkpoint {where}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()

@@ -54,7 +54,9 @@ class DistributedFolder:
         if missing:
             raise CheckpointError(f"checkpoint {path}: file {missing[0]} is missing")
         self.files: tuple[Location, ...] = (path / METADATA_FILE, *(path / name for name in stored))
-        self._states = {path / METADATA_FILE: state}
+        # The metadata is another one after every save.
+        self.states: Mapping[Location, FileState] = {path / METADATA_FILE: state}
+        self._states = dict(self.states)
         # Those that were read last: a table that is read by row ranges comes back to its chunks.
         self._kept: dict[MetadataIndex, Tensor] = {}
 

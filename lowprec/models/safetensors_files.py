@@ -81,6 +81,7 @@ class Safetensors:
         """Take where each tensor is, and the header of every file. Raises `CheckpointError` where they disagree."""
         self.root = root
         self.files: tuple[Location, ...] = (*extra_files, *headers)
+        self.states: Mapping[Location, FileState] = {file: header.state for file, header in headers.items()}
         self.is_mapped = is_copied or not root.is_url
         self._file_of, self._headers = file_of, headers
         for name, file in file_of.items():

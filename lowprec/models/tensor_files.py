@@ -12,7 +12,7 @@ from torch import Tensor
 from lowprec.errors import CheckpointError
 from lowprec.models.distributed_folder import METADATA_FILE, DistributedFolder
 from lowprec.models.safetensors_files import Safetensors, read_headers, read_index
-from lowprec.storage import Location, local_copy
+from lowprec.storage import FileState, Location, local_copy
 
 __all__ = ["TensorSource", "open_tensors"]
 
@@ -25,12 +25,14 @@ _NESTING_KEYS = ("state_dict", "model")
 class TensorSource(Protocol):
     """Named tensors of a checkpoint. `files` are the files that hold them, all below `root`.
 
-    is_mapped: tensors and rows are mapped from files of this machine, which commits no memory.
+    is_mapped: tensors and rows are mapped from files of this machine, which commits no memory. states: how those of the
+    files were when they were opened that tell this checkpoint from one that is saved in its place.
     """
 
     is_mapped: bool
     root: Location
     files: tuple[Location, ...]
+    states: Mapping[Location, FileState]
     shapes: Mapping[str, tuple[int, ...]]
 
     def tensor(self, name: str) -> Tensor:
@@ -103,7 +105,9 @@ class _TorchFile:
     def __init__(self, path: Location) -> None:
         self.root = path.parent
         self.files: tuple[Location, ...] = (path,)
-        self._tensors = _tensors_of(_load_torch_file(path), path)
+        document, state = _load_torch_file(path)
+        self.states: Mapping[Location, FileState] = {path: state}
+        self._tensors = _tensors_of(document, path)
         self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(tensor.shape) for n, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -116,9 +120,10 @@ class _TorchFile:
         """Nothing is kept but the mapping."""
 
 
-def _load_torch_file(path: Location) -> Any:
+def _load_torch_file(path: Location) -> tuple[Any, FileState]:
     try:
-        return torch.load(local_copy(path), map_location="cpu", weights_only=True, mmap=True)
+        state = path.state()
+        return torch.load(local_copy(path, state), map_location="cpu", weights_only=True, mmap=True), state
     except pickle.UnpicklingError as error:
         lines = [line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
         detail = f" ({lines[0].strip()})" if lines else ""

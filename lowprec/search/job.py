@@ -26,7 +26,7 @@ from lowprec.evaluation.worker import (
     load_adapter_without_rows,
 )
 from lowprec.models.adapter import ModelAdapter
-from lowprec.models.checkpoint import checkpoint_sha256, is_mapped
+from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_mapped
 from lowprec.plan import Plan, Precision, RowRange, Unit
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
@@ -214,10 +214,12 @@ def open_job(config: Config) -> Job:
     columns = config.traffic.schema_of_columns()
     reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
     _check_order(config, reader)
+    checkpoint = str(Location.of(config.model.checkpoint).absolute())
     spec = WorkerSpec(
         factory=config.model.factory,
         args=dict(config.model.args),
-        checkpoint=str(Location.of(config.model.checkpoint).absolute()),
+        checkpoint=checkpoint,
+        checkpoint_stamp=checkpoint_stamp(checkpoint),
         schema=columns,
         threads=config.evaluation.threads_per_worker,
         import_paths=(os.getcwd(),),
@@ -235,7 +237,7 @@ def open_job(config: Config) -> Job:
         # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
         space=build_space(adapter.units, config.space, prune=config.cost.calibration is None),
         spec=replace(spec, row_ranges=row_ranges),
-        checkpoint_sha256=checkpoint_sha256(spec.checkpoint),
+        checkpoint_sha256=checkpoint_sha256(checkpoint, stamp=spec.checkpoint_stamp),
         features=features,
     )
     memory = config.evaluation.worker_memory

@@ -43,11 +43,7 @@ SLICES_PER_TASK = 4
 
 
 def run_search(
-    config: Config,
-    *,
-    resume: str | None = None,
-    profile: Where | None = None,
-    progress: Progress | None = None,
+    config: Config, *, resume: str | None = None, profile: Where | None = None, progress: Progress | None = None
 ) -> SearchOutcome:
     """Search as the config says and confirm the best plans; `resume` continues a run that was stopped or killed.
 

@@ -162,8 +162,8 @@ def test_bad_sql_is_explained_in_one_line(sql, sentence, root):
 
 
 @pytest.mark.parametrize("ask", [lambda root: query("SELECT 1", root), latest_front])
-def test_an_empty_root_says_what_to_do(ask, tmp_path):
-    for root in (tmp_path, tmp_path / "nothing"):
+def test_an_empty_root_says_what_to_do(ask, tmp_path, bucket):
+    for root in (tmp_path, tmp_path / "nothing", bucket, f"{bucket}/nothing"):
         with pytest.raises(ResultsError, match=r"holds no results yet; run lowprec search CONFIG first"):
             ask(root)
     assert list(tmp_path.iterdir()) == []
@@ -188,10 +188,11 @@ def test_a_missing_data_file_is_no_fault_of_the_query(root):
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture
-def searched(tmp_path, row):
+@pytest.fixture(params=["folder", "s3"])
+def searched(request, tmp_path, row):
     """Three runs: an old finished one, a newer finished one, and one that is still running; and one of verify."""
-    store = ResultsStore(tmp_path)
+    root = tmp_path if request.param == "folder" else request.getfixturevalue("bucket") + "/runs"
+    store = ResultsStore(root)
     runs = [("old", "done", 1), ("new", "done", 2), ("open", "running", 3), ("check", "done", 4)]
     for run_id, status, hour in runs:
         values = {"started_at": START + timedelta(hours=hour), "recommended_trial_key": "t2", "summary_json": None}
@@ -209,7 +210,7 @@ def searched(tmp_path, row):
         # The confirmation of a plan is another number: it must not enter the front.
         rows.append(row("trials", f"{run_id}/c", run_id=run_id, size_bytes=1, gap_pct=-9.0, evaluation="confirm"))
         store.append("trials", rows)
-    return tmp_path
+    return root
 
 
 def test_the_front_of_the_latest_finished_search(searched):
@@ -260,6 +261,16 @@ def test_the_report_of_sensitivities_is_of_one_run_and_the_best_bargains_come_fi
     assert report["unit"].tolist() == ["table:b", "table:a", "table:a"]
     assert {"gap_pct", "gap_lower_pct", "gap_upper_pct", "bytes_saved", "linearization_error"} <= set(report.columns)
     assert set(sensitivity_report(searched, "old")["run_id"]) == {"old"}
+
+
+def test_views_are_those_of_a_folder(searched):
+    frame = query("SELECT run_id, status, count(*) AS n FROM runs JOIN trials USING (run_id) GROUP BY ALL", searched)
+    assert sorted(frame.itertuples(index=False, name=None)) == [
+        ("check", "done", 7),
+        ("new", "done", 7),
+        ("old", "done", 7),
+        ("open", "running", 7),
+    ]
 
 
 def test_the_front_of_a_given_run(searched):

@@ -8,7 +8,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from lowprec.errors import ConfigError, StorageError
 from lowprec.storage import Location, object_store
-from lowprec.storage.object_store import delta_options, sentence
+from lowprec.storage.object_store import delta_options, filesystem_of, sentence
 
 
 def arrow_reads(url):
@@ -126,3 +126,14 @@ def test_an_endpoint_that_never_answers(reads, bucket, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         said = why(reads, bucket)
     assert said == f"{endpoint} cannot be reached: it does not answer; check AWS_ENDPOINT_URL and the network"
+
+
+def test_options_in_a_url_are_arrows_own(filled, s3, monkeypatch):
+    """As `pyarrow.fs` reads them, for traffic that lies in another store than the rest."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    host = s3.endpoint.removeprefix("http://").replace(":", "%3A")
+    url = f"{filled.replace('s3://', 's3://key:secret@')}/file?scheme=http&region=us-east-1&endpoint_override={host}"
+    filesystem, inner = filesystem_of(url)
+    with filesystem.open_input_file(inner) as file:
+        assert file.read() == b"hello"
