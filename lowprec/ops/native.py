@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -56,9 +57,7 @@ def kernels() -> ModuleType:
     environment asks for a CPU path that is not there.
     """
     if _import_error is not None:
-        raise KernelError(
-            f"the native module lowprec._native does not load ({_import_error}); {_HOW_TO_BUILD}"
-        ) from _import_error
+        raise KernelError(_why_not_there(_import_error)) from _import_error
     sources = Path(lowprec.__file__).parent.parent / "kernels"
     if (sources / "CMakeLists.txt").is_file() and _source_digest(sources) != _native.SOURCE_DIGEST:
         raise KernelError(f"{_native.__file__} was built from other sources than those in {sources}; {_HOW_TO_BUILD}")
@@ -70,6 +69,20 @@ def kernels() -> ModuleType:
 def check_kernels() -> None:
     """Raise what `kernels` raises."""
     kernels()
+
+
+def _why_not_there(error: ImportError) -> str:
+    package = Path(lowprec.__file__).parent
+    others = (Path(folder or os.curdir, "lowprec") for folder in sys.path)
+    hidden = next((o for o in others if any(o.glob("_native.*")) and not o.samefile(package)), None)
+    # Where Ray unpacks a working dir, from which jobs import before anything that is installed.
+    if hidden is None and "working_dir_files" not in package.parts:
+        return f"the native module lowprec._native does not load ({error}); {_HOW_TO_BUILD}"
+    hiding = f"they hide the lowprec installed in {hidden.parent}" if hidden else "lowprec has to be installed instead"
+    return (
+        f"lowprec was imported from {package}, sources without their native module: {hiding}; keep the source tree out "
+        "of a Ray job's working dir and off the path: submit with `lowprec submit`, or with --working-dir jobs"
+    )
 
 
 def _use(name: str) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from lowprec import ops
 from lowprec.config import Config, WindowConfig
 from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
@@ -211,6 +212,7 @@ class Job:
 
 def open_job(config: Config) -> Job:
     """Open traffic, model and checkpoint, and find the units; raises a `LowprecError` for whatever does not fit."""
+    ops.check_kernels()
     columns = config.traffic.schema_of_columns()
     reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
     _check_order(config, reader)

@@ -1,8 +1,10 @@
 """The Python face of the native module: arguments, errors, gathering, plain precisions."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -185,6 +187,37 @@ except KernelError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "lowprec._native does not load" in done.stdout
     assert "make setup" in done.stdout
+
+
+def test_sources_that_hide_the_installed_module_say_so(tmp_path: Path) -> None:
+    """Without the hook of an editable install, as lowprec is installed on a cluster."""
+    package = Path(native.__file__).parents[1]
+    for folder in ("sources", "working_dir_files/pkg"):
+        shutil.copytree(package, tmp_path / folder / "lowprec", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "lowprec").symlink_to(package)
+    code = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from lowprec import ops
+from lowprec.errors import KernelError
+try:
+    ops.check_kernels()
+except KernelError as error:
+    print(error)
+"""
+
+    def said(*folders: str) -> str:
+        paths = [*(str(tmp_path / folder) for folder in folders), sysconfig.get_path("purelib")]
+        paths += [path for path in sys.path if Path(path).name == "site-packages"]
+        command = [sys.executable, "-S", "-c", code, *paths]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    hides = said("sources", "installed")
+    assert f"imported from {tmp_path}/sources/lowprec, sources without their native module" in hides
+    assert f"they hide the lowprec installed in {tmp_path}/installed" in hides and "--working-dir jobs" in hides
+    assert "lowprec has to be installed instead" in said("working_dir_files/pkg")
+    assert "lowprec._native does not load" in said("sources") and not said("installed", "sources")
 
 
 def test_module_older_than_its_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
