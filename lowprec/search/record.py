@@ -20,9 +20,12 @@ from lowprec.storage import Location
 __all__ = ["RunRecord"]
 
 # Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
-# (How batches are grouped and how many threads compute them changes the last bits, so those must stay.)
+# (How batches are grouped and how many threads compute them changes the last bits, so those must stay.) Traffic and
+# checkpoint may lie elsewhere, as on the machines of a cluster: that they are the same is seen by what they hold.
 FREE_TO_CHANGE = (
     "name",
+    "traffic.path",
+    "model.checkpoint",
     "search.max_trials",
     "search.timeout_s",
     "evaluation.num_workers",

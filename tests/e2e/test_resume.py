@@ -113,6 +113,28 @@ def test_traffic_that_changed_is_noticed(lowprec, config_file, one_sentence, sma
     one_sentence(changed, 64, ["windows.search", "begin a new run"])
 
 
+def test_traffic_and_checkpoint_may_move_as_long_as_they_stay_the_same(
+    lowprec, config_file, one_sentence, small_folder, tmp_path
+):
+    for name in ("here", "there"):
+        shutil.copytree(small_folder / "traffic", tmp_path / name / "traffic")
+        shutil.copy(small_folder / "model.safetensors", tmp_path / name)
+
+    def config(name):
+        folder = tmp_path / name
+        return config_file(traffic__path=str(folder / "traffic"), model__checkpoint=str(folder / "model.safetensors"))
+
+    done = lowprec("search", config("here"), "--json", "--max-trials", 3)
+    resume = ("--resume", done.document["run_id"])
+    shutil.rmtree(tmp_path / "here")
+    moved = lowprec("search", config("there"), "--json", "--max-trials", 5, *resume)
+    assert moved.code in (0, 2, 4) and moved.document["num_trials"] == 5, moved.err
+    with (tmp_path / "there" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    one_sentence(lowprec("search", config("there"), *resume), 64, ["that run searched checkpoint", "begin a new run"])
+
+
 def test_a_finished_run_keeps_its_verdict_while_it_is_resumed(lowprec, config_file, tmp_path, undisturbed):
     done, _ = undisturbed
     root = str(tmp_path / "alone")
