@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 EXIT_CODES = {"certified": 0, "rejected": 2, "inconclusive": 4}
+
+# Away from a terminal, what a bar would show is said so often.
+LINE_EVERY_S = 30.0
 
 # Away from a terminal tables are as wide as they need to be: whoever reads a pipe can scroll.
 stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -60,10 +64,11 @@ _document_stream: list[TextIO] = [sys.stdout]
 
 
 class Bars:
-    """Progress bars on a terminal, plain lines for notes elsewhere; everything on stderr."""
+    """Progress bars on a terminal, elsewhere (in a job's log) a line now and then; everything on stderr."""
 
     def __init__(self) -> None:
         """Nothing is drawn before `shown`."""
+        self._stage, self._done, self._total, self._said_at = "", 0, 0, time.monotonic()
         columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
         self._task: TaskID | None = None
@@ -76,12 +81,17 @@ class Bars:
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
+        self._stage, self._done, self._total = name, 0, total
         self._task = self._bars.add_task(name, total=total)
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar."""
+        self._done += steps
         if self._task is not None:
             self._bars.advance(self._task, steps)
+        if not stderr.is_terminal and time.monotonic() - self._said_at > LINE_EVERY_S:
+            self._said_at = time.monotonic()
+            self.note(f"{self._stage}: {self._done:,} of {self._total:,}")
 
     def note(self, text: str) -> None:
         """Print a line."""
