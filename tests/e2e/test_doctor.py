@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,17 +50,23 @@ def test_what_is_broken_is_said_and_the_rest_is_still_looked_at(lowprec, monkeyp
 
 
 @pytest.fixture
-def cluster():
-    """A Ray cluster of one node with five CPUs, started as a user would."""
+def cluster(tmp_path):
+    """A Ray cluster of one node with five CPUs, started as a user would, and stopped without those of other tests."""
     ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--head", "--num-cpus=5", "--port=0", "--include-dashboard=false"]
-    started = subprocess.run(start, capture_output=True, text=True, timeout=120)
-    assert started.returncode == 0, started.stderr
+    start = [ray, "start", "--head", "--block", "--num-cpus=5", "--port=0", "--include-dashboard=false"]
+    log = tmp_path / "start.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(start, stdout=out, stderr=out)
+    deadline = time.monotonic() + 120
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
     yield
-    subprocess.run([ray, "stop", "--force"], capture_output=True, timeout=60)
+    process.terminate()
+    process.wait(60)
 
 
-@pytest.mark.slow  # `ray stop` stops every Ray of the machine, other tests' too
+@pytest.mark.slow  # finds the latest Ray of the machine, which may be another test's
 def test_a_cluster_on_this_machine_is_found(lowprec, cluster, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     _, found = findings(lowprec("doctor", "--json"))
