@@ -219,7 +219,8 @@ class SearchConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """Where exact evaluation runs. `address` is a Ray address; null starts Ray on this machine for the command.
+    """Where exact evaluation runs. `address` is a Ray address; null starts Ray on this machine for the command,
+    but in a Ray job takes the cluster of the job.
 
     `num_workers: 0` evaluates in the command's own process, without Ray. `worker_memory`, such as 8GB, is what a worker
     may use: tables that are too large for it are shared among the workers. Without it every worker maps all tables.

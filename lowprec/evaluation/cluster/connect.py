@@ -35,9 +35,14 @@ def cluster_resources(address: str) -> dict[str, Any]:
 
 
 def init_ray(num_cpus: int, address: str | None) -> None:
-    """Join the cluster at `address`, or start Ray on this machine; raises `WorkerError` where that cannot be done."""
+    """Join the cluster at `address`; without one that of the Ray job that this is, else start Ray on this machine.
+
+    Raises `WorkerError` where that cannot be done.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        address = "auto"  # a Ray job runs on its own cluster: a Ray beside that would not find the job's files
     try:
         if address is None:
             # "local" never joins a cluster that an old address file points to.
