@@ -1,28 +1,12 @@
-"""A search as a job: python jobs/search.py CONFIG [--resume RUN] [--set KEY=VALUE]... prints its JSON document."""
+"""A search as a Ray job: ray job submit --working-dir jobs -- python search.py CONFIG [OPTION]...
 
-import argparse
+CONFIG and what it names have to lie where the cluster sees them. Options, exit codes and the JSON document on stdout
+are those of `lowprec search --json`; workers run on the cluster of the job.
+"""
+
 import sys
 
-from lowprec.config import load_config
-from lowprec.console import EXIT_CODES, json_document, print_document, report_error
-from lowprec.errors import LowprecError
-from lowprec.search import run_search
-
-
-def main() -> int:
-    """Parse, load, search, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--resume")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    options = parser.parse_args()
-    try:
-        outcome = run_search(load_config(options.config, tuple(options.overrides)), resume=options.resume)
-    except LowprecError as error:
-        return report_error(error, command="search", as_json=True, debug=False)
-    print_document(json_document("search", outcome.to_dict()))
-    return EXIT_CODES[outcome.verdict]
-
+from lowprec.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["search", "--json", *sys.argv[1:]])

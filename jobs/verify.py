@@ -1,28 +1,12 @@
-"""A verification as a job: python jobs/verify.py CONFIG --plan PLAN [--set KEY=VALUE]... prints its JSON document."""
+"""A verification as a Ray job: ray job submit --working-dir jobs -- python verify.py CONFIG --plan PLAN [OPTION]...
 
-import argparse
+CONFIG and what it names have to lie where the cluster sees them. Options, exit codes and the JSON document on stdout
+are those of `lowprec verify --json`; workers run on the cluster of the job.
+"""
+
 import sys
 
-from lowprec.config import load_config
-from lowprec.console import EXIT_CODES, json_document, print_document, report_error
-from lowprec.errors import LowprecError
-from lowprec.search import verify_plan
-
-
-def main() -> int:
-    """Parse, load, verify, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--plan", required=True)
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    options = parser.parse_args()
-    try:
-        outcome = verify_plan(load_config(options.config, tuple(options.overrides)), options.plan)
-    except LowprecError as error:
-        return report_error(error, command="verify", as_json=True, debug=False)
-    print_document(json_document("verify", outcome.to_dict()))
-    return EXIT_CODES[outcome.verdict]
-
+from lowprec.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["verify", "--json", *sys.argv[1:]])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from lowprec import __version__
+from lowprec.command import command, parsed, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -23,8 +23,6 @@ __all__ = ["cli", "main"]
 
 EXIT_USAGE = 64
 EXIT_INTERRUPTED = 130
-
-Command = Callable[..., int | None]
 
 
 class _LocalPath(click.Path):
@@ -48,42 +46,7 @@ def cli() -> None:
     """
 
 
-def _command(name: str, *, config: bool = True, optional: bool = False) -> Callable[[Command], Command]:
-    """A command with the options that all share; errors become one sentence and an exit code.
-
-    optional: CONFIG may be left out, and is None then.
-    """
-
-    def decorate(function: Command) -> Command:
-        @functools.wraps(function)
-        def run(as_json: bool, debug: bool, **options: Any) -> int:
-            from lowprec import console
-
-            with console.own_stdout():
-                try:
-                    if config:
-                        path, overrides = options.pop("config"), options.pop("overrides")
-                        options["config"] = _load(path, overrides) if path else None
-                    return function(as_json=as_json, **options) or 0
-                except (KeyboardInterrupt, BrokenPipeError, click.ClickException):
-                    raise
-                except Exception as error:
-                    return console.report_error(error, command=name, as_json=as_json, debug=debug)
-
-        decorated: Any = run
-        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(decorated)
-        decorated = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(decorated)
-        if config:
-            overrides = click.option(
-                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key."
-            )
-            decorated = click.argument("config", type=click.Path(path_type=Path), required=not optional)(
-                overrides(decorated)
-            )
-        registered: Command = cli.command(name)(decorated)
-        return registered
-
-    return decorate
+_command = functools.partial(command, cli)
 
 
 @_command("demo", config=False)
@@ -96,7 +59,7 @@ def demo(root: Path, as_json: bool) -> int:
     with console.Bars().shown() as bars:
         outcome = run_demo(root, progress=bars)
     document = console.json_document("demo", outcome.to_dict())
-    _show(document, as_json, render.render_search)
+    show(document, as_json, render.render_search)
     return console.EXIT_CODES[outcome.verdict]
 
 
@@ -109,7 +72,7 @@ def generate(config: Config, as_json: bool) -> None:
     with console.Bars().shown() as bars:
         rows = generate_traffic(config, progress=bars)
     document = console.json_document("generate", {"path": config.traffic.path, "num_rows": rows})
-    _show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+    show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
 
 
 @_command("convert", config=False)
@@ -122,7 +85,7 @@ def convert(source: str, out: str, as_json: bool) -> None:
 
     rows = convert_criteo(source, out)
     document = console.json_document("convert", {"path": out, "num_rows": rows})
-    _show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+    show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
 
 
 @_command("train")
@@ -135,7 +98,7 @@ def train(config: Config, as_json: bool) -> None:
 
     with console.Bars().shown() as bars:
         report = train_model(config, progress=bars)
-    _show(console.json_document("train", asdict(report)), as_json, render.render_train)
+    show(console.json_document("train", asdict(report)), as_json, render.render_train)
 
 
 @_command("search", optional=True)
@@ -168,6 +131,7 @@ def search(
     With --dry-run, say what that would be, and with --workers where the tables would lie.
     """
     from lowprec import console, render
+    from lowprec.sizes import parse_seconds
 
     cluster = _cluster(config, dry_run, workers, worker_memory, network, calibration, tables)
     if tables is not None:
@@ -175,10 +139,11 @@ def search(
 
         assert cluster is not None
         placed = console.json_document("search", {"dry_run": True, "placement": place_spec(tables, cluster)})
-        _show(placed, as_json, render.render_dry_run)
+        show(placed, as_json, render.render_dry_run)
         return 0
     assert config is not None
-    limits = {"timeout_s": _seconds(timeout) if timeout else None, "max_trials": max_trials}
+    seconds = parsed("--timeout", timeout, parse_seconds) if timeout else None
+    limits = {"timeout_s": seconds, "max_trials": max_trials}
     limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
     config = config.model_copy(update={"search": limited})
     if dry_run:
@@ -188,13 +153,13 @@ def search(
 
         job = open_job(config)
         described = describe_job(job) | ({"placement": describe_placement(job.demand(), cluster)} if cluster else {})
-        _show(console.json_document("search", described), as_json, render.render_dry_run)
+        show(console.json_document("search", described), as_json, render.render_dry_run)
         return 0
     from lowprec.search.run import run_search
 
     with console.Bars().shown() as bars:
         outcome = run_search(config, resume=resume, profile=profile, progress=bars)
-    _show(console.json_document("search", outcome.to_dict()), as_json, render.render_search)
+    show(console.json_document("search", outcome.to_dict()), as_json, render.render_search)
     return console.EXIT_CODES[outcome.verdict]
 
 
@@ -209,7 +174,7 @@ def verify(config: Config, plan: str, window: str, budget: float | None, as_json
 
     with console.Bars().shown() as bars:
         outcome = verify_plan(config, plan, window=window, budget_pct=budget, progress=bars)
-    _show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
+    show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
     return console.EXIT_CODES[outcome.verdict]
 
 
@@ -247,7 +212,7 @@ def calibrate(
         calibration = measure(grid, seed=seed, num_threads=num_threads, progress=bars)
     write_calibration(calibration, out)
     content = {"path": str(out), **calibration_document(calibration, grid)}
-    _show(console.json_document("calibrate", content), as_json, render.render_calibration)
+    show(console.json_document("calibrate", content), as_json, render.render_calibration)
 
 
 @_command("doctor", config=False)
@@ -259,7 +224,7 @@ def doctor(address: str | None, as_json: bool) -> int:
 
     with console.Bars().shown() as bars:
         content = examine(address=address, progress=bars)
-    _show(console.json_document("doctor", content), as_json, render.render_doctor)
+    show(console.json_document("doctor", content), as_json, render.render_doctor)
     return 0 if content["state"] == "ok" else 3
 
 
@@ -286,10 +251,10 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
         (render_sensitivities if is_report else render_front)(rows)
 
 
-def main() -> None:
-    """The `lowprec` command."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `lowprec` command, with the arguments of this process unless some are given; ends the process."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = EXIT_USAGE
@@ -300,18 +265,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _load(path: Path, overrides: tuple[str, ...]) -> Config:
-    from lowprec.config import load_config
-
-    return load_config(path, overrides)
-
-
-def _show(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], None]) -> None:
-    from lowprec.console import print_document
-
-    (print_document if as_json else render)(document)
 
 
 def _cluster(
@@ -343,23 +296,5 @@ def _cluster(
     from lowprec.search.placement import Cluster
     from lowprec.sizes import parse_bytes, parse_rate
 
-    memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
-    return Cluster(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
-
-
-def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
-    from lowprec.errors import ConfigError
-
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ConfigError(f'{option} "{text}": {error}') from None
-
-
-def _seconds(text: str) -> float:
-    from lowprec.errors import ConfigError
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text)
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f'--timeout "{text}": expected a duration such as 90s, 15m or 2h')
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+    memory = int(parsed("--worker-memory", worker_memory, parse_bytes))
+    return Cluster(workers, memory, parsed("--network", network or "10Gbit", parse_rate), calibration)

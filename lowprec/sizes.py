@@ -1,10 +1,10 @@
-"""Sizes and rates as people write them."""
+"""Sizes, rates and durations as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["parse_bytes", "parse_rate"]
+__all__ = ["parse_bytes", "parse_rate", "parse_seconds"]
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -23,3 +23,11 @@ def parse_rate(text: str) -> float:
     if not match or float(match[1]) == 0:
         raise ValueError("expected a rate such as 10Gbit or 1.2GB/s")
     return float(match[1]) * _FACTORS[match[2]] / (8 if match[3] == "bit" else 1)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of "90s", "15m", "2h" or a number; raises `ValueError` saying what was expected."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text)
+    if not match or float(match[1]) == 0:
+        raise ValueError("expected a duration such as 90s, 15m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]

@@ -20,7 +20,7 @@ LAYERS = (
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},
     {"search", "monitor", "debug", "export"},
-    {"cli", "demo", "doctor", "report"},
+    {"cli", "command", "demo", "doctor", "report"},
 )
 LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 
@@ -33,7 +33,7 @@ OWNERS = {
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),
 }
-TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli.py")
+TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli", "command.py")
 HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake", "duckdb")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 

@@ -1,0 +1,80 @@
+"""What commands share: CONFIG with --set, --json, --debug; an error is one sentence and an exit code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lowprec.config import Config
+
+__all__ = ["Command", "command", "parsed", "show"]
+
+Command = Callable[..., int | None]
+
+
+def command(
+    group: click.Group, name: str, *, under: str = "", config: bool = True, optional: bool = False
+) -> Callable[[Command], Command]:
+    """A command of a group with the options that all share; errors become one sentence and an exit code.
+
+    under: what documents put before the name. optional: CONFIG may be left out, and is None then.
+    """
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def run(as_json: bool, debug: bool, **options: Any) -> int:
+            from lowprec import console
+
+            with console.own_stdout():
+                try:
+                    if config:
+                        path, overrides = options.pop("config"), options.pop("overrides")
+                        options["config"] = _load(path, overrides) if path else None
+                    return function(as_json=as_json, **options) or 0
+                except (KeyboardInterrupt, BrokenPipeError, click.ClickException):
+                    raise
+                except Exception as error:
+                    return console.report_error(error, command=under + name, as_json=as_json, debug=debug)
+
+        decorated: Any = run
+        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(decorated)
+        decorated = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(decorated)
+        if config:
+            overrides = click.option(
+                "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a config key."
+            )
+            decorated = click.argument("config", type=click.Path(path_type=Path), required=not optional)(
+                overrides(decorated)
+            )
+        registered: Command = group.command(name)(decorated)
+        return registered
+
+    return decorate
+
+
+def show(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], None]) -> None:
+    """The document of a command, for programs or for people."""
+    from lowprec.console import print_document
+
+    (print_document if as_json else render)(document)
+
+
+def parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
+    """The value of an option; raises `ConfigError` naming it where `parse` raises `ValueError`."""
+    from lowprec.errors import ConfigError
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f'{option} "{text}": {error}') from None
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> Config:
+    from lowprec.config import load_config
+
+    return load_config(path, overrides)
