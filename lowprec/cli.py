@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lowprec import __version__
+from lowprec.cli_submit import submit
 from lowprec.command import command, parsed, show
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def cli() -> None:
 
 
 _command = functools.partial(command, cli)
+cli.add_command(submit)
 
 
 @_command("demo", config=False)

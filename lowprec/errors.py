@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "JobError",
     "KernelError",
     "LowprecError",
     "ModelError",
@@ -86,6 +87,10 @@ class PoisonedWorkError(WorkerError):
     def __init__(self, message: str, *, work: str, tries: Sequence[str]) -> None:
         super().__init__(message)
         self.work, self.tries = work, tuple(tries)
+
+
+class JobError(LowprecError, RuntimeError):
+    """A job cannot be submitted to a Ray cluster, or be looked after there."""
 
 
 class KernelError(LowprecError, ImportError):

@@ -19,21 +19,21 @@ LAYERS = (
     {"ops"},
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},
-    {"search", "monitor", "debug", "export"},
-    {"cli", "command", "demo", "doctor", "report"},
+    {"search", "monitor", "debug", "export", "submit"},
+    {"cli", "cli_submit", "command", "demo", "doctor", "report"},
 )
 LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 
 # Who alone may import these, as paths below lowprec/.
 OWNERS = {
-    "ray": ("evaluation/cluster/",),
+    "ray": ("evaluation/cluster/", "submit/client.py"),
     "optuna": ("search/study.py",),
     "deltalake": ("results/",),
     "duckdb": ("results/",),
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),
 }
-TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli", "command.py")
+TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli", "command.py", "submit/")
 HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake", "duckdb")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 

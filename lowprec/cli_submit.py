@@ -1,0 +1,210 @@
+"""`lowprec submit`: commands as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lowprec.command import command, parsed, show
+
+if TYPE_CHECKING:
+    from lowprec.config import Config
+    from lowprec.submit import Cluster, SubmittedJob
+
+__all__ = ["submit"]
+
+
+@click.group("submit")
+def submit() -> None:
+    """Run a search or a verification as a job of a Ray cluster, look after it, stop it.
+
+    What CONFIG names by path has to lie where the cluster's machines see it: at a URL, or on a shared file system.
+    """
+
+
+_command = functools.partial(command, submit, under="submit ")
+
+_address = click.option(
+    "--address",
+    metavar="URL",
+    help="Of the cluster's dashboard, http://HOST:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine].",
+)
+
+
+def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    python = click.option("--python", metavar="PATH", help="The cluster's Python [default: the one with lowprec].")
+    follow = click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
+    return _address(follow(python(function)))
+
+
+@_command("search")
+@click.option("--resume", metavar="RUN", help="Continue a run that was stopped or killed.")
+@click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
+@click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
+@_job_options
+def search(
+    config: Config,
+    resume: str | None,
+    timeout: str | None,
+    max_trials: int | None,
+    profile: Path | None,
+    **job: Any,
+) -> int:
+    """Submit `lowprec search CONFIG`."""
+    from lowprec.sizes import parse_seconds
+
+    if timeout:
+        parsed("--timeout", timeout, parse_seconds)
+    options = _given({"--resume": resume, "--timeout": timeout, "--max-trials": max_trials})
+    return _submit(config, "search", options, profile=profile, **job)
+
+
+@_command("verify")
+@click.option("--plan", required=True, type=click.Path(path_type=Path), help="The plan.json to evaluate; it is sent.")
+@click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
+@_job_options
+def verify(config: Config, plan: Path, window: str, budget: float | None, **job: Any) -> int:
+    """Submit `lowprec verify CONFIG --plan PLAN`."""
+    return _submit(config, "verify", _given({"--window": window, "--budget": budget}), plan=plan, **job)
+
+
+@_command("status", config=False)
+@click.argument("job", required=False)
+@_address
+def status(job: str | None, address: str | None, as_json: bool) -> None:
+    """How JOB stands; without, the jobs of lowprec that the cluster remembers."""
+    from lowprec import console, render
+    from lowprec.submit import run_in_log
+
+    cluster = _cluster(address)
+    if job is None:
+        content: dict[str, Any] = {"address": cluster.address, "jobs": [found.to_dict() for found in cluster.jobs()]}
+        show(console.json_document("submit status", content), as_json, render.render_jobs)
+        return
+    found = cluster.job(job)
+    run_id = run_in_log(cluster.log(job) or "")
+    show(console.json_document("submit status", _described(cluster, found, run_id)), as_json, render.render_job)
+
+
+@_command("logs", config=False)
+@click.argument("job")
+@click.option("--follow", is_flag=True, help="Until the job is over; ends with its exit code.")
+@_address
+def logs(job: str, follow: bool, address: str | None, as_json: bool) -> int:
+    """What JOB has printed so far."""
+    from lowprec import console
+    from lowprec.errors import JobError
+
+    cluster = _cluster(address)
+    if follow:
+        return _follow(cluster, job, "logs", as_json=as_json)
+    cluster.job(job)
+    log = cluster.log(job)
+    if log is None:
+        raise JobError(f"job {job}: the cluster at {cluster.address} cannot read its log; try again, or look there")
+    content = {"submission_id": job, "address": cluster.address, "log": log}
+    show(console.json_document("submit logs", content), as_json, _print_log)
+    return 0
+
+
+@_command("stop", config=False)
+@click.argument("job")
+@_address
+def stop(job: str, address: str | None, as_json: bool) -> None:
+    """Stop JOB, as Ctrl-C would; what its run has committed stays."""
+    from lowprec import console, render
+    from lowprec.submit import run_in_log, stop_job
+
+    cluster = _cluster(address)
+    stopped = stop_job(cluster, job)
+    content = _described(cluster, stopped, run_in_log(cluster.log(job) or ""))
+    show(console.json_document("submit stop", content), as_json, render.render_job)
+
+
+def _submit(
+    config: Config,
+    name: str,
+    options: Sequence[str],
+    *,
+    address: str | None,
+    python: str | None,
+    follow: bool,
+    as_json: bool,
+    **files: Path | None,
+) -> int:
+    from lowprec import console, render
+    from lowprec.submit import stage_job
+
+    # With --json the job prints its document, which then is part of ours.
+    options = [*options, *(["--json"] if as_json else [])]
+    with stage_job(config, name, options, python=python, **files) as staged:
+        cluster = _cluster(address)
+        for note in staged.notes(is_here=cluster.is_here):
+            _note(note)
+        submitted = cluster.submit(staged)
+    if follow:
+        return _follow(cluster, submitted.submission_id, name, as_json=as_json)
+    content = _described(cluster, submitted, None)
+    show(console.json_document(f"submit {name}", content), as_json, render.render_submitted)
+    return 0
+
+
+def _follow(cluster: Cluster, submission_id: str, name: str, *, as_json: bool) -> int:
+    """Show the log of a job on stderr until the job is over; returns its exit code."""
+    from lowprec import console, render
+    from lowprec.submit import follow_job
+
+    _note(f"job {submission_id} at {cluster.address}; Ctrl-C leaves it running")
+    try:
+        followed = follow_job(
+            cluster,
+            submission_id,
+            on_log=lambda text: click.echo(text, err=True, nl=False),
+            on_lost=lambda reason: _note(f"{reason}; trying again"),
+        )
+    except KeyboardInterrupt:
+        going_on = {"submission_id": submission_id, "address": cluster.address, "state": "running"}
+        _note("the job goes on; to follow it again, look at it, or stop it:")
+        for line in render.job_commands(going_on):
+            _note(f"    {line}")
+        raise
+    content = {**_described(cluster, followed.job, followed.run_id), "document": followed.document}
+    show(console.json_document(f"submit {name}", content), as_json, render.render_job)
+    return followed.job.result_code
+
+
+def _print_log(document: dict[str, Any]) -> None:
+    from lowprec import console
+
+    console.document_stream().write(document["log"])
+
+
+def _cluster(address: str | None) -> Cluster:
+    from lowprec.submit import Cluster
+
+    cluster = Cluster(address)
+    for note in cluster.notes:
+        _note(note)
+    return cluster
+
+
+def _described(cluster: Cluster, job: SubmittedJob, run_id: str | None) -> dict[str, Any]:
+    return {"address": cluster.address, **job.to_dict(), "run_id": run_id}
+
+
+def _note(text: str) -> None:
+    """A line for people, on stderr."""
+    from lowprec import console
+
+    console.stderr.print(text, style="dim", markup=False)
+
+
+def _given(options: dict[str, Any]) -> list[str]:
+    """Those options that were given, for a command line."""
+    return [part for option, value in options.items() if value is not None for part in (option, str(value))]

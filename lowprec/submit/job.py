@@ -1,0 +1,121 @@
+"""What a cluster knows of a job, and what the job's log says."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+__all__ = ["SIGNALS", "VERDICTS", "JobLog", "SubmittedJob", "run_in_log"]
+
+VERDICTS = {0: "certified", 2: "rejected", 4: "inconclusive"}
+"""What a search or a verification says by its exit code."""
+
+FAILED, USAGE, INTERRUPTED = 3, 64, 130
+# A process that was killed has the signal's number above this, as shells say it.
+SIGNALS = 128
+
+_OVER = ("stopped", "succeeded", "failed")
+_RUN = re.compile(r"^run (\d{8}-\d{6}-[0-9a-f]{6})$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job of lowprec's on a cluster.
+
+    state: pending, running, stopped, succeeded or failed, as Ray says; to Ray every exit code but 0 has failed, also
+    that of a plan that was rejected. exit_code: of lowprec; None while it runs, and where it never ran to an end.
+    """
+
+    submission_id: str
+    job: str
+    name: str
+    results_root: str
+    state: str
+    exit_code: int | None
+    message: str
+    started_at: datetime | None
+    ended_at: datetime | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.state in _OVER
+
+    @property
+    def result_code(self) -> int:
+        """What a command that waits for the job exits with: the job's own code wherever it has one."""
+        if self.exit_code is not None:
+            return self.exit_code
+        return INTERRUPTED if self.state == "stopped" else FAILED
+
+    @property
+    def outcome(self) -> str:
+        """How it stands, in a few words for people."""
+        code = self.exit_code
+        if code is None:
+            return f"failed: {_first_line(self.message)}" if self.state == "failed" else self.state
+        if code in VERDICTS:
+            return VERDICTS[code]
+        known = {FAILED: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted"}
+        if code > SIGNALS and code not in known:
+            return f"killed by signal {code - SIGNALS}, most often for want of memory on the cluster's head node"
+        return known.get(code, f"exit code {code}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The job for documents."""
+        times = {key: value and value.isoformat() for key, value in asdict(self).items() if key.endswith("_at")}
+        verdict = None if self.exit_code is None else VERDICTS.get(self.exit_code)
+        return {**asdict(self), **times, "verdict": verdict, "outcome": self.outcome}
+
+
+def run_in_log(log: str) -> str | None:
+    """The id of the run that a job has begun, which `--resume` takes; None where it has not come to that."""
+    found = _RUN.findall(log)
+    return found[-1] if found else None
+
+
+class JobLog:
+    """A log that grows: gives what is new in it, and keeps back the document that lowprec prints with `--json`."""
+
+    def __init__(self) -> None:
+        self.document: dict[str, Any] | None = None
+        self.text = ""
+        self._num_given = 0
+
+    def grown(self, text: str, *, is_over: bool = False) -> str:
+        """What to show of a log that now reads `text`: whole lines, and the rest of it once the job is over."""
+        self.text = text
+        shown = []
+        while self._num_given < len(text):
+            line_end = text.find("\n", self._num_given) + 1
+            if not line_end and not is_over:
+                break
+            part = text[self._num_given : line_end or len(text)]
+            if part == "{\n":
+                document_end = text.find("\n}\n", self._num_given) + 3
+                if document_end == 2 and not is_over:
+                    break  # the rest of it comes later
+                whole = text[self._num_given : document_end]
+                if document_end > 2 and (document := _document(whole)):
+                    self.document, part = document, ""
+                    self._num_given += len(whole)
+            self._num_given += len(part)
+            shown.append(part)
+        return "".join(shown)
+
+
+def _document(text: str) -> dict[str, Any] | None:
+    """The document of a command of ours, None where the text is something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"schema_version", "command"} <= found.keys() else None
+
+
+def _first_line(message: str) -> str:
+    lines = message.strip().splitlines()
+    return lines[0][:300] if lines else "Ray does not say why"
