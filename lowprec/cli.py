@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lowprec import __version__
-from lowprec.cli_submit import submit
-from lowprec.command import command, parsed, show
+from lowprec.cli_submit import as_job, submit
+from lowprec.command import DURATION, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -106,7 +106,7 @@ def train(config: Config, as_json: bool) -> None:
 @_command("search", optional=True)
 @click.option("--resume", metavar="RUN", help="Continue a run that was stopped or killed.")
 @click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
-@click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
+@click.option("--timeout", type=DURATION, metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
 @click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
 @click.option("--profile", metavar="FILE", help="Use the profile.npz of an earlier run (a path or URL).")
 @click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
@@ -118,7 +118,7 @@ def search(
     config: Config | None,
     resume: str | None,
     dry_run: bool,
-    timeout: str | None,
+    timeout: float | None,
     max_trials: int | None,
     profile: str | None,
     workers: int | None,
@@ -133,7 +133,6 @@ def search(
     With --dry-run, say what that would be, and with --workers where the tables would lie.
     """
     from lowprec import console, render
-    from lowprec.sizes import parse_seconds
 
     cluster = _cluster(config, dry_run, workers, worker_memory, network, calibration, tables)
     if tables is not None:
@@ -144,8 +143,7 @@ def search(
         show(placed, as_json, render.render_dry_run)
         return 0
     assert config is not None
-    seconds = parsed("--timeout", timeout, parse_seconds) if timeout else None
-    limits = {"timeout_s": seconds, "max_trials": max_trials}
+    limits = {"timeout_s": timeout, "max_trials": max_trials}
     limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
     config = config.model_copy(update={"search": limited})
     if dry_run:
@@ -253,6 +251,11 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
         (render_sensitivities if is_report else render_front)(rows)
 
 
+# What can be a job of a cluster: with its own options, but for those that have no use there.
+as_job(search, leave_out=("dry_run", "workers", "worker_memory", "network", "calibration", "tables"))
+as_job(verify)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `lowprec` command, with the arguments of this process unless some are given; ends the process."""
     try:
@@ -298,5 +301,14 @@ def _cluster(
     from lowprec.search.placement import Cluster
     from lowprec.sizes import parse_bytes, parse_rate
 
-    memory = int(parsed("--worker-memory", worker_memory, parse_bytes))
-    return Cluster(workers, memory, parsed("--network", network or "10Gbit", parse_rate), calibration)
+    memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
+    return Cluster(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
+
+
+def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
+    from lowprec.errors import ConfigError
+
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f'{option} "{text}": {error}') from None

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowprec.command import command, parsed, show
+from lowprec.command import command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
     from lowprec.submit import Cluster, SubmittedJob
 
-__all__ = ["submit"]
+__all__ = ["as_job", "submit"]
 
 
 @click.group("submit")
@@ -35,43 +34,23 @@ _address = click.option(
 )
 
 
-def _job_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    python = click.option("--python", metavar="PATH", help="The cluster's Python [default: the one with lowprec].")
-    follow = click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
-    return _address(follow(python(function)))
+def as_job(original: Any, *, leave_out: Collection[str] = ()) -> None:
+    """Add `lowprec submit NAME` for a command of CONFIG, with the options that the command has, but for some."""
+    options = [p for p in original.params if isinstance(p, click.Option) and p.name not in leave_out]
+    options = [p for p in options if p.name not in ("overrides", "as_json", "debug")]
 
+    @_command(original.name)
+    @_address
+    @click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
+    @click.option("--python", metavar="PATH", help="Of the cluster [default: the one that has lowprec].")
+    def run(config: Config, address: str | None, follow: bool, python: str | None, as_json: bool, **values: Any) -> int:
+        given = {option.opts[0]: values[option.name] for option in options if option.name}
+        given["--json"] = as_json  # the job then prints its document, which becomes part of ours
+        return _submit(config, original.name, given, address=address, follow=follow, python=python)
 
-@_command("search")
-@click.option("--resume", metavar="RUN", help="Continue a run that was stopped or killed.")
-@click.option("--timeout", metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
-@click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
-@click.option("--profile", type=click.Path(path_type=Path), help="Use the profile.npz of an earlier run.")
-@_job_options
-def search(
-    config: Config,
-    resume: str | None,
-    timeout: str | None,
-    max_trials: int | None,
-    profile: Path | None,
-    **job: Any,
-) -> int:
-    """Submit `lowprec search CONFIG`."""
-    from lowprec.sizes import parse_seconds
-
-    if timeout:
-        parsed("--timeout", timeout, parse_seconds)
-    options = _given({"--resume": resume, "--timeout": timeout, "--max-trials": max_trials})
-    return _submit(config, "search", options, profile=profile, **job)
-
-
-@_command("verify")
-@click.option("--plan", required=True, type=click.Path(path_type=Path), help="The plan.json to evaluate; it is sent.")
-@click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
-@_job_options
-def verify(config: Config, plan: Path, window: str, budget: float | None, **job: Any) -> int:
-    """Submit `lowprec verify CONFIG --plan PLAN`."""
-    return _submit(config, "verify", _given({"--window": window, "--budget": budget}), plan=plan, **job)
+    added: Any = run
+    added.help = f"Submit `lowprec {original.name}`. {original.help.partition(chr(10))[0]}"
+    added.params[1:1] = options
 
 
 @_command("status", config=False)
@@ -128,22 +107,13 @@ def stop(job: str, address: str | None, as_json: bool) -> None:
 
 
 def _submit(
-    config: Config,
-    name: str,
-    options: Sequence[str],
-    *,
-    address: str | None,
-    python: str | None,
-    follow: bool,
-    as_json: bool,
-    **files: Path | None,
+    config: Config, name: str, options: Mapping[str, Any], *, address: str | None, follow: bool, python: str | None
 ) -> int:
     from lowprec import console, render
     from lowprec.submit import stage_job
 
-    # With --json the job prints its document, which then is part of ours.
-    options = [*options, *(["--json"] if as_json else [])]
-    with stage_job(config, name, options, python=python, **files) as staged:
+    as_json = bool(options["--json"])
+    with stage_job(config, name, options, python=python) as staged:
         cluster = _cluster(address)
         for note in staged.notes(is_here=cluster.is_here):
             _note(note)
@@ -203,8 +173,3 @@ def _note(text: str) -> None:
     from lowprec import console
 
     console.stderr.print(text, style="dim", markup=False)
-
-
-def _given(options: dict[str, Any]) -> list[str]:
-    """Those options that were given, for a command line."""
-    return [part for option, value in options.items() if value is not None for part in (option, str(value))]

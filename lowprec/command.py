@@ -12,9 +12,25 @@ import click
 if TYPE_CHECKING:
     from lowprec.config import Config
 
-__all__ = ["Command", "command", "parsed", "show"]
+__all__ = ["DURATION", "Command", "command", "show"]
 
 Command = Callable[..., int | None]
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg]  # has none in older versions
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from lowprec.sizes import parse_seconds
+
+        try:
+            return parse_seconds(str(value))
+        except ValueError as error:
+            self.fail(f'"{value}": {error}', param, ctx)
+
+
+DURATION = _Duration()
+"""The type of an option such as 90s, 15m or 2h; its value is in seconds."""
 
 
 def command(
@@ -62,16 +78,6 @@ def show(document: dict[str, Any], as_json: bool, render: Callable[[dict[str, An
     from lowprec.console import print_document
 
     (print_document if as_json else render)(document)
-
-
-def parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
-    """The value of an option; raises `ConfigError` naming it where `parse` raises `ValueError`."""
-    from lowprec.errors import ConfigError
-
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ConfigError(f'{option} "{text}": {error}') from None
 
 
 def _load(path: Path, overrides: tuple[str, ...]) -> Config:

@@ -7,10 +7,11 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -66,38 +67,28 @@ class StagedJob:
 
 @contextmanager
 def stage_job(
-    config: Config,
-    job: str,
-    options: Sequence[str] = (),
-    *,
-    plan: Path | None = None,
-    profile: Path | None = None,
-    python: str | None = None,
+    config: Config, job: str, options: Mapping[str, object] = MappingProxyType({}), *, python: str | None = None
 ) -> Iterator[StagedJob]:
     """A folder that holds all that `lowprec JOB CONFIG OPTIONS` needs on a cluster but data; gone after the block.
 
     The config is as it was resolved, with local paths made absolute, and workers on the cluster that the job runs on.
-    python: the interpreter to take there. Raises `PlanError` where the plan cannot be read, `ConfigError` where the
-    code is too large to be only code.
+    options: by name (`--resume`), with values as the command line gives them; None and False are those that were not
+    given. A plan is sent, other files are named by their absolute path. python: the interpreter to take there. Raises
+    `PlanError` where the plan cannot be read, `ConfigError` where the code is too large to be only code.
     """
     config = _for_cluster(config)
-    arguments = [job, CONFIG_NAME, *options]
-    if profile is not None:
-        arguments += ["--profile", _absolute(str(profile))]
     with tempfile.TemporaryDirectory(prefix="lowprec-job-") as name:
         folder = Path(name)
         # YAML, not JSON: what reads it takes 1e-05 for text.
         (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         pythons = " ".join(map(shlex.quote, [python] if python else ["python", "python3", sys.executable]))
         (folder / START_NAME).write_text(_START.format(pythons=pythons))
-        if plan is not None:
-            _copy_plan(plan, folder / PLAN_NAME)
-            arguments += ["--plan", PLAN_NAME]
         code = model_code(_module(config), Path.cwd(), data=local_paths(config).values())
         _copy_code(code, folder)
+        arguments = [part for option, value in options.items() for part in _arguments(option, value, folder)]
         yield StagedJob(
             folder=folder,
-            entrypoint=shlex.join(["sh", START_NAME, *arguments]),
+            entrypoint=shlex.join(["sh", START_NAME, job, CONFIG_NAME, *arguments]),
             job=job,
             config=config,
             code=tuple(sorted({file.parts[0] for file in code})),
@@ -128,6 +119,18 @@ def _for_cluster(config: Config) -> Config:
         changed = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: changed})
     return config
+
+
+def _arguments(option: str, value: object, folder: Path) -> list[str]:
+    """An option as the job gets it."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [option]
+    if option == "--plan":
+        _copy_plan(Path(str(value)), folder / PLAN_NAME)
+        return [option, PLAN_NAME]
+    return [option, _absolute(str(value)) if isinstance(value, Path) else str(value)]
 
 
 def _absolute(path: str) -> str:

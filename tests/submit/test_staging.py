@@ -131,10 +131,14 @@ def test_a_package_is_taken_before_a_module_of_its_name(folder):
 
 def test_a_plan_is_sent_and_a_missing_one_is_refused(folder):
     (folder / "plan.json").write_text("{}")
-    with stage_job(config_of(folder), "verify", ["--window", "search"], plan=Path("plan.json")) as staged:
+    options = {"--plan": Path("plan.json"), "--window": "search", "--budget": None, "--profile": Path("p.npz")}
+    with stage_job(config_of(folder), "verify", {**options, "--json": True, "--quick": False}) as staged:
         assert (staged.folder / "lowprec-plan.json").read_text() == "{}"
-        assert staged.entrypoint.endswith("verify lowprec-job.yaml --window search --plan lowprec-plan.json")
-    missing = stage_job(config_of(folder), "verify", plan=Path("nowhere.json"))
+        assert staged.entrypoint == (
+            "sh lowprec-job.sh verify lowprec-job.yaml --plan lowprec-plan.json --window search "
+            f"--profile {folder}/p.npz --json"
+        )
+    missing = stage_job(config_of(folder), "verify", {"--plan": Path("nowhere.json")})
     with pytest.raises(PlanError, match=r"plan nowhere.json: cannot be read: No such file"), missing:
         pass
 
@@ -157,7 +161,7 @@ def test_the_python_that_has_lowprec_is_taken(folder, tmp_path, monkeypatch):
     mine = fake_python(tmp_path / "my env" / "python", has=True)
     fake_python(tmp_path / "bin" / "python", has=False)
     monkeypatch.setattr(sys, "executable", mine)
-    with stage_job(config_of(folder), "search", ["--resume", "a b"]) as staged:
+    with stage_job(config_of(folder), "search", {"--resume": "a b"}) as staged:
         path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
         found = start(staged, PATH=path)
         assert (found.returncode, found.stdout) == (4, f"{mine} got -m lowprec search {CONFIG_NAME} --resume a b\n")
