@@ -191,7 +191,7 @@ except KernelError as error:
 
 def test_sources_that_hide_the_installed_module_say_so(tmp_path: Path) -> None:
     """Without the hook of an editable install, as lowprec is installed on a cluster."""
-    package = Path(native.__file__).parents[1]
+    package = Path(__file__).parents[2] / "lowprec"
     for folder in ("sources", "working_dir_files/pkg"):
         shutil.copytree(package, tmp_path / folder / "lowprec", ignore=shutil.ignore_patterns("*.so"))
     (tmp_path / "installed").mkdir()
