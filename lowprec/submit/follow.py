@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.errors import JobError
+from lowprec.errors import ConfigError, JobError, LowprecError
 from lowprec.submit.client import STOP_WAIT_S, Cluster
 from lowprec.submit.job import JobLog, SubmittedJob, run_in_log
 
@@ -46,13 +46,18 @@ def follow_job(
     """
     log = JobLog()
     lost_since: float | None = None
+    job: SubmittedJob | None = None
     while True:
         began = time.monotonic()
         try:
             job = cluster.job(submission_id)
             text = cluster.log(submission_id)
+        except ConfigError as error:
+            if job is None:
+                raise
+            raise _lost(cluster, submission_id, _reason(error), run_in_log(log.text)) from None  # another cluster
         except JobError as error:
-            reason, _, _ = str(error).partition(";")
+            reason = _reason(error)
             if lost_since is None:
                 lost_since = began
                 on_lost(reason)
@@ -82,6 +87,11 @@ def stop_job(cluster: Cluster, submission_id: str) -> SubmittedJob:
         time.sleep(POLL_S)
         job = cluster.job(submission_id)
     return job
+
+
+def _reason(error: LowprecError) -> str:
+    """What is wrong, without what to do about it."""
+    return str(error).partition(";")[0]
 
 
 def _lost(cluster: Cluster, submission_id: str, reason: str, run_id: str | None) -> JobError:

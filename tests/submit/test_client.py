@@ -205,6 +205,22 @@ def test_a_connection_that_is_lost_ends_with_how_to_go_on():
     )
 
 
+def test_a_cluster_that_comes_back_without_the_job_has_lost_it():
+    api = JobsApi()
+    api.job("mine", "RUNNING", "run 20261121-163552-af9d98\n")
+
+    def restart(_):
+        del api.answers["/api/jobs/mine"]
+
+    with (
+        serving(api) as address,
+        pytest.raises(JobError, match="lost job mine, .* knows no such job; .* --resume 2026"),
+    ):
+        follow_job(Cluster(address), "mine", on_log=restart, on_lost=pytest.fail)
+    with serving(JobsApi()) as address, pytest.raises(ConfigError, match="knows no such job"):
+        follow_job(Cluster(address), "mine", on_log=print, on_lost=pytest.fail)
+
+
 def test_a_job_that_was_killed_has_the_code_that_shells_give():
     api = JobsApi()
     with serving(api) as address:
