@@ -13,7 +13,7 @@ import click
 
 from lowprec import __version__
 from lowprec.cli_submit import as_job, submit
-from lowprec.command import DURATION, command, show
+from lowprec.command import DURATION, LOCAL_PATH, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -24,18 +24,6 @@ __all__ = ["cli", "main"]
 
 EXIT_USAGE = 64
 EXIT_INTERRUPTED = 130
-
-
-class _LocalPath(click.Path):
-    """A path of this machine: a URL would become a folder called `s3:`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            self.fail(f"{value} is a URL; give a path of this machine", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-_LOCAL_PATH = _LocalPath(path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -52,7 +40,7 @@ cli.add_command(submit)
 
 
 @_command("demo", config=False)
-@click.option("--root", type=_LOCAL_PATH, default=Path("runs"), show_default=True, help="Where all goes.")
+@click.option("--root", type=LOCAL_PATH, default=Path("runs"), show_default=True, help="Where all goes.")
 def demo(root: Path, as_json: bool) -> int:
     """Make traffic, train a small DLRM, search, confirm: everything on this machine, in a few minutes."""
     from lowprec import console, render
@@ -112,8 +100,8 @@ def train(config: Config, as_json: bool) -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
 @click.option("--worker-memory", metavar="SIZE", help="each of so much memory: 8GB, 64GiB.")
 @click.option("--network", metavar="RATE", help="Between any two of them; 10Gbit when left out.")
-@click.option("--calibration", type=_LOCAL_PATH, help="Lookup times by `lowprec calibrate`.")
-@click.option("--tables", type=_LOCAL_PATH, help="Place the tables of a JSON file, without CONFIG.")
+@click.option("--calibration", type=LOCAL_PATH, help="Lookup times by `lowprec calibrate`.")
+@click.option("--tables", type=LOCAL_PATH, help="Place the tables of a JSON file, without CONFIG.")
 def search(
     config: Config | None,
     resume: str | None,
@@ -181,7 +169,7 @@ def verify(config: Config, plan: str, window: str, budget: float | None, as_json
 @_command("calibrate", config=False)
 @click.option(
     "--out",
-    type=_LOCAL_PATH,
+    type=LOCAL_PATH,
     default=Path("runs/calibration.json"),
     show_default=True,
     help="The file to write.",
@@ -233,7 +221,7 @@ def doctor(address: str | None, as_json: bool) -> int:
 @click.option("--root", default=lambda: os.environ.get("LOWPREC_RESULTS", "runs"), help="Results root [default: runs].")
 @click.option("--run", "run_id", metavar="RUN", help="The run to show, instead of the latest.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv", "parquet"]), default="table")
-@click.option("--out", type=_LOCAL_PATH, help="Write to a file (needed for parquet on a terminal).")
+@click.option("--out", type=LOCAL_PATH, help="Write to a file (needed for parquet on a terminal).")
 def results(sql: str | None, root: str, run_id: str | None, form: Format, out: Path | None, as_json: bool) -> None:
     """Query results with SQL; without, the latest search's Pareto front; `sensitivities`: each table by itself."""
     from lowprec.results import latest_front, query, sensitivity_report

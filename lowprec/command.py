@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from lowprec.config import Config
 
-__all__ = ["DURATION", "Command", "command", "show"]
+__all__ = ["DURATION", "LOCAL_PATH", "Command", "command", "show"]
 
 Command = Callable[..., int | None]
 
@@ -31,6 +31,19 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # has none in older
 
 DURATION = _Duration()
 """The type of an option such as 90s, 15m or 2h; its value is in seconds."""
+
+
+class _LocalPath(click.Path):
+    """A URL would become a folder called `s3:`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value} is a URL; give a path of this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+LOCAL_PATH = _LocalPath(path_type=Path)
+"""The type of an option that is a path of this machine."""
 
 
 def command(

@@ -27,6 +27,7 @@ from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.racing import race
 from lowprec.search.record import RunRecord
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
+from lowprec.search.slices import SLICE_EXAMPLES, slices_of
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
@@ -37,8 +38,7 @@ __all__ = ["run_search"]
 
 # Swaps raced together while sensitivities are sampled; more would only hold more logits in memory.
 SWAPS_AT_ONCE = 64
-# Examples of a slice, about, and slices that a worker does at once.
-SLICE_EXAMPLES = 1024
+# Slices that a worker does at once.
 SLICES_PER_TASK = 4
 
 
@@ -95,7 +95,7 @@ class _Search:
         self._began = time.monotonic()
         self._window = job.window("search")
         self._confirm_window = job.window("confirm")  # opened first: an empty window must not cost a search
-        self._slices = _slices(self._window)
+        self._slices = slices_of(self._window)
         # The one random order in which slices are raced: plans of different waves meet on the same slices.
         self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
         progress.note(f"run {record.run_id}")
@@ -389,13 +389,3 @@ class _Search:
         path = self._record.artifacts / ("plan.json" if len(self._budgets) == 1 else f"plan-{budget:g}.json")
         write_plan(file, path)
         return path
-
-
-def _slices(window: TrafficWindow) -> list[tuple[int, int, int]]:
-    """Every slice of a window: its batch, which part of it, and of how many; of about equal sizes, also in the end."""
-    found = []
-    for batch in range(window.num_batches):
-        num_rows = min(window.batch_size, window.num_rows - batch * window.batch_size)
-        num_parts = max(1, num_rows // SLICE_EXAMPLES)
-        found += [(batch, part, num_parts) for part in range(num_parts)]
-    return found
