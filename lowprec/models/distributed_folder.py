@@ -13,11 +13,10 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lowprec.errors import CheckpointError
+from lowprec.models.tensor_files import METADATA_FILE
 from lowprec.storage import FileState, Location, local_copy
 
-__all__ = ["METADATA_FILE", "DistributedFolder"]
-
-METADATA_FILE = ".metadata"
+__all__ = ["DistributedFolder"]
 
 
 class DistributedFolder:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import CheckpointError
-from lowprec.models.distributed_folder import METADATA_FILE, DistributedFolder
 from lowprec.models.safetensors_files import Safetensors, read_headers, read_index
 from lowprec.storage import FileState, Location, local_copy
 
-__all__ = ["TensorSource", "open_tensors"]
+__all__ = ["METADATA_FILE", "TensorSource", "open_tensors"]
+
+# What makes a folder one of torch.distributed.checkpoint.
+METADATA_FILE = ".metadata"
 
 _SUFFIXES = (
     ".safetensors, .safetensors.index.json, .pt, .pth, or a folder of safetensors or torch.distributed.checkpoint files"
@@ -76,6 +78,9 @@ def open_tensors(path: Location, wanted: Collection[str] = (), *, whole: bool = 
 
 def _open_folder(path: Location, names: Collection[str], wanted: Collection[str], whole: bool) -> TensorSource:
     if METADATA_FILE in names:
+        # PyTorch's part of it takes 50 MB and a second, in every worker.
+        from lowprec.models.distributed_folder import DistributedFolder
+
         return DistributedFolder(path, wanted, _NESTING_KEYS, is_copied=whole)
     indexes = [name for name in names if name.endswith(".index.json")]
     if len(indexes) == 1:

@@ -32,7 +32,6 @@ from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
 from lowprec.storage import Location, Where
-from lowprec.traffic import TrafficWindow
 
 __all__ = ["run_search"]
 
