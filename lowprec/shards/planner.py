@@ -129,6 +129,10 @@ class Placement:
     replicated: tuple[str, ...]
     shards: tuple[Shard, ...]
 
+    def __post_init__(self) -> None:
+        """Leave out shards without rows: nobody asks for them, and their first row is another one's."""
+        object.__setattr__(self, "shards", tuple(shard for shard in self.shards if shard.num_rows))
+
     @property
     def num_workers(self) -> int:
         """How many workers."""

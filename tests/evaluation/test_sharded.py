@@ -19,7 +19,7 @@ from lowprec.evaluation.profile import swaps
 from lowprec.evaluation.worker import ExactTask, LocalWorkers, ShardLoader, Worker, evaluator_of
 from lowprec.plan import Plan, Precision, RowRange
 from lowprec.search.job import open_job
-from lowprec.shards.planner import Placement, Shard, TableLoad
+from lowprec.shards.planner import Placement, Shard, TableLoad, place_tables
 from lowprec.shards.server import ShardServer
 from lowprec.shards.sharded import ShardedTables
 
@@ -88,6 +88,36 @@ def test_a_table_over_three_workers_changes_the_last_bits_alone(job):
     for other in others:
         np.testing.assert_array_equal(other.logits(batch, plans).plans, found.plans)
         np.testing.assert_array_equal(swaps(other, batch, job.columns)[1], found_changes)
+
+
+def more_workers_than_tables(tables):
+    return place_tables(tables, [2 * max(t.num_bytes for t in tables)] * (len(tables) + 3))
+
+
+def unequal_workers(tables):
+    whole = sum(t.num_bytes for t in tables)
+    return place_tables(tables, [int(share * whole) for share in (0.7, 0.3, 0.15)])
+
+
+def an_empty_shard(tables):
+    """One of no rows, as a table with fewer rows than workers might get, and a worker with nothing but that."""
+    *others, last = tables
+    shards = [Shard(t.name, 0, t.num_rows, 0) for t in others]
+    shards += [Shard(last.name, 0, 10, 0), Shard(last.name, 10, 10, 1), Shard(last.name, 10, last.num_rows, 2)]
+    return Placement(tables, (10**6,) * 3, (), tuple(sorted(shards)))
+
+
+@pytest.mark.parametrize("place", [more_workers_than_tables, unequal_workers, an_empty_shard])
+def test_odd_placements_give_the_same_numbers(job, place):
+    placement = place(tuple(TableLoad(u.name, u.num_rows, u.dim) for u in job.units))
+    assert placement.shards and len(placement.replicated) < len(job.units)
+    batch, plans = job.window("search").batch(2), some_plans(job)
+    exact = evaluator_of(job.spec, job.adapter).logits(batch, plans)
+    everywhere = [e.logits(batch, plans) for e in sharded(job, placement)]
+    np.testing.assert_allclose(everywhere[0].plans, exact.plans, atol=1e-5)
+    for found in everywhere[1:]:
+        np.testing.assert_array_equal(found.plans, everywhere[0].plans)
+        np.testing.assert_array_equal(found.reference, everywhere[0].reference)
 
 
 def test_a_worker_reads_its_own_rows_alone(job):
