@@ -225,7 +225,8 @@ class EvaluationConfig(_Section):
     `num_workers: 0` evaluates in the command's own process, without Ray. `worker_memory`, such as 8GB, is what a worker
     may use: tables that are too large for it are shared among the workers. Without it every worker maps all tables.
     A task of `batches_per_task` batches that takes longer than `task_timeout_s` is taken for hung, and so is a worker
-    that does not answer for `hung_after_s`: its process is killed, and what it had is done again.
+    that does not answer for `hung_after_s`: its process is killed, and what it had is done again. Workers that are not
+    started within `start_timeout_s` end the run: a cluster that sets up machines for them takes minutes.
     """
 
     num_workers: Annotated[int, Field(ge=0)] = 2
@@ -234,6 +235,7 @@ class EvaluationConfig(_Section):
     batches_per_task: Annotated[int, Field(gt=0)] = 4
     task_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     hung_after_s: Annotated[float, Field(gt=0)] = 30.0
+    start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     address: str | None = None
 
     @field_validator("worker_memory", mode="before")

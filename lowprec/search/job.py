@@ -262,18 +262,18 @@ def open_workers(job: Job, note: Callable[[str], None] = lambda _: None) -> Iter
     `note` is told what happens to them.
     """
     workers: Workers
-    if job.config.evaluation.num_workers == 0:
+    where = job.config.evaluation
+    if where.num_workers == 0:
         workers = LocalWorkers(job.spec, job.adapter)
     else:
-        from lowprec.evaluation.cluster import RayWorkers
+        from lowprec.evaluation.cluster import RayWorkers, Timeouts
 
         workers = RayWorkers(
             job.spec,
-            num_workers=job.config.evaluation.num_workers,
-            address=job.config.evaluation.address,
+            num_workers=where.num_workers,
+            address=where.address,
             placement=job.placement,
-            task_timeout_s=job.config.evaluation.task_timeout_s,
-            hung_after_s=job.config.evaluation.hung_after_s,
+            timeouts=Timeouts(where.task_timeout_s, where.hung_after_s, where.start_timeout_s),
             note=note,
         )
     try:

@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "evaluation.num_workers",
     "evaluation.task_timeout_s",
     "evaluation.hung_after_s",
+    "evaluation.start_timeout_s",
     "evaluation.address",
     "results",
     "train",

@@ -3,7 +3,7 @@
 import pytest
 
 from lowprec.errors import ModelError, TrafficError, WorkerError
-from lowprec.evaluation.cluster import RayWorkers
+from lowprec.evaluation.cluster import RayWorkers, Timeouts
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import Chunk, ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
@@ -119,15 +119,12 @@ def test_a_window_that_is_nearly_all_bad_is_given_up_early(small_config, small_f
     assert pq.read_metadata(tmp_path / "q" / "search.parquet").num_rows == 4096
 
 
-def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(job, monkeypatch):
+def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(job):
     import ray
 
-    import lowprec.evaluation.cluster.watch as module
-
-    monkeypatch.setattr(module, "START_TIMEOUT_S", 4.0)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(WorkerError, match="started 1 of 2 workers .* lower evaluation.num_workers"):
-            RayWorkers(job.spec, num_workers=2, address=None)
+            RayWorkers(job.spec, num_workers=2, address=None, timeouts=Timeouts(start_s=4.0))
     finally:
         ray.shutdown()

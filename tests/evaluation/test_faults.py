@@ -14,7 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lowprec.errors import PoisonedWorkError, WorkerError
-from lowprec.evaluation.cluster import RayWorkers, watch
+from lowprec.evaluation.cluster import RayWorkers, Timeouts, watch
 from lowprec.evaluation.worker import ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
 from lowprec.search.job import open_job
@@ -129,7 +129,7 @@ def test_poisoned_work_is_set_aside_after_three_tries(one_ray, job, tmp_path, un
 
 def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, undisturbed, monkeypatch):
     monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
-    with on_ray(job.spec, 2, hung_after_s=2.0) as (workers, told):
+    with on_ray(job.spec, 2, timeouts=Timeouts(hung_s=2.0)) as (workers, told):
         chunks = workers.run(job.window("search"), tasks_of(job))
         found = [next(chunks)]
         stopped = workers.process_ids()[1]
@@ -141,7 +141,7 @@ def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, undist
 
 
 def test_work_that_does_not_end_is_stopped(one_ray, job, tmp_path, undisturbed):
-    with on_ray(job.spec, 2, task_timeout_s=3.0) as (workers, told):
+    with on_ray(job.spec, 2, timeouts=Timeouts(task_s=3.0)) as (workers, told):
         found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
     assert found == undisturbed
     assert any("has been at Doomed of batches 2 to 2 for 3 s (evaluation.task_timeout_s)" in line for line in told)
@@ -186,11 +186,10 @@ def machines():
         cluster.shutdown()
 
 
-def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturbed, machines, monkeypatch):
+def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturbed, machines):
     """With room elsewhere the worker moves there; without, the run says so."""
     cluster, nodes = machines
-    monkeypatch.setattr(watch, "START_TIMEOUT_S", 30.0)
-    with on_ray(job.spec, 2, cluster.address) as (workers, _):
+    with on_ray(job.spec, 2, cluster.address, timeouts=Timeouts(start_s=20.0)) as (workers, _):
         chunks = workers.run(job.window("search"), tasks_of(job))
         found = [next(chunks)]
         # The first node is the head.
@@ -199,9 +198,8 @@ def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturb
         found += list(chunks)
         assert bits(found) == undisturbed
 
-        monkeypatch.setattr(watch, "START_TIMEOUT_S", 4.0)
         for node in list(cluster.worker_nodes):
             cluster.remove_node(node, allow_graceful=False)
-        with pytest.raises(WorkerError, match=r"is gone and was not started again in 4 s.*resume with fewer workers"):
+        with pytest.raises(WorkerError, match=r"is gone and was not started again in 20 s.*resume with fewer workers"):
             for _ in range(1000):
                 list(workers.run(job.window("search"), tasks_of(job)))

@@ -12,17 +12,27 @@ import ray
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.cluster.actor import Peers, Pulse
 
-__all__ = ["Watch", "memory_hint"]
+__all__ = ["Timeouts", "Watch", "memory_hint"]
 
 PULSE_EVERY_S = 5.0
 # A worker that is being started is asked more often: work waits for it.
 START_PULSE_EVERY_S = 0.2
-# Nothing that a worker does keeps it from answering for so long.
-HUNG_AFTER_S = 30.0
-# A cluster that grows by itself takes minutes; one that is too small would let work wait for ever.
-START_TIMEOUT_S = 300.0
 # A worker that was lost so often without finishing anything is given up: it would be for ever.
 MAX_LOSSES_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait for workers, in seconds.
+
+    task_s: for a task. hung_s: for an answer; nothing that a worker does keeps it from answering for so long. start_s:
+    for one to be started: a cluster that grows by itself takes minutes, in one that is too small work would wait for
+    ever.
+    """
+
+    task_s: float = 600.0
+    hung_s: float = 30.0
+    start_s: float = 300.0
 
 
 @dataclass
@@ -46,14 +56,14 @@ class Watch:
         self,
         actors: tuple[Any, ...],
         prepare: Callable[[int, Peers], Any],
-        hung_after_s: float,
+        timeouts: Timeouts,
         note: Callable[[str], None],
     ) -> None:
         """Watch `actors`, which are being started; `note` is told what happens to them.
 
         prepare: lets a worker load what it needs; whoever was started again does so again.
         """
-        self._actors, self._prepare, self._hung_after_s, self._note = actors, prepare, hung_after_s, note
+        self._actors, self._prepare, self._timeouts, self._note = actors, prepare, timeouts, note
         self._seen = [_Seen("starting", time.monotonic()) for _ in actors]
 
     @property
@@ -92,12 +102,13 @@ class Watch:
         """
         began = time.monotonic()
         while len(self.started) < len(self._seen):
-            if time.monotonic() - began > START_TIMEOUT_S:
+            if time.monotonic() - began > self._timeouts.start_s:
                 free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+                left = f"{free.get('CPU', 0):g} CPU and {free.get('memory', 0) / 1e9:.1f} GB"
                 raise WorkerError(
-                    f"Ray started {len(self.started)} of {len(self._seen)} workers in {START_TIMEOUT_S:.0f} s, each on "
-                    f"{needs}, and has {free.get('CPU', 0):g} CPU and {free.get('memory', 0) / 1e9:.1f} GB left; lower "
-                    "evaluation.num_workers or make the cluster larger"
+                    f"Ray started {len(self.started)} of {len(self._seen)} workers in {self._timeouts.start_s:g} s "
+                    f"(evaluation.start_timeout_s), each on {needs}, and has {left} left; lower evaluation.num_workers "
+                    "or make the cluster larger"
                 )
             self.look()
             ray.wait(self.references, timeout=START_PULSE_EVERY_S)
@@ -179,18 +190,19 @@ class Watch:
         now = time.monotonic()
         if seen.asked is None:
             if now - seen.asked_at > (
-                min(PULSE_EVERY_S, self._hung_after_s) if seen.state == "up" else START_PULSE_EVERY_S
+                min(PULSE_EVERY_S, self._timeouts.hung_s) if seen.state == "up" else START_PULSE_EVERY_S
             ):
                 seen.asked, seen.asked_at = self._actors[worker].pulse.remote(), now
-        elif seen.state != "starting" and now - seen.asked_at > self._hung_after_s and not seen.is_killed:
+        elif seen.state != "starting" and now - seen.asked_at > self._timeouts.hung_s and not seen.is_killed:
             self._note(
-                f"{self.place(worker)} has not answered for {self._hung_after_s:g} s (evaluation.hung_after_s): it is "
-                "killed and started again"
+                f"{self.place(worker)} has not answered for {self._timeouts.hung_s:g} s (evaluation.hung_after_s): it "
+                "is killed and started again"
             )
             self.kill(worker)
-        if seen.state == "starting" and seen.pulse is not None and now - seen.heard_at > START_TIMEOUT_S:
+        if seen.state == "starting" and seen.pulse is not None and now - seen.heard_at > self._timeouts.start_s:
             raise WorkerError(
-                f"{self.place(worker)} is gone and was not started again in {START_TIMEOUT_S:g} s: the cluster has no "
+                f"{self.place(worker)} is gone and was not started again in {self._timeouts.start_s:g} s "
+                "(evaluation.start_timeout_s): the cluster has no "
                 "room for it; add a machine, or resume with fewer workers (evaluation.num_workers)"
             )
 

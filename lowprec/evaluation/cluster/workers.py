@@ -12,7 +12,7 @@ from lowprec.errors import LowprecError, PoisonedWorkError
 from lowprec.evaluation.cluster.actor import start_actor
 from lowprec.evaluation.cluster.connect import init_ray
 from lowprec.evaluation.cluster.dispatch import Dispatch
-from lowprec.evaluation.cluster.watch import HUNG_AFTER_S, Watch, memory_hint
+from lowprec.evaluation.cluster.watch import Timeouts, Watch, memory_hint
 from lowprec.evaluation.worker import Chunk, RowCheck, Summable, Task, WorkerSpec
 from lowprec.shards.planner import Placement
 from lowprec.traffic import TrafficWindow
@@ -28,7 +28,6 @@ TASKS_IN_FLIGHT = 2
 TASKS_AHEAD = 8
 # Work that ended so often without a result is set aside.
 MAX_TRIES = 3
-TASK_TIMEOUT_S = 600.0
 # How long to wait for something to happen before looking after workers.
 LOOK_EVERY_S = 0.2
 
@@ -43,18 +42,17 @@ class RayWorkers:
         num_workers: int,
         address: str | None,
         placement: Placement | None = None,
-        task_timeout_s: float = TASK_TIMEOUT_S,
-        hung_after_s: float = HUNG_AFTER_S,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008  (frozen)
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Start `num_workers` actors; `address=None` starts Ray on this machine until `close`.
 
         placement: which of them holds which rows; without it, each of them holds all. A task that takes longer than
-        `task_timeout_s` is taken for hung, and so is a worker that does not answer for `hung_after_s`: it is killed.
+        timeouts.task_s is taken for hung, and so is a worker that does not answer for timeouts.hung_s: it is killed.
         `note` is told what happens to workers.
         """
         assert placement is None or placement.num_workers == num_workers
-        self._note, self._task_timeout_s = note, task_timeout_s
+        self._note, self._timeouts = note, timeouts
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             init_ray(num_workers * spec.threads, address)
@@ -63,7 +61,7 @@ class RayWorkers:
         self._watch = Watch(
             self._actors,
             lambda worker, peers: self._actors[worker].prepare.remote(shared_spec, shared_placement, worker, peers),
-            hung_after_s,
+            timeouts,
             note,
         )
         memory = f" and {spec.memory_bytes / 1e9:.1f} GB" if spec.memory_bytes else ""
@@ -109,7 +107,7 @@ class RayWorkers:
         self, pieces: Sequence[P], send: Callable[[Any, int], Any], describe: Callable[[P], str]
     ) -> Iterator[Any]:
         work = _Work(self._actors, self._watch, pieces, send, describe)
-        return work.results(self._task_timeout_s, self._note)
+        return work.results(self._timeouts.task_s, self._note)
 
 
 class _Work(Generic[P]):
