@@ -131,7 +131,7 @@ def test_bad_rows_are_kept_in_the_bucket(remote, bucket, small_folder):
         ({"traffic__path": "s3://nowhere/logs"}, None, 'traffic s3://nowhere/logs: .*there is no bucket "nowhere"'),
         ({"model__checkpoint": "s3://nowhere/m.pt"}, None, "checkpoint s3://nowhere/m.pt: .*there is no bucket"),
         ({"results__root": "s3://nowhere/runs"}, None, r'runs \(s3://nowhere/runs/runs\): .*no bucket "nowhere"'),
-        ({}, "http://127.0.0.1:1", "http://127.0.0.1:1 cannot be reached: nothing listens there; check AWS_ENDPOINT"),
+        ({}, "http://127.0.0.1:2", "http://127.0.0.1:2 cannot be reached: nothing listens there; check AWS_ENDPOINT"),
     ],
     ids=["traffic", "checkpoint", "results", "endpoint"],
 )
@@ -139,6 +139,7 @@ def test_what_is_not_there_is_one_sentence(remote, monkeypatch, changes, endpoin
     config = load_config(remote(**changes))
     if endpoint is not None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        monkeypatch.setattr("lowprec.storage.object_store._ATTEMPTS", 1)
     with pytest.raises(LowprecError, match=said) as raised:
         run_search(config)
     assert raised.value.exit_code == 3 and "\n" not in str(raised.value)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lowprec.errors import CheckpointError
@@ -48,13 +49,15 @@ def test_a_worker_reads_its_own_rows_and_no_others(small_config, small_folder, u
     assert max(last - first + 1 for first, last in asked) <= max(size // 2, 1 << 16)
 
 
-def changed(small_folder, tmp_path, *, cut):
-    """Another checkpoint of that model, of another size if it is cut."""
-    tensors = {name: tensor + 1 for name, tensor in load_file(small_folder / "model.safetensors").items()}
-    if cut:
-        tensors["more"] = tensors["tables.c0.weight"].clone()
-    save_file(tensors, tmp_path / "changed.safetensors")
-    return tmp_path / "changed.safetensors"
+def changed(small_folder, tmp_path, *, same_size):
+    """Another checkpoint of that model."""
+    file = tmp_path / "changed.safetensors"
+    content = bytearray((small_folder / "model.safetensors").read_bytes())
+    content[-4:] = b"\0\0\0\0"
+    file.write_bytes(content)
+    if not same_size:
+        save_file(load_file(file) | {"more": torch.zeros(1)}, file)
+    return file
 
 
 @pytest.mark.parametrize("where", ["url", "path"])
@@ -65,7 +68,7 @@ def test_a_checkpoint_that_was_replaced_is_refused(where, small_config, small_fo
         path = str(tmp_path / "model.safetensors")
         (tmp_path / "model.safetensors").write_bytes((small_folder / "model.safetensors").read_bytes())
     job = open_job(small_config(f"model.checkpoint={path}"))
-    other = changed(small_folder, tmp_path, cut=where == "path")
+    other = changed(small_folder, tmp_path, same_size=where == "url")
     upload(other, path)
     for load in (
         lambda: load_adapter(job.spec),

@@ -15,6 +15,7 @@ from lowprec.models import fit
 from lowprec.models.checkpoint import checkpoint_sha256, load_checkpoint
 from lowprec.models.factory import build_model
 from lowprec.models.train import train
+from lowprec.storage import Location
 
 NUM_ROWS = 6000
 
@@ -235,3 +236,18 @@ def test_bad_rows_beyond_the_allowed_share_stop_training(make_config):
         train(make_config(d=dense))
     report = train(make_config(d=dense, traffic={"max_bad_fraction": 0.02}.items(), train={"epochs": 1}.items()))
     assert (report.num_bad, report.num_rows) == (50, 3960)
+
+
+def test_an_object_store_gives_traffic_and_takes_the_model(make_config, bucket, tmp_path):
+    here = make_config(train={"epochs": 1})
+    with Location.of(f"{bucket}/logs/traffic.parquet").whole_file() as partial:
+        partial.write_bytes((tmp_path / "traffic.parquet").read_bytes())
+    places = {"traffic": {"path": f"{bucket}/logs"}, "model": {"checkpoint": f"{bucket}/models/tiny.safetensors"}}
+    there = make_config(train={"epochs": 1}, **places)
+    report = train(there)
+    assert report.checkpoint == f"{bucket}/models/tiny.safetensors" and report.num_rows == train(here).num_rows
+    # The header says where the traffic was; the weights are the same.
+    models = [build_model(c.model.factory, c.model.args, c.traffic.schema_of_columns()) for c in (here, there)]
+    for model, config in zip(models, (here, there), strict=True):
+        load_checkpoint(model, config.model.checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))

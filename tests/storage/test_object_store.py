@@ -72,6 +72,7 @@ def test_no_such_bucket(reads, s3):
 )
 def test_an_endpoint_that_cannot_be_reached(reads, endpoint, reason, filled, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)  # each waits longer than the one before
     said = why(reads, filled)
     assert said == f"{endpoint} cannot be reached: {reason}; check AWS_ENDPOINT_URL and the network"
 
