@@ -15,9 +15,9 @@ KERNEL_SOURCES := $(sort $(wildcard kernels/CMakeLists.txt kernels/*.cc kernels/
 DEPENDENCIES := $(VENV)/.dependencies-$(call digest,pyproject.toml constraints.txt)
 NATIVE := $(VENV)/.native-$(call digest,pyproject.toml $(KERNEL_SOURCES))
 
-# Processes for the tests; two suit two cores, where the tests that start Ray share them.
-TEST_PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+# Processes for the tests: many of them wait for Ray, so three keep two cores busy. The longest files (tests/e2e) begin.
+TEST_PROCESSES ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo lint test test-all test-asan bench clean
 

@@ -255,7 +255,8 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
     if not tables:
         return []
     even_fill = sum(table.num_bytes for table in tables) / sum(capacities)
-    even_ids = (sum(table.ids for table in tables) or 1.0) / len(capacities)
+    # Without lookups, and with the smallest of numbers of them, which would become 0, all are as even.
+    even_ids = sum(table.ids for table in tables) / len(capacities) or 1.0
     average = sum(capacities) / len(capacities)
 
     def size(piece: _Piece) -> float:

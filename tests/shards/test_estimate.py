@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
+from lowprec.shards.estimate import MAX_KEPT_BYTES, WorkerNeeds, kept_bytes, limits_of, network_load
 from lowprec.shards.planner import Placement, Shard, TableLoad, place_tables
 
 
@@ -70,10 +70,12 @@ def test_needs_grow_with_batches_and_precisions():
         return WorkerNeeds.of(8 * 10**9, **given)
 
     assert needs().total == sum(vars(needs()).values())
-    assert needs().caches == 320 * 10**6 and WorkerNeeds.of(10**9, **_given()).caches == 5 * 10**7
+    # A fiftieth of the memory for batches, and what small tables take.
+    assert needs().caches == 160 * 10**6 + 10**6 and WorkerNeeds.of(10**9, **_given()).caches == 20 * 10**6 + 10**6
+    assert kept_bytes(None) == kept_bytes(10**12) == MAX_KEPT_BYTES
     assert needs(batch_size=2000).batch == 2 * needs().batch
     assert needs(precisions=12).batch == pytest.approx(2 * needs().batch, rel=0.03)
 
 
 def _given():
-    return {"dense_bytes": 10**6, "batch_size": 1000, "ids": 30, "values": 416, "precisions": 5}
+    return {"dense_bytes": 10**6, "hot_bytes": 10**6, "batch_size": 1000, "ids": 30, "values": 416, "precisions": 5}

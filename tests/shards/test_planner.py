@@ -99,6 +99,11 @@ def test_unequal_workers_hold_unequal_shares():
     assert min(fills) > 0.5, "lookups are to be even as well, which would leave the large ones half empty"
 
 
+def test_the_smallest_of_numbers_is_no_load():
+    placement = place_tables([TableLoad("t", 4, 4, ids=5e-324), TableLoad("u", 4, 4, ids=0.0)], [100, 100])
+    assert sum(placement.held_bytes) == 128
+
+
 def test_one_worker_holds_everything():
     placement = place_tables([TableLoad("only", 10, 4)], [160])
     assert placement.replicated == ("only",) and placement.held_bytes == (160,)
