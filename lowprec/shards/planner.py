@@ -256,7 +256,7 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
         return []
     even_fill = sum(table.num_bytes for table in tables) / sum(capacities)
     # Without lookups, and with the smallest of numbers of them, which would become 0, all are as even.
-    even_ids = sum(table.ids for table in tables) / len(capacities) or 1.0
+    even_ids = math.fsum(table.ids for table in tables) / len(capacities) or 1.0  # the same in any order
     average = sum(capacities) / len(capacities)
 
     def size(piece: _Piece) -> float:
