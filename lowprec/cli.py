@@ -13,12 +13,13 @@ import click
 
 from lowprec import __version__
 from lowprec.cli_submit import as_job, submit
-from lowprec.command import DURATION, LOCAL_PATH, command, show
+from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
     from lowprec.results.output import Format
     from lowprec.search.placement import Cluster
+    from lowprec.storage import Location
 
 __all__ = ["cli", "main"]
 
@@ -96,7 +97,7 @@ def train(config: Config, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Print tables, space, bytes and windows, and stop.")
 @click.option("--timeout", type=DURATION, metavar="DURATION", help="Stop proposing plans after so long: 90s, 15m, 2h.")
 @click.option("--max-trials", type=click.IntRange(min=1), help="Evaluate at most so many plans.")
-@click.option("--profile", metavar="FILE", help="Use the profile.npz of an earlier run (a path or URL).")
+@click.option("--profile", type=PLACE, metavar="FILE", help="Use the profile.npz of an earlier run (a path or URL).")
 @click.option("--workers", type=click.IntRange(min=1), help="With --dry-run: place the tables on so many workers,")
 @click.option("--worker-memory", metavar="SIZE", help="each of so much memory: 8GB, 64GiB.")
 @click.option("--network", metavar="RATE", help="Between any two of them; 10Gbit when left out.")
@@ -108,7 +109,7 @@ def search(
     dry_run: bool,
     timeout: float | None,
     max_trials: int | None,
-    profile: str | None,
+    profile: Location | None,
     workers: int | None,
     worker_memory: str | None,
     network: str | None,
@@ -152,10 +153,10 @@ def search(
 
 
 @_command("verify")
-@click.option("--plan", required=True, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
+@click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
-def verify(config: Config, plan: str, window: str, budget: float | None, as_json: bool) -> int:
+def verify(config: Config, plan: Location, window: str, budget: float | None, as_json: bool) -> int:
     """Evaluate one plan exactly against its budget."""
     from lowprec import console, render
     from lowprec.search.verify import verify_plan

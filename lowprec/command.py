@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from lowprec.config import Config
 
-__all__ = ["DURATION", "LOCAL_PATH", "Command", "command", "show"]
+__all__ = ["DURATION", "LOCAL_PATH", "PLACE", "Command", "command", "show"]
 
 Command = Callable[..., int | None]
 
@@ -44,6 +44,19 @@ class _LocalPath(click.Path):
 
 LOCAL_PATH = _LocalPath(path_type=Path)
 """The type of an option that is a path of this machine."""
+
+
+class _Place(click.ParamType):  # type: ignore[type-arg]  # has none in older versions
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from lowprec.storage import Location
+
+        return Location.of(value)
+
+
+PLACE = _Place()
+"""The type of an option that is a path or a URL; its value is a `Location`."""
 
 
 def command(

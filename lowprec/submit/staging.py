@@ -17,6 +17,7 @@ import yaml
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError, PlanError
+from lowprec.storage import Location
 from lowprec.submit.code import model_code
 
 __all__ = ["StagedJob", "local_paths", "stage_job"]
@@ -73,8 +74,9 @@ def stage_job(
 
     The config is as it was resolved, with local paths made absolute, and workers on the cluster that the job runs on.
     options: by name (`--resume`), with values as the command line gives them; None and False are those that were not
-    given. A plan is sent, other files are named by their absolute path. python: the interpreter to take there. Raises
-    `PlanError` where the plan cannot be read, `ConfigError` where the code is too large to be only code.
+    given. A plan of this machine is sent, other files are named by their URL or absolute path. python: the interpreter
+    to take there. Raises `PlanError` where the plan cannot be read, `ConfigError` where the code is too large to be
+    only code.
     """
     config = _for_cluster(config)
     with tempfile.TemporaryDirectory(prefix="lowprec-job-") as name:
@@ -127,10 +129,10 @@ def _arguments(option: str, value: object, folder: Path) -> list[str]:
         return []
     if value is True:
         return [option]
-    if option == "--plan":
-        _copy_plan(Path(str(value)), folder / PLAN_NAME)
+    if isinstance(value, Location) and value.local is not None and option == "--plan":
+        _copy_plan(value.local, folder / PLAN_NAME)
         return [option, PLAN_NAME]
-    return [option, _absolute(str(value)) if isinstance(value, Path) else str(value)]
+    return [option, _absolute(str(value)) if isinstance(value, Location | Path) else str(value)]
 
 
 def _absolute(path: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from lowprec.config import load_config
 from lowprec.errors import ConfigError, PlanError
+from lowprec.storage import Location
 from lowprec.submit.code import model_code
 from lowprec.submit.staging import CONFIG_NAME, START_NAME, stage_job
 
@@ -129,16 +130,23 @@ def test_a_package_is_taken_before_a_module_of_its_name(folder):
     assert model_code("nothing", folder) == {} == model_code("../other", folder)
 
 
+def test_urls_are_left_to_the_job(folder):
+    options = {"--plan": Location("s3://bucket/plan.json"), "--profile": Location("s3://bucket/p.npz")}
+    with stage_job(config_of(folder), "verify", options) as staged:
+        assert staged.entrypoint.endswith("--plan s3://bucket/plan.json --profile s3://bucket/p.npz")
+        assert not (staged.folder / "lowprec-plan.json").exists()
+
+
 def test_a_plan_is_sent_and_a_missing_one_is_refused(folder):
     (folder / "plan.json").write_text("{}")
-    options = {"--plan": Path("plan.json"), "--window": "search", "--budget": None, "--profile": Path("p.npz")}
+    options = {"--plan": Location("plan.json"), "--window": "search", "--budget": None, "--profile": Location("p.npz")}
     with stage_job(config_of(folder), "verify", {**options, "--json": True, "--quick": False}) as staged:
         assert (staged.folder / "lowprec-plan.json").read_text() == "{}"
         assert staged.entrypoint == (
             "sh lowprec-job.sh verify lowprec-job.yaml --plan lowprec-plan.json --window search "
             f"--profile {folder}/p.npz --json"
         )
-    missing = stage_job(config_of(folder), "verify", {"--plan": Path("nowhere.json")})
+    missing = stage_job(config_of(folder), "verify", {"--plan": Location("nowhere.json")})
     with pytest.raises(PlanError, match=r"plan nowhere.json: cannot be read: No such file"), missing:
         pass
 
