@@ -40,7 +40,7 @@ NUM_SEEDS = 20
 NUM_ROWS, MAX_TRIALS = 60_000, 40
 EVENTS = ("kill", "kill", "stop", "node", "driver")
 # Of the time that an undisturbed search takes from its first row of results, between two events.
-GAPS = (0.05, 0.25)
+GAPS = (0.02, 0.15)
 TABLE_ROWS = (1_500_000, 1_000_000, 600_000, 40_000, 300, 20)
 DIM = 32
 TIMEOUT_S = 600.0
