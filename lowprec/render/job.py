@@ -71,8 +71,6 @@ def render_train(document: Mapping[str, Any]) -> None:
     stdout.print(table)
     num_read = document["num_rows"] + document["num_unlabelled"] + document["num_bad"]
     render_rows("train", {**document, "num_read": num_read, "never_looked_up": []})
-    num_read = document["num_rows"] + document["num_unlabelled"] + document["num_bad"]
-    render_rows("train", {**document, "num_read": num_read, "never_looked_up": []})
     stdout.print(
         f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
     )
