@@ -191,4 +191,4 @@ def test_a_verdict_is_not_tried_again_and_nothing_is_left_behind() -> None:
     assert MONITOR["ttlSecondsAfterFinished"] > 0 and MONITOR_POD["restartPolicy"] == "Never"
     (rule,) = MONITOR["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == MONITOR_POD["containers"][0]["name"]
-    assert rule["onExitCodes"]["values"] == [1, 2, 64]
+    assert rule["onExitCodes"]["values"] == [1, 2, 4, 64]
