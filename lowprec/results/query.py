@@ -87,9 +87,7 @@ def query_arrow(sql: str, root: str | Path = "runs") -> pa.Table:
             raise QueryError(f"lowprec results: {_first_line(error)}; {_available(sql)}") from None
 
 
-def latest_front(
-    root: str | Path = "runs", run_id: str | None = None, storage_options: Mapping[str, str] | None = None
-) -> pd.DataFrame:
+def latest_front(root: str | Path = "runs", run_id: str | None = None) -> pd.DataFrame:
     """The plans that no other plan of a run beats in both cost and gap, and the recommended ones, cheapest first.
 
     Of the exact evaluations of `run_id`, or of the latest finished run that has any, else of the latest run.
@@ -113,9 +111,7 @@ def latest_front(
     return frame[list(_FRONT_COLUMNS)]
 
 
-def sensitivity_report(
-    root: str | Path = "runs", run_id: str | None = None, storage_options: Mapping[str, str] | None = None
-) -> pd.DataFrame:
+def sensitivity_report(root: str | Path = "runs", run_id: str | None = None) -> pd.DataFrame:
     """What each table does at each precision by itself, the cheapest choices in gap for each megabyte saved first.
 
     Of `run_id`, or of the latest finished run that has trials, else of the latest run. Raises `QueryError` when there
