@@ -118,9 +118,11 @@ def bucket_of(url: str) -> str:
 
 def check_bucket(url: str) -> None:
     """Raise `StorageError` where what is missing is the whole bucket; Arrow says the same of a missing file."""
+    if not url.startswith("s3://"):
+        return
     filesystem, inner = filesystem_of(url)
     bucket = inner.partition("/")[0]
-    if url.startswith("s3://") and filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
+    if filesystem.get_file_info(bucket).type == pafs.FileType.NotFound:
         raise StorageError(f'there is no bucket "{bucket}" at {_endpoint() or "Amazon S3"}')
 
 

@@ -76,13 +76,19 @@ def test_values_that_do_not_fit_the_common_type(columns: Make, write: Write, sch
     check(error, "2.parquet", "row group 0", "18446744073709551615")
 
 
-def test_nothing_there(columns: Make, write: Write, schema: Schema, tmp_path: Path) -> None:
+def test_nothing_there(
+    columns: Make, write: Write, schema: Schema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "data.csv").write_text("label\n1\n")
     write(columns(0), "norows.parquet")
     for path, parts in {
         str(tmp_path / "absent"): ["absent", "no such file or folder", "traffic.path"],
+        "runs/nope.parquet": ["traffic runs/nope.parquet: there is no such file or folder", "traffic.path"],
+        "my runs/nope.parquet": ["traffic my runs/nope.parquet: there is no such file or folder", "traffic.path"],
+        (tmp_path / "absent").as_uri(): ["file:///", "no such file or folder", "traffic.path"],
         str(tmp_path / "empty"): ["empty", "no Parquet file", "traffic.path"],
         str(tmp_path / "other"): ["other", "no Parquet file", "1 entries"],
         str(tmp_path / "other" / "data.csv"): ["data.csv", "cannot be read as Parquet"],
