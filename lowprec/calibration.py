@@ -18,7 +18,7 @@ from lowprec.ops.timing import Grid, machine_facts, measure_lookups
 from lowprec.plan import Precision, Unit
 from lowprec.progress import Progress
 from lowprec.storage import Location
-from lowprec.whole_file import whole_file
+from lowprec.storage.whole_file import whole_file
 
 __all__ = [
     "Calibration",

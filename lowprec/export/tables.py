@@ -17,7 +17,7 @@ from lowprec.models.tensor_files import TensorSource, open_tensors
 from lowprec.plan import Precision, RowRange
 from lowprec.progress import Progress, Silent
 from lowprec.storage import Location, Where
-from lowprec.whole_file import whole_file
+from lowprec.storage.whole_file import whole_file
 
 __all__ = ["StoredTable", "write_table"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from lowprec.errors import StorageError
 from lowprec.storage.location import FileState, Location
 from lowprec.storage.scratch import check_room, is_full, no_room, scratch_folder
-from lowprec.whole_file import whole_file
+from lowprec.storage.whole_file import whole_file
 
 __all__ = ["existing_copy", "local_copy"]
 

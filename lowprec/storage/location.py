@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from lowprec.errors import ConfigError, LowprecError, StorageError
 from lowprec.storage.scratch import scratch_file
-from lowprec.whole_file import whole_file
+from lowprec.storage.whole_file import whole_file
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -153,8 +153,8 @@ class Location:
     def whole_file(self) -> Iterator[Path]:
         """A path of this machine to write to: what is there when the block ends well becomes the file, whole.
 
-        A local file is renamed, as `lowprec.whole_file` says; to an object store it goes by one upload, which nobody
-        sees before it is complete.
+        A local file is renamed, as `lowprec.storage.whole_file` says; to an object store it goes by one upload, which
+        nobody sees before it is complete.
         """
         if (path := self.local) is not None:
             with whole_file(path) as partial:
