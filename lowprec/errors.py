@@ -22,6 +22,7 @@ __all__ = [
     "TrafficError",
     "WeightError",
     "WorkerError",
+    "first_line",
 ]
 
 
@@ -95,3 +96,11 @@ class JobError(LowprecError, RuntimeError):
 
 class KernelError(LowprecError, ImportError):
     """The native module is missing or does not load."""
+
+
+def first_line(said: BaseException | str) -> str:
+    """The first line of a text or of what an error says; of an error that says nothing, its type."""
+    lines = str(said).strip().splitlines()
+    if not lines:
+        return type(said).__name__ if isinstance(said, BaseException) else ""
+    return lines[0]

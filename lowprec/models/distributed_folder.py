@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from lowprec.errors import CheckpointError
+from lowprec.errors import CheckpointError, first_line
 from lowprec.models.tensor_files import METADATA_FILE
 from lowprec.storage import FileState, Location, local_copy
 
@@ -102,10 +102,10 @@ class DistributedFolder:
             raise
         except OSError as error:
             raise CheckpointError(
-                f'checkpoint {where}: cannot read "{name}": {error.strerror or _first_line(error)}'
+                f'checkpoint {where}: cannot read "{name}": {error.strerror or first_line(error)}'
             ) from None
         except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f'checkpoint {where}: cannot read "{name}": {_first_line(error)}') from None
+            raise CheckpointError(f'checkpoint {where}: cannot read "{name}": {first_line(error)}') from None
         return chunk
 
     def _bytes(self, where: Location, start: int, stop: int) -> bytes:
@@ -149,12 +149,8 @@ def _read_metadata(path: Location) -> tuple[Metadata, FileState]:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
     except (EOFError, pickle.UnpicklingError, AttributeError, ValueError, TypeError, ImportError) as error:
         raise CheckpointError(
-            f"checkpoint {path}: is not that of torch.distributed.checkpoint: {_first_line(error)}"
+            f"checkpoint {path}: is not that of torch.distributed.checkpoint: {first_line(error)}"
         ) from None
     if not isinstance(document, Metadata) or not isinstance(document.storage_data, dict):
         raise CheckpointError(f"checkpoint {path}: holds no torch.distributed.checkpoint metadata")
     return document, state
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

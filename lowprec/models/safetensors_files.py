@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowprec.errors import CheckpointError
+from lowprec.errors import CheckpointError, first_line
 from lowprec.storage import FileState, Location, OpenFile, local_copy
 
 __all__ = ["Safetensors", "read_headers", "read_index"]
@@ -119,7 +119,7 @@ class Safetensors:
                 _check_same(where, self._headers[where].state, where.state())
             return safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise _not_safetensors(where, _first_line(error)) from None
+            raise _not_safetensors(where, first_line(error)) from None
         except OSError as error:
             raise CheckpointError(f"checkpoint {where}: cannot be read: {error.strerror or error}") from None
 
@@ -219,7 +219,3 @@ def _check_same(where: Location, before: FileState, now: FileState) -> None:
 
 def _not_safetensors(where: Location, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {where}: is not a safetensors file, or is truncated: {reason}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

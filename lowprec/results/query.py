@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
-from lowprec.errors import QueryError, ResultsError
+from lowprec.errors import QueryError, ResultsError, first_line
 from lowprec.plan import precision_counts
 from lowprec.results.schema import TABLES, TableSchema
 from lowprec.results.store import ResultsStore
@@ -79,12 +79,12 @@ def query_arrow(sql: str, root: str | Path = "runs") -> pa.Table:
         try:
             return connection.sql(statement).to_arrow_table()
         except (duckdb.IOException, pa.ArrowException) as error:
-            raise ResultsError(f"results root {root}: cannot be read: {_first_line(error)}") from None
+            raise ResultsError(f"results root {root}: cannot be read: {first_line(error)}") from None
         except duckdb.Error as error:
             if "reading the stream" in str(error):  # DuckDB wraps what Arrow says of a missing or broken file
                 reason = " ".join(str(error).split())
                 raise ResultsError(f"results root {root}: a data file cannot be read: {reason}") from None
-            raise QueryError(f"lowprec results: {_first_line(error)}; {_available(sql)}") from None
+            raise QueryError(f"lowprec results: {first_line(error)}; {_available(sql)}") from None
 
 
 def latest_front(root: str | Path = "runs", run_id: str | None = None) -> pd.DataFrame:
@@ -168,7 +168,7 @@ def _statements(sql: str) -> list[duckdb.Statement]:
     try:
         return list(duckdb.extract_statements(sql))
     except duckdb.Error as error:
-        raise QueryError(f"lowprec results: {_first_line(error)}; {_available(sql)}") from None
+        raise QueryError(f"lowprec results: {first_line(error)}; {_available(sql)}") from None
 
 
 def _view(schema: TableSchema) -> str:
@@ -190,7 +190,3 @@ def _available(sql: str) -> str:
     if not named:
         return f"tables are {', '.join(TABLES)}"
     return "; ".join(f"columns of {schema.name} are {', '.join(schema.arrow.names)}" for schema in named)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from lowprec.errors import first_line
+
 __all__ = ["SIGNALS", "VERDICTS", "JobLog", "SubmittedJob", "run_in_log"]
 
 VERDICTS = {0: "certified", 2: "rejected", 4: "inconclusive"}
@@ -56,7 +58,8 @@ class SubmittedJob:
         """How it stands, in a few words for people."""
         code = self.exit_code
         if code is None:
-            return f"failed: {_first_line(self.message)}" if self.state == "failed" else self.state
+            why = first_line(self.message)[:300] or "Ray does not say why"
+            return f"failed: {why}" if self.state == "failed" else self.state
         if code in VERDICTS:
             return VERDICTS[code]
         known = {FAILED: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted"}
@@ -114,8 +117,3 @@ def _document(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) and {"schema_version", "command"} <= found.keys() else None
-
-
-def _first_line(message: str) -> str:
-    lines = message.strip().splitlines()
-    return lines[0][:300] if lines else "Ray does not say why"
