@@ -80,7 +80,7 @@ def test_whatever_is_lost_every_piece_is_finished_once(num_pieces, num_workers, 
     rng = random.Random(seed)
     dispatch = Dispatch(num_pieces, num_workers, in_flight=in_flight, ahead=8)
     finished, down, disasters = [], set(), 60
-    while not dispatch.is_done:
+    while len(finished) < num_pieces:
         given_out(dispatch, [w for w in range(num_workers) if w not in down])
         at = {w: dispatch.at(w) for w in range(num_workers)}
         held = [piece for pieces in at.values() for piece in pieces]
@@ -104,3 +104,4 @@ def test_whatever_is_lost_every_piece_is_finished_once(num_pieces, num_workers, 
         else:
             down.discard(rng.randrange(num_workers))
     assert sorted(finished) == list(range(num_pieces))
+    assert given_out(dispatch, range(num_workers)) == []

@@ -33,11 +33,6 @@ class Dispatch:
         self._in_flight, self._ahead = in_flight, ahead
         self.failures: dict[int, list[Failure]] = {}
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every piece is finished."""
-        return self._first_unfinished == len(self._unfinished)
-
     def at(self, worker: int) -> tuple[int, ...]:
         """The pieces that a worker has; it is at the first of them."""
         return tuple(self._at[worker])
