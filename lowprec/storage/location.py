@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from lowprec.errors import ConfigError, LowprecError, StorageError
 from lowprec.storage.scratch import scratch_file
@@ -64,7 +64,8 @@ class Location:
         return self.text
 
     def __truediv__(self, name: str) -> Location:
-        return Location(f"{self.text}/{name}" if self.is_url else str(Path(self.text) / name))
+        """What has that name in a folder, as `names` gives it, or a path of several names with slashes between them."""
+        return Location(f"{self.text}/{quote(name)}" if self.is_url else str(Path(self.text) / name))
 
     @property
     def is_url(self) -> bool:
@@ -78,8 +79,9 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The last part of it."""
-        return PurePosixPath(self.text).name
+        """The last part of it, as `names` gives it."""
+        name = PurePosixPath(self.text).name
+        return unquote(name) if self.is_url else name
 
     @property
     def parent(self) -> Location:

@@ -36,6 +36,18 @@ def test_what_is_written_is_there(root):
     assert root.missing(["runs/plan.json", "runs/other", "top"]) == ["runs/other", "top"]
 
 
+def test_any_name_that_a_folder_gives_is_found_again(root):
+    names = sorted(("part%201.safetensors", "100%", "a b", "c0=x?y#z", "é"))
+    for name in names:
+        write(root / f"folder {name}/{name}", name.encode())
+    assert root.names() == [f"folder {name}" for name in names]
+    for name in names:
+        (file,) = [root / f"folder {name}" / inside for inside in (root / f"folder {name}").names()]
+        assert (file.name, file.kind(), file.parent.kind()) == (name, "file", "folder")
+        assert file.read_bytes() == name.encode() and Location.of(str(file)) == file
+    assert root.missing(["folder 100%/100%", "folder a b/a%20b"]) == ["folder a b/a%20b"]
+
+
 def test_a_block_that_fails_leaves_what_was_there(root):
     file = root / "profile.npz"
     for before in (None, b"before"):
