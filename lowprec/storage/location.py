@@ -48,7 +48,10 @@ class Location:
 
     @classmethod
     def of(cls, where: Where) -> Location:
-        """The location that a path, a URL or a location means; raises `ConfigError` for a URL that became a path."""
+        """The location that a path, a URL or a location means; `~` is the user's home folder.
+
+        Raises `ConfigError` for a URL that became a path.
+        """
         if isinstance(where, Location):
             return where
         text = str(where)
@@ -58,7 +61,7 @@ class Location:
             return cls(text.rstrip("/"))
         if isinstance(where, Path) and re.match(r"[a-z][a-z0-9+]+:/", text):
             raise ConfigError(f'"{text}": give a URL as text, because a Path takes a slash out of it')
-        return cls(str(Path(text)))
+        return cls(str(Path(os.path.expanduser(text))))
 
     def __str__(self) -> str:
         return self.text

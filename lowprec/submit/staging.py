@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -17,7 +16,7 @@ import yaml
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError, PlanError
-from lowprec.storage import Location
+from lowprec.storage import Location, Where
 from lowprec.submit.code import model_code
 
 __all__ = ["StagedJob", "local_paths", "stage_job"]
@@ -132,11 +131,11 @@ def _arguments(option: str, value: object, folder: Path) -> list[str]:
     if isinstance(value, Location) and value.local is not None and option == "--plan":
         _copy_plan(value.local, folder / PLAN_NAME)
         return [option, PLAN_NAME]
-    return [option, _absolute(str(value)) if isinstance(value, Location | Path) else str(value)]
+    return [option, _absolute(value) if isinstance(value, Location | Path) else str(value)]
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+def _absolute(path: Where) -> str:
+    return str(Location.of(path).absolute())
 
 
 def _copy_plan(plan: Path, target: Path) -> None:

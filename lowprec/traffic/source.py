@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from lowprec.errors import LowprecError, TrafficError
+from lowprec.storage import Location
 from lowprec.storage.object_store import check_bucket, filesystem_of, sentence
 
 __all__ = ["Source", "SourceFile", "find_files", "locate", "open_parquet"]
@@ -79,7 +79,7 @@ def locate(path: str) -> tuple[pafs.FileSystem, str, str]:
     """The file system of a path or URL, the path inside it, and what to put before such paths to show them."""
     scheme, separator, _ = path.partition("://")
     if not separator:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path)), ""
+        return pafs.LocalFileSystem(), str(Location.of(path).absolute()), ""
     try:
         filesystem, inner = filesystem_of(path)
     except LowprecError:

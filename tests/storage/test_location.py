@@ -105,6 +105,14 @@ def test_a_url_that_became_a_path_is_refused():
         Location.of(Path("s3://bucket/x"))
 
 
+def test_a_tilde_is_the_home_folder_in_a_path_and_a_letter_in_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("~/runs", Path("~/runs"), tmp_path / "runs"):
+        assert Location.of(path).local == Location.of(path).absolute().local == tmp_path / "runs"
+    assert Location.of("s3://bucket/~/runs").text == "s3://bucket/~/runs"
+    assert (Location.of(tmp_path) / "~").local == tmp_path / "~"
+
+
 def test_relative_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Location.of("a/../b").absolute() == Location.of(tmp_path / "b")
