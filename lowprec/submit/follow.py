@@ -16,6 +16,9 @@ __all__ = ["FollowedJob", "follow_job", "stop_job"]
 POLL_S = 1.0
 # A log comes whole every time. Where that takes long it is asked for less often, to take a twentieth of the time.
 POLL_TO_REQUEST = 20.0
+MAX_POLL_S = 30.0
+# A log may be unreadable for a moment, also for the one in which the job ends.
+LAST_READS = 5
 # Of a forwarded port, or a head node that restarts behind a service; then it is for the user to look.
 LOST_AFTER_S = 30.0
 # After the time that the job has to stop by itself, Ray kills it.
@@ -44,7 +47,7 @@ def follow_job(
     on_lost: told the reason, once each time that the connection breaks; it is tried again for `lost_after_s` seconds,
     and then `JobError` is raised. That says nothing of the job, which goes on without us.
     """
-    log = JobLog()
+    log, reads_left = JobLog(), LAST_READS
     lost_since: float | None = None
     job: SubmittedJob | None = None
     while True:
@@ -68,8 +71,10 @@ def follow_job(
             if text is not None:
                 on_log(log.grown(text, is_over=job.is_over))
             if job.is_over:
-                return FollowedJob(job, log.document, run_in_log(log.text))
-        time.sleep(max(POLL_S, POLL_TO_REQUEST * (time.monotonic() - began) if lost_since is None else 0.0))
+                reads_left -= 1
+                if text is not None or not reads_left:
+                    return FollowedJob(job, log.document, run_in_log(log.text))
+        time.sleep(_pause(time.monotonic() - began) if lost_since is None else POLL_S)
 
 
 def stop_job(cluster: Cluster, submission_id: str) -> SubmittedJob:
@@ -87,6 +92,11 @@ def stop_job(cluster: Cluster, submission_id: str) -> SubmittedJob:
         time.sleep(POLL_S)
         job = cluster.job(submission_id)
     return job
+
+
+def _pause(request_s: float) -> float:
+    """How long to wait after a request that took so long."""
+    return min(max(POLL_S, POLL_TO_REQUEST * request_s), MAX_POLL_S)
 
 
 def _reason(error: LowprecError) -> str:

@@ -31,9 +31,10 @@ class JobsApi:
 
 
 @contextmanager
-def serving(api, port=0):
+def serving(api, port=0, on_request=lambda path: None):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            on_request(self.path)
             api.asked.append((self.command, self.path, dict(self.headers)))
             status, answer = api.answers.get(self.path, (404, f"Job {self.path} does not exist"))
             body = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
@@ -236,6 +237,27 @@ def test_a_log_that_cannot_be_read_does_not_hide_the_end():
     with serving(api) as address:
         followed = follow_job(Cluster(address), "mine", on_log=shown.append, on_lost=pytest.fail)
     assert followed.job.exit_code == 0 and not shown
+
+
+def test_a_log_that_cannot_be_read_when_the_job_ends_is_asked_for_again():
+    api, shown, asked = JobsApi(), [], []
+    api.job("mine", "SUCCEEDED", '{\n  "schema_version": 1,\n  "command": "search"\n}\nthe end\n', driver_exit_code=0)
+    readable = api.answers["/api/jobs/mine/logs"]
+    api.answers["/api/jobs/mine/logs"] = (500, "No available agent to get log")
+
+    def answer_again(path):
+        asked.append(path)
+        if asked.count("/api/jobs/mine/logs") == 2:
+            api.answers[path] = readable
+
+    with serving(api, on_request=answer_again) as address:
+        followed = follow_job(Cluster(address), "mine", on_log=shown.append, on_lost=pytest.fail)
+    assert followed.document == {"schema_version": 1, "command": "search"} and shown == ["the end\n"]
+
+
+def test_a_slow_log_is_asked_for_less_often_but_is_asked_for(monkeypatch):
+    monkeypatch.setattr(follow_module, "POLL_TO_REQUEST", 20.0)
+    assert [follow_module._pause(request_s) for request_s in (0.0, 0.1, 60.0)] == [0.01, 2.0, 30.0]
 
 
 def test_a_job_that_does_not_stop_is_said(monkeypatch):
