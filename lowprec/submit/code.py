@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
+import stat
 import sys
 from collections.abc import Collection, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+from lowprec.errors import ConfigError
 
 __all__ = ["model_code"]
 
@@ -17,7 +21,7 @@ def model_code(module: str, folder: Path, *, data: Collection[str] = ()) -> dict
 
     What is installed is left out, and so is lowprec itself: its sources, without the compiled module, would hide the
     installed one. A package goes whole, but for hidden files, byte code, and the files and folders of `data`. Empty
-    where `folder` has no such module.
+    where `folder` has no such module. Raises `ConfigError` for what cannot be read.
     """
     found: dict[Path, Path] = {}
     seen = {"lowprec"}
@@ -30,20 +34,46 @@ def model_code(module: str, folder: Path, *, data: Collection[str] = ()) -> dict
         # The model's own module is taken from the folder in any case, as by a search on this machine.
         if name != module and _is_installed(name, folder):
             continue
-        files = [file for file in _module_files(name, folder) if not _lies_in(file, data)]
+        try:
+            files = [file for file in _module_files(name, folder) if not _lies_in(file, data)]
+            for file in files:
+                _check_file(file)
+            wanted += [imported for file in files if file.suffix == ".py" for imported in _imports(file)]
+        except OSError as error:
+            raise ConfigError(
+                f"model.factory: {error.filename}, which goes with the job as a part of the model's code, cannot be "
+                f"read: {error.strerror}; remove it, or mend it"
+            ) from None
         found |= {file.relative_to(folder): file for file in files}
-        wanted += [imported for file in files if file.suffix == ".py" for imported in _imports(file)]
     return found
 
 
 def _module_files(name: str, folder: Path) -> Iterator[Path]:
     package, file = folder / name, folder / f"{name}.py"
     if (package / "__init__.py").is_file() or (not file.is_file() and any(package.rglob("*.py"))):
-        for where, folders, files in os.walk(package, followlinks=True):
-            folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-            yield from (Path(where, f) for f in files if not f.startswith(".") and not f.endswith(".pyc"))
+        yield from _files_in(package, frozenset())
     elif file.is_file():
         yield file
+
+
+def _files_in(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files of a package's folder; a link to a folder that it lies in, which would have no end, is left out."""
+    above |= {folder.resolve()}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name == "__pycache__" or entry.suffix == ".pyc":
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif entry.resolve() not in above:
+            yield from _files_in(entry, above)
+
+
+def _check_file(file: Path) -> None:
+    """Raise `OSError` for what is no file that can be sent, such as a link to nowhere or a pipe."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is neither a file nor a folder", str(file))
+    if not os.access(file, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
 
 
 def _lies_in(file: Path, paths: Collection[str]) -> bool:

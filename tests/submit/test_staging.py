@@ -121,6 +121,35 @@ def test_data_in_the_package_is_refused_by_name(folder, monkeypatch):
         pass
 
 
+def test_a_link_to_a_folder_above_is_not_followed_and_others_are(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "shared.py").write_text("")
+    package = folder / "my_features"
+    (package / "itself").symlink_to(package)
+    (package / "inner").mkdir()
+    (package / "inner" / "up").symlink_to("..")
+    for name in ("shared", "again"):
+        (package / name).symlink_to(elsewhere)
+    sent = {path.as_posix() for path in model_code("my_features", folder) if path.suffix == ".py"}
+    inside = {f"my_features/{name}.py" for name in ("__init__", "ids", "words", "shared/shared", "again/shared")}
+    assert sent == inside | {"unreadable.py"}
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "late.py"])
+def test_a_link_to_nowhere_is_refused_by_name(folder, name):
+    (folder / "my_features" / name).symlink_to("/no/such/file")
+    named = rf"model.factory: {folder}/my_features/{name}, .* cannot be read: No such file"
+    with pytest.raises(ConfigError, match=named), stage_job(config_of(folder), "search"):
+        pass
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    os.mkfifo(folder / "my_features" / "pipe.py")
+    with pytest.raises(ConfigError, match=r"pipe.py, .* neither a file nor a folder"):
+        model_code("my_features", folder)
+    assert model_code("my_features", folder, data=[str(folder / "my_features" / "pipe.py")])
+
+
 def test_a_package_is_taken_before_a_module_of_its_name(folder):
     (folder / "my_model").mkdir()
     (folder / "my_model" / "build.py").write_text("")
