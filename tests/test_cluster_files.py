@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 import lowprec
 from lowprec.cli import cli
-from lowprec.config import load_config
+from lowprec.config import EvaluationConfig, load_config
 from lowprec.sizes import parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,21 @@ def test_the_launcher_sends_a_tree_that_builds_and_hides_nothing() -> None:
     assert {".venv", "runs", "**/*.so"} <= set(config["rsync_exclude"])
     assert any(command.startswith(f"cd {target} &&") for command in config["setup_commands"])
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+
+
+def test_the_workers_that_cluster_yaml_speaks_of_fit_its_machines() -> None:
+    config = yaml.safe_load(LAUNCHER)
+    worker = config["available_node_types"]["worker"]
+    advised = yaml.safe_load(re.findall(r"^ +# evaluation: (\{.*\})\.$", LAUNCHER, re.MULTILINE)[0])
+    evaluation = EvaluationConfig(**advised)
+    assert evaluation.worker_memory
+    on_each = worker["resources"]["CPU"] // evaluation.threads_per_worker
+    assert evaluation.num_workers == worker["min_workers"] * on_each
+    memory = parse_bytes(re.findall(r"InstanceType: r7i.4xlarge # (.*)$", LAUNCHER, re.MULTILINE)[0])
+    for node in ("head", "worker"):
+        (shared,) = re.findall(r"--object-store-memory=(\d+)", config[f"{node}_start_ray_commands"][-1])
+        # What the machine itself takes is not known; a fourteenth of its memory is plenty.
+        assert on_each * evaluation.worker_memory + int(shared) < 0.93 * memory
 
 
 def test_images_have_the_ray_and_the_python_that_lowprec_is_tested_with() -> None:
