@@ -200,7 +200,8 @@ TEMPLATE = """# What a huge model needs
 
 Computed by `python docs/scale.py` from the planner and from rates that `python docs/scale.py --measure` measured on one
 thread of a machine ({cpu}); both files are beside this page. For tables of your own:
-`lowprec search --tables FILE --dry-run`.
+
+    lowprec search --dry-run --tables FILE --workers 64 --worker-memory {memory}GB --network {network}Gbit
 
 **The model.** {num_tables} tables of {terabytes} TB in fp32, the largest {largest} TB, dim {dim}; an example looks
 up {ids} ids. The dense part has {dense_mb} MB and takes {mflops} MFLOP an example. There are {examples} examples a day.

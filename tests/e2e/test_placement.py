@@ -84,6 +84,14 @@ def test_the_spec_of_the_readme_is_placed(lowprec, tmp_path):
     assert done.document["placement"]["table_bytes"] == 4 * (2_000_000_000 * 128 + 1500 * 1_000_000 * 64)
 
 
+def test_the_command_of_the_page_about_scale_places_tables(lowprec, spec):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    (command,) = re.findall(r"^    lowprec (search .*--tables FILE .*)$", page, re.MULTILINE)
+    done = lowprec(*command.replace("FILE", spec().name).split(), "--json", cwd=spec().parent)
+    assert done.code == 0, done.err
+    assert len(done.document["placement"]["workers"]) == 64
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
