@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lowprec import __version__
+from lowprec import __version__, exit_codes
 from lowprec.cli_submit import as_job, submit
 from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from lowprec.storage import Location
 
 __all__ = ["cli", "main"]
-
-EXIT_USAGE = 64
-EXIT_INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -51,7 +48,7 @@ def demo(root: Path, as_json: bool) -> int:
         outcome = run_demo(root, progress=bars)
     document = console.json_document("demo", outcome.to_dict())
     show(document, as_json, render.render_search)
-    return console.EXIT_CODES[outcome.verdict]
+    return exit_codes.VERDICTS[outcome.verdict]
 
 
 @_command("generate")
@@ -149,7 +146,7 @@ def search(
     with console.Bars().shown() as bars:
         outcome = run_search(config, resume=resume, profile=profile, progress=bars)
     show(console.json_document("search", outcome.to_dict()), as_json, render.render_search)
-    return console.EXIT_CODES[outcome.verdict]
+    return exit_codes.VERDICTS[outcome.verdict]
 
 
 @_command("verify")
@@ -164,7 +161,7 @@ def verify(config: Config, plan: Location, window: str, budget: float | None, as
     with console.Bars().shown() as bars:
         outcome = verify_plan(config, plan, window=window, budget_pct=budget, progress=bars)
     show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
-    return console.EXIT_CODES[outcome.verdict]
+    return exit_codes.VERDICTS[outcome.verdict]
 
 
 @_command("calibrate", config=False)
@@ -214,7 +211,7 @@ def doctor(address: str | None, as_json: bool) -> int:
     with console.Bars().shown() as bars:
         content = examine(address=address, progress=bars)
     show(console.json_document("doctor", content), as_json, render.render_doctor)
-    return 0 if content["state"] == "ok" else 3
+    return 0 if content["state"] == "ok" else exit_codes.ERROR
 
 
 @_command("results", config=False)
@@ -251,10 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        code = EXIT_USAGE
+        code = exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        code = EXIT_INTERRUPTED
+        code = exit_codes.INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0

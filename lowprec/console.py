@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from lowprec.errors import LowprecError
 
 __all__ = [
-    "EXIT_CODES",
     "Bars",
     "document_stream",
     "json_document",
@@ -30,7 +29,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-EXIT_CODES = {"certified": 0, "rejected": 2, "inconclusive": 4}
 
 # Away from a terminal, what a bar would show is said so often.
 LINE_EVERY_S = 30.0

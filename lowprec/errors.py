@@ -6,6 +6,8 @@ and exits with `exit_code`; `--debug` shows the traceback as well.
 
 from collections.abc import Sequence
 
+from lowprec.exit_codes import ERROR, USAGE
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -29,25 +31,25 @@ __all__ = [
 class LowprecError(Exception):
     """Root of the tree: catch this to catch all of lowprec."""
 
-    exit_code = 3
+    exit_code = ERROR
 
 
 class ConfigError(LowprecError, ValueError):
     """A config file, an option or an environment variable is wrong."""
 
-    exit_code = 64
+    exit_code = USAGE
 
 
 class PlanError(LowprecError, ValueError):
     """A plan does not fit the model, the checkpoint or the plan format."""
 
-    exit_code = 64
+    exit_code = USAGE
 
 
 class QueryError(LowprecError, ValueError):
     """A query is not valid SQL, or would change the results."""
 
-    exit_code = 64
+    exit_code = USAGE
 
 
 class TrafficError(LowprecError, ValueError):

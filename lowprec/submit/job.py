@@ -9,13 +9,11 @@ from datetime import datetime
 from typing import Any
 
 from lowprec.errors import first_line
+from lowprec.exit_codes import ERROR, INTERRUPTED, USAGE, VERDICTS
 
-__all__ = ["SIGNALS", "VERDICTS", "JobLog", "SubmittedJob", "run_in_log"]
+__all__ = ["SIGNALS", "JobLog", "SubmittedJob", "run_in_log"]
 
-VERDICTS = {0: "certified", 2: "rejected", 4: "inconclusive"}
-"""What a search or a verification says by its exit code."""
-
-FAILED, USAGE, INTERRUPTED = 3, 64, 130
+_VERDICT_OF = {code: verdict for verdict, code in VERDICTS.items()}
 # A process that was killed has the signal's number above this, as shells say it.
 SIGNALS = 128
 
@@ -51,7 +49,7 @@ class SubmittedJob:
         """What a command that waits for the job exits with: the job's own code wherever it has one."""
         if self.exit_code is not None:
             return self.exit_code
-        return INTERRUPTED if self.state == "stopped" else FAILED
+        return INTERRUPTED if self.state == "stopped" else ERROR
 
     @property
     def outcome(self) -> str:
@@ -60,9 +58,9 @@ class SubmittedJob:
         if code is None:
             why = first_line(self.message)[:300] or "Ray does not say why"
             return f"failed: {why}" if self.state == "failed" else self.state
-        if code in VERDICTS:
-            return VERDICTS[code]
-        known = {FAILED: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted"}
+        if code in _VERDICT_OF:
+            return _VERDICT_OF[code]
+        known = {ERROR: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted"}
         if code > SIGNALS and code not in known:
             return f"killed by signal {code - SIGNALS}, most often for want of memory on the cluster's head node"
         return known.get(code, f"exit code {code}")
@@ -70,7 +68,7 @@ class SubmittedJob:
     def to_dict(self) -> dict[str, Any]:
         """The job for documents."""
         times = {key: value and value.isoformat() for key, value in asdict(self).items() if key.endswith("_at")}
-        verdict = None if self.exit_code is None else VERDICTS.get(self.exit_code)
+        verdict = None if self.exit_code is None else _VERDICT_OF.get(self.exit_code)
         return {**asdict(self), **times, "verdict": verdict, "outcome": self.outcome}
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError, PlanError
+from lowprec.exit_codes import ERROR
 from lowprec.storage import Location, Where
 from lowprec.submit.code import model_code
 
@@ -35,7 +36,7 @@ for python in {pythons}; do
 done
 echo "error: none of these has lowprec and Ray on the cluster's head node:" {pythons} >&2
 echo "install lowprec where the cluster's Ray is, or say which Python that is: lowprec submit ... --python PATH" >&2
-exit 3
+exit {error}
 """
 
 
@@ -83,7 +84,7 @@ def stage_job(
         # YAML, not JSON: what reads it takes 1e-05 for text.
         (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         pythons = " ".join(map(shlex.quote, [python] if python else ["python", "python3", sys.executable]))
-        (folder / START_NAME).write_text(_START.format(pythons=pythons))
+        (folder / START_NAME).write_text(_START.format(pythons=pythons, error=ERROR))
         code = model_code(_module(config), Path.cwd(), data=local_paths(config).values())
         _copy_code(code, folder)
         arguments = [part for option, value in options.items() for part in _arguments(option, value, folder)]
