@@ -137,7 +137,7 @@ def search(
         from lowprec.search.job import open_job
         from lowprec.search.placement import describe_placement
 
-        job = open_job(config)
+        job = open_job(config, is_placed=workers is None)
         described = describe_job(job) | ({"placement": describe_placement(job.demand(), cluster)} if cluster else {})
         show(console.json_document("search", described), as_json, render.render_dry_run)
         return 0

@@ -31,7 +31,7 @@ from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_ma
 from lowprec.plan import Plan, Precision, RowRange, Unit
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
-from lowprec.shards.planner import Placement
+from lowprec.shards.planner import Cuts, Placement
 from lowprec.storage import Location
 from lowprec.traffic import (
     BadRow,
@@ -87,8 +87,7 @@ class Job:
         model = self.config.model.model_dump(exclude={"checkpoint"})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
         # Bags of a table that is cut are added up piece by piece, which decides their last bits.
-        shards = self.placement.shards_of if self.placement else {}
-        cuts = {name: [s.first_row for s in pieces] for name, pieces in shards.items() if len(pieces) > 1}
+        cuts = self.placement.cuts if self.placement else {}
         where = [cuts] if cuts else []
         return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, *where, ranges]
 
@@ -106,6 +105,28 @@ class Job:
         """The same job with other ranges of rows, by unit; minmax for one left out."""
         whole = {unit.name: row_ranges.get(unit.name, RowRange.MINMAX) for unit in self.units}
         return replace(self, spec=replace(self.spec, row_ranges=whole))
+
+    def with_cuts(self, cuts: Cuts) -> Job:
+        """The same job with tables cut into those pieces, for a run that goes on with other workers.
+
+        Raises `ConfigError` where the workers have no room for the pieces.
+        """
+        if cuts == (self.placement.cuts if self.placement else {}):
+            return self
+        where = self.config.evaluation
+        if where.worker_memory is None:
+            raise ConfigError(
+                f"the run cut tables among its workers ({', '.join(cuts)}), which decides the last bits of its "
+                "results; set evaluation.worker_memory to go on with it, or begin a new run"
+            )
+        try:
+            placement = _placed(self, cuts)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; the run goes on with the pieces of tables that it began with: give it workers as before "
+                "(evaluation.num_workers, evaluation.worker_memory), or begin a new run"
+            ) from None
+        return replace(self, placement=placement)
 
     def profile_origin(self, name: str) -> ProfileOrigin:
         """What a profile of the window called `name` is of."""
@@ -210,8 +231,11 @@ class Job:
             )
 
 
-def open_job(config: Config) -> Job:
-    """Open traffic, model and checkpoint, and find the units; raises a `LowprecError` for whatever does not fit."""
+def open_job(config: Config, *, is_placed: bool = True) -> Job:
+    """Open traffic, model and checkpoint, and find the units; raises a `LowprecError` for whatever does not fit.
+
+    is_placed: tables too, on the workers of the config.
+    """
     ops.check_kernels()
     columns = config.traffic.schema_of_columns()
     reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
@@ -242,11 +266,16 @@ def open_job(config: Config) -> Job:
         checkpoint_sha256=checkpoint_sha256(checkpoint, stamp=spec.checkpoint_stamp),
         features=features,
     )
-    memory = config.evaluation.worker_memory
-    if memory is None:
-        return job
-    _, placement = place(job.demand(), config.evaluation.num_workers, memory)
-    return replace(job, placement=placement if placement.shards else None)
+    return replace(job, placement=_placed(job)) if is_placed else job
+
+
+def _placed(job: Job, cuts: Cuts | None = None) -> Placement | None:
+    """Where the rows lie; None where every worker has them all."""
+    where = job.config.evaluation
+    if where.worker_memory is None:
+        return None
+    _, placement = place(job.demand(), where.num_workers, where.worker_memory, cuts)
+    return placement if placement.shards else None
 
 
 def _is_for_workers_alone(config: Config, spec: WorkerSpec) -> bool:

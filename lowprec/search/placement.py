@@ -14,7 +14,7 @@ from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import Precision, RowRange
 from lowprec.shards import hot_bytes
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
-from lowprec.shards.planner import Placement, TableLoad, place_tables
+from lowprec.shards.planner import Cuts, Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
 from lowprec.traffic import TrafficWindow
 
@@ -69,10 +69,12 @@ def place_spec(path: Path, cluster: Cluster, *, row_range: RowRange = RowRange.M
     )
 
 
-def place(demand: Demand, num_workers: int, worker_memory: int) -> tuple[WorkerNeeds, Placement]:
+def place(
+    demand: Demand, num_workers: int, worker_memory: int, cuts: Cuts | None = None
+) -> tuple[WorkerNeeds, Placement]:
     """What each worker needs for itself, and which rows it holds in the rest of its memory.
 
-    Raises `ConfigError` where the tables do not fit.
+    cuts: where tables are cut, if that is decided. Raises `ConfigError` where the tables do not fit.
     """
     needs = WorkerNeeds.of(
         worker_memory,
@@ -90,7 +92,7 @@ def place(demand: Demand, num_workers: int, worker_memory: int) -> tuple[WorkerN
             f"{needs.batch / 1e9:.2f} GB batches of {demand.batch_size}, {needs.caches / 1e9:.2f} GB caches); give "
             "them more, or lower traffic.batch_size"
         )
-    return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers)
+    return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers, cuts)
 
 
 def describe_placement(demand: Demand, cluster: Cluster) -> dict[str, Any]:

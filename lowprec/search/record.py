@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from lowprec import __version__
-from lowprec.errors import ConfigError, PoisonedWorkError
+from lowprec.errors import ConfigError, LowprecError, PoisonedWorkError, WorkerError
 from lowprec.results import ResultsStore
 from lowprec.search.job import Job
+from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial
 from lowprec.storage import Location
@@ -20,15 +22,18 @@ from lowprec.storage import Location
 __all__ = ["RunRecord"]
 
 # Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
-# (How batches are grouped and how many threads compute them changes the last bits, so those must stay.) Traffic and
-# checkpoint may lie elsewhere, as on the machines of a cluster: that they are the same is seen by what they hold.
+# (How batches are grouped and how many threads compute them changes the last bits, so those must stay.) Files may lie
+# elsewhere, as on the machines of a cluster: that they are the same is seen by what they hold. Tables stay cut as they
+# were, whatever the workers.
 FREE_TO_CHANGE = (
     "name",
     "traffic.path",
     "model.checkpoint",
     "search.max_trials",
     "search.timeout_s",
+    "cost.calibration",
     "evaluation.num_workers",
+    "evaluation.worker_memory",
     "evaluation.task_timeout_s",
     "evaluation.hung_after_s",
     "evaluation.start_timeout_s",
@@ -39,17 +44,21 @@ FREE_TO_CHANGE = (
 
 
 class RunRecord:
-    """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes."""
+    """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes.
+
+    job: what the run does; one that is resumed has its tables cut as they were.
+    """
 
     def __init__(self, job: Job, run_id: str | None, *, command: str = "search") -> None:
         """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config."""
-        self._job = job
+        self.job = job
         self._store = ResultsStore(job.config.results.root)
         self._command = command
         if run_id is None:
             now = datetime.now(UTC)
             self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
             self._started_at, self._version = now, 0
+            self._origin = RunOrigin.of(job)
             self._kept: dict[str, Any] = {"verdict": None, "recommended_trial_key": None, "summary_json": None}
         else:
             before = self._run(run_id)
@@ -61,6 +70,10 @@ class RunRecord:
                 )
             self.run_id = run_id
             self._started_at, self._version = before["started_at"], before["version"] + 1
+            self._origin = RunOrigin.read(self.artifacts) or RunOrigin.of(job)
+            if self._origin.calibration_sha256 != RunOrigin.of(job).calibration_sha256:
+                raise self.changed("cost.calibration is another one than the run began with; begin a new run")
+            self.job = job.with_cuts(self._origin.cuts)
             # What the run had found stays visible until it finds something else.
             self._kept = {key: before[key] for key in ("verdict", "recommended_trial_key", "summary_json")}
 
@@ -69,11 +82,32 @@ class RunRecord:
         """The folder for the run's files, below the results root."""
         return self._store.artifacts(self.run_id)
 
+    @contextmanager
+    def running(self, note: Callable[[str], None]) -> Iterator[None]:
+        """Commit that the run has begun, and when the block is left early how it ended; `note` is told what to do."""
+        self._origin.write(self.artifacts)
+        self.state("running")
+        note(f"run {self.run_id}")
+        is_search = self._command == "search"
+        resume = f"go on with: lowprec search CONFIG --resume {self.run_id}"
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._try(lambda: self.state("stopped", message="interrupted"), note)
+            note(f"interrupted; {resume if is_search else 'nothing of it is kept'}")
+            raise
+        except Exception as failure:
+            error = failure
+            self._try(lambda: self._failed(error, note), note)
+            if isinstance(error, WorkerError) and is_search:
+                note(f"what is committed is kept; {resume}")
+            raise
+
     def state(self, status: str, *, message: str = "", **known: Any) -> None:
         """Commit a new state of the run: running, done, stopped or failed."""
         if status == "done":
             self._store.check_kept()
-        config = self._job.config
+        config = self.job.config
         row = {
             "run_id": self.run_id,
             "version": self._version,
@@ -83,7 +117,7 @@ class RunRecord:
             "updated_at": datetime.now(UTC),
             "name": config.name,
             "config_json": config.to_json(),
-            "checkpoint_sha256": self._job.checkpoint_sha256,
+            "checkpoint_sha256": self.job.checkpoint_sha256,
             "lowprec_version": __version__,
             "budget_pct": config.search.all_budgets[0],
             "message": message,
@@ -93,17 +127,24 @@ class RunRecord:
         self._store.append("runs", [{"row_key": f"{self.run_id}/{self._version}", **row}])
         self._version += 1
 
-    def failed(self, error: Exception) -> Location | None:
-        """Commit that the run failed; returns the file in which work is set aside that failed again and again."""
+    def _failed(self, error: Exception, note: Callable[[str], None]) -> None:
+        """Commit that the run failed; work that failed again and again is set aside in a file."""
         self.state("failed", message=str(error))
         if not isinstance(error, PoisonedWorkError):
-            return None
+            return
         name = hashlib.sha256(error.work.encode()).hexdigest()[:16]
         path = self.artifacts / "quarantine" / f"work-{name}.json"
         document = {"run_id": self.run_id, "command": self._command, "work": error.work, "tries": error.tries}
         with path.whole_file() as partial:
             partial.write_text(json.dumps({**document, "message": str(error)}, indent=2))
-        return path
+        note(f"the work that failed is described in {path}")
+
+    def _try(self, commit: Callable[[], None], note: Callable[[str], None]) -> None:
+        """Commit how the run ended; where that fails too, what ended it is still what is raised."""
+        try:
+            commit()
+        except (LowprecError, OSError) as error:
+            note(f"run {self.run_id} still says that it is running: {error}")
 
     def has_sensitivities(self, window: str) -> bool:
         """Whether the sensitivities of that window are there; they are committed all at once."""
@@ -131,7 +172,7 @@ class RunRecord:
 
     def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
         """Commit a wave at once: after a kill it is there whole or not at all."""
-        fp32 = self._job.space.fp32_bytes
+        fp32 = self.job.space.fp32_bytes
         self._store.append(
             "trials",
             [
@@ -150,7 +191,7 @@ class RunRecord:
 
     def _verdict(self, trial: Trial) -> dict[str, Any]:
         """The tightest budget that the trial is certified for, else the loosest with what is known of it."""
-        budgets = self._job.config.search.all_budgets
+        budgets = self.job.config.search.all_budgets
         certified = [b for b in budgets if trial.metrics.verdict(b) == "certified"]
         budget = (certified or budgets[-1:])[0]
         return {"budget_pct": budget, "verdict": trial.metrics.verdict(budget)}
@@ -164,7 +205,7 @@ class RunRecord:
         if not rows:
             known = self._store.read("runs").column("run_id").to_pylist()
             raise ConfigError(
-                f"--resume {run_id}: no such run under {self._job.config.results.root}; "
+                f"--resume {run_id}: no such run under {self.job.config.results.root}; "
                 + (f"the latest are {', '.join(sorted(set(known))[-3:])}" if known else "there are no runs yet")
             )
         return max(rows, key=lambda row: row["version"])

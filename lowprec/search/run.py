@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowprec.config import Config
-from lowprec.errors import ConfigError, WorkerError
+from lowprec.errors import ConfigError
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.profile_file import read_profile, write_profile
@@ -57,32 +57,22 @@ def run_search(
         listener.note(note)
     # Read before the run begins: what is missing or of something else must cost no pass and leave no trace.
     open_costs(config.cost, job.space, {})
-    given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     record = RunRecord(job, resume)
-    record.state("running")
-    try:
+    job = record.job
+    given = None if profile is None else read_profile(profile, job.profile_origin("search"))
+    with record.running(listener.note):
         if given is not None:
             write_profile(given, job.profile_origin("search"), record.artifacts / "profile.npz")
         with open_workers(job, listener.note) as workers:
             outcome = _Search(job, record, workers, listener).run()
-    except KeyboardInterrupt:
-        record.state("stopped", message="interrupted")
-        listener.note(f"interrupted; go on with: lowprec search CONFIG --resume {record.run_id}")
-        raise
-    except Exception as error:
-        if kept := record.failed(error):
-            listener.note(f"the work that failed is described in {kept}")
-        if isinstance(error, WorkerError):
-            listener.note(f"what is committed is kept; go on with: lowprec search CONFIG --resume {record.run_id}")
-        raise
-    best = outcome.recommendations[0].best
-    record.state(
-        "done",
-        message=best.choice.because,
-        verdict=outcome.verdict,
-        recommended_trial_key=best.choice.trial.key,
-        summary_json=json.dumps(outcome.to_dict()),
-    )
+        best = outcome.recommendations[0].best
+        record.state(
+            "done",
+            message=best.choice.because,
+            verdict=outcome.verdict,
+            recommended_trial_key=best.choice.trial.key,
+            summary_json=json.dumps(outcome.to_dict()),
+        )
     return outcome
 
 
@@ -97,7 +87,6 @@ class _Search:
         self._slices = slices_of(self._window)
         # The one random order in which slices are raced: plans of different waves meet on the same slices.
         self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
-        progress.note(f"run {record.run_id}")
 
     def run(self) -> SearchOutcome:
         self._known_trials()  # a resumption on other traffic ends here, before anything is measured

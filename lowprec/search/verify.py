@@ -94,10 +94,10 @@ def verify_plan(
             f"{config.space.row_range}: the plan was evaluated with its own"
         )
     traffic_window = job.window(window)
+    open_costs(config.cost, job.space, {})  # what is wrong with them must cost no pass
     record = RunRecord(job, None, command="verify")
-    record.state("running")
-    listener.stage("verify", traffic_window.num_batches)
-    try:
+    with record.running(listener.note):
+        listener.stage("verify", traffic_window.num_batches)
         with open_workers(job, listener.note) as workers:
             evaluation = job.evaluate(
                 workers,
@@ -108,46 +108,42 @@ def verify_plan(
                 on_progress=listener.advance,
             )
             wrong_rows = job.rows_without_form(workers, file.plan)
-    except Exception as error:
-        if kept := record.failed(error):
-            listener.note(f"the work that failed is described in {kept}")
-        raise
-    metrics = evaluation.metrics[0]
-    verdict = metrics.verdict(budget)
-    costs = open_costs(config.cost, job.space, evaluation.use)
-    trial = Trial(
-        key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
-        number=0,
-        wave=0,
-        kind="verify",
-        plan=file.plan,
-        size_bytes=size_bytes,
-        latency_ns=costs.plan_latency_ns(file.plan),
-        cost=costs.cost(file.plan),
-        promised_pct=None,
-        metrics=metrics,
-        on_window=Interval(metrics.gap_pct, metrics.gap_pct),
-        rows=evaluation.rows,
-    )
-    record.add_trials([trial], evaluation="verify", window=job.window_text(window))
-    outcome = Verification(
-        run_id=record.run_id,
-        plan=file.plan,
-        row_ranges=ranges,
-        size_bytes=size_bytes,
-        latency_ns=trial.latency_ns,
-        fp32_bytes=job.space.fp32_bytes,
-        metrics=metrics,
-        budget_pct=budget,
-        verdict=verdict,
-        window=job.window_text(window),
-        rows=evaluation.rows,
-        notes=(*notes, *costs.notes, *wrong_rows),
-        seconds=time.monotonic() - began,
-    )
-    record.state(
-        "done", verdict=verdict, recommended_trial_key=trial.key, message=f"plan {plan_path} on {outcome.window}"
-    )
+        metrics = evaluation.metrics[0]
+        verdict = metrics.verdict(budget)
+        costs = open_costs(config.cost, job.space, evaluation.use)
+        trial = Trial(
+            key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
+            number=0,
+            wave=0,
+            kind="verify",
+            plan=file.plan,
+            size_bytes=size_bytes,
+            latency_ns=costs.plan_latency_ns(file.plan),
+            cost=costs.cost(file.plan),
+            promised_pct=None,
+            metrics=metrics,
+            on_window=Interval(metrics.gap_pct, metrics.gap_pct),
+            rows=evaluation.rows,
+        )
+        record.add_trials([trial], evaluation="verify", window=job.window_text(window))
+        outcome = Verification(
+            run_id=record.run_id,
+            plan=file.plan,
+            row_ranges=ranges,
+            size_bytes=size_bytes,
+            latency_ns=trial.latency_ns,
+            fp32_bytes=job.space.fp32_bytes,
+            metrics=metrics,
+            budget_pct=budget,
+            verdict=verdict,
+            window=job.window_text(window),
+            rows=evaluation.rows,
+            notes=(*notes, *costs.notes, *wrong_rows),
+            seconds=time.monotonic() - began,
+        )
+        record.state(
+            "done", verdict=verdict, recommended_trial_key=trial.key, message=f"plan {plan_path} on {outcome.window}"
+        )
     return outcome
 
 

@@ -2,7 +2,8 @@
 
 Small and busy tables are held by every worker, so that they are never asked for over the network. The others are cut
 into ranges of rows where one worker cannot hold them, or would do most of the lookups, and the pieces are packed: the
-largest first, each to the worker that is then the least full of both memory and lookups.
+largest first, each to the worker that is then the least full of both memory and lookups. Where tables were cut once,
+they can be placed on other workers in the same pieces.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from lowprec.errors import ConfigError
 
-__all__ = ["Placement", "Shard", "TableLoad", "place_tables"]
+__all__ = ["Cuts", "Placement", "Shard", "TableLoad", "place_tables"]
 
 _VALUE_BYTES = 4
+
+Cuts = Mapping[str, Sequence[int]]
+"""By table, for those in several pieces: the first row of each piece, in order."""
 
 # A table of this share of an even worker's lookups, or more, is cut for their sake.
 _BUSY_SHARE = 1.25
@@ -151,6 +155,12 @@ class Placement:
             found.setdefault(shard.table, []).append(shard)
         return {name: tuple(shards) for name, shards in found.items()}
 
+    @property
+    def cuts(self) -> dict[str, list[int]]:
+        """Where tables are cut, which decides the last bits of what they give."""
+        shards = self.shards_of.items()
+        return {name: [shard.first_row for shard in pieces] for name, pieces in shards if len(pieces) > 1}
+
     @cached_property
     def held_bytes(self) -> tuple[int, ...]:
         """Bytes of tables at each worker."""
@@ -171,10 +181,10 @@ class Placement:
         return tuple(found)
 
 
-def place_tables(tables: Sequence[TableLoad], capacities: Sequence[int]) -> Placement:
+def place_tables(tables: Sequence[TableLoad], capacities: Sequence[int], cuts: Cuts | None = None) -> Placement:
     """Place tables on workers that have `capacities` bytes for them; the same arguments give the same placement.
 
-    Raises `ConfigError` where the tables do not fit, with what would be enough.
+    cuts: cut tables there and nowhere else. Raises `ConfigError` where they do not fit, with what would be enough.
     """
     if not capacities:
         raise ConfigError("no workers to place tables on")
@@ -182,9 +192,20 @@ def place_tables(tables: Sequence[TableLoad], capacities: Sequence[int]) -> Plac
         raise ConfigError("tables must have different names")
     _check_fit(tables, capacities)
     replicated = _replicated(tables, capacities)
+    if cuts is None:
+        return _placed(tables, capacities, replicated, None)
+    try:
+        return _placed(tables, capacities, replicated - cuts.keys(), cuts)
+    except ConfigError:  # pieces that may not be cut need more room
+        return _placed(tables, capacities, frozenset(), cuts)
+
+
+def _placed(
+    tables: Sequence[TableLoad], capacities: Sequence[int], replicated: frozenset[str], cuts: Cuts | None
+) -> Placement:
     copies = sum(table.num_bytes for table in tables if table.name in replicated)
     rest = [table for table in tables if table.name not in replicated]
-    shards = _packed(rest, [capacity - copies for capacity in capacities])
+    shards = _packed(rest, [capacity - copies for capacity in capacities], cuts)
     return Placement(
         tuple(tables),
         tuple(capacities),
@@ -250,7 +271,7 @@ class _Piece:
         return _Piece(self.table, self.first_row, row), _Piece(self.table, row, self.end_row)
 
 
-def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shard]:
+def _packed(tables: Sequence[TableLoad], capacities: Sequence[int], cuts: Cuts | None) -> list[Shard]:
     """Shards of all rows. Largest pieces first, to the worker that is then least full; one that fits nowhere is cut."""
     if not tables:
         return []
@@ -262,11 +283,13 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
     def size(piece: _Piece) -> float:
         return max(piece.num_bytes / average / even_fill, piece.ids / even_ids)
 
-    waiting = [
-        (-size(piece), piece.table.name, piece.first_row, piece)
-        for table in tables
-        for piece in _pieces(table, len(capacities), max(capacities), even_fill * average, even_ids)
-    ]
+    def pieces(table: TableLoad) -> list[_Piece]:
+        if cuts is None:
+            return _pieces(table, len(capacities), max(capacities), even_fill * average, even_ids)
+        bounds = [*cuts.get(table.name, [0]), table.num_rows]
+        return [_Piece(table, first, end) for first, end in pairwise(bounds)]
+
+    waiting = [(-size(piece), piece.table.name, piece.first_row, piece) for table in tables for piece in pieces(table)]
     heapq.heapify(waiting)
     held, asked = [0] * len(capacities), [0.0] * len(capacities)
     shards: list[Shard] = []
@@ -276,6 +299,12 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
         if not fitting:
             room, worker = max((capacity - held[w], -w) for w, capacity in enumerate(capacities))
             num_rows = max(0, room) // piece.table.row_bytes
+            if cuts is not None:
+                raise ConfigError(
+                    f'"{piece.table.name}" does not fit: rows {piece.first_row} to {piece.end_row} must stay together, '
+                    f"as they were before, and take {piece.num_bytes / 1e9:,.2f} GB, but no worker has more than "
+                    f"{max(0, room) / 1e9:,.2f} GB left"
+                )
             if num_rows == 0:
                 raise ConfigError(
                     f'rows of "{piece.table.name}" do not fit: {len(capacities)} workers are full to the last row; use '
@@ -295,7 +324,7 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int]) -> list[Shar
         held[worker] += piece.num_bytes
         asked[worker] += piece.ids
         shards.append(Shard(piece.table.name, piece.first_row, piece.end_row, worker))
-    return _joined(shards)
+    return _joined(shards) if cuts is None else shards
 
 
 def _pieces(table: TableLoad, num_workers: int, capacity: int, even_bytes: float, even_ids: float) -> list[_Piece]:

@@ -146,8 +146,10 @@ def test_a_search_whose_tables_no_worker_can_hold(lowprec, config_file, tmp_path
     shards = placed.document["placement"]["shards"]
     assert len(shards) > len({shard["table"] for shard in shards}) > 1, "no table is cut"
     shared = lowprec("search", config, "--json")
-    again = lowprec("search", config, "--resume", shared.document["run_id"], "--json")
-    assert again.code == shared.code and again.document["confirm"] == shared.document["confirm"]
+    resume = ("--resume", shared.document["run_id"], "--json")
+    fewer = config_file(evaluation__num_workers=2, evaluation__worker_memory=2 * memory, results__root=str(root))
+    again = lowprec("search", fewer, *resume)
+    assert again.code == shared.code and again.document["confirm"] == shared.document["confirm"], again.err
     alone = lowprec("search", config_file(results__root=str(tmp_path / "alone")), "--json")
     assert shared.code == alone.code, shared.err
     for key in ("search", "confirm"):

@@ -107,6 +107,17 @@ def an_empty_shard(tables):
     return Placement(tables, (10**6,) * 3, (), tuple(sorted(shards)))
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_the_same_cuts_give_the_same_bits_on_however_many_workers(job, num_workers):
+    before = placed(job, cuts=(10, 500))
+    batch, plans = job.window("search").batch(0), some_plans(job)
+    first, *_ = sharded(job, before)
+    last, *_ = sharded(job, place_tables(before.tables, [10**6] * num_workers, before.cuts))
+    np.testing.assert_array_equal(last.logits(batch, plans).plans, first.logits(batch, plans).plans)
+    for found, expected in zip(swaps(last, batch, job.columns), swaps(first, batch, job.columns), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("place", [more_workers_than_tables, unequal_workers, an_empty_shard])
 def test_odd_placements_give_the_same_numbers(job, place):
     placement = place(tuple(TableLoad(u.name, u.num_rows, u.dim) for u in job.units))

@@ -18,14 +18,15 @@ def zipf(num=64, exponent=1.2):
     return tuple(share / sum(shares) for share in shares)
 
 
-def check(placement: Placement) -> None:
+def check(placement: Placement, *, joined: bool = True) -> None:
     for table in placement.tables:
         shards = placement.shards_of.get(table.name, ())
         assert (table.name in placement.replicated) != bool(shards)
         rows = [0, *(shard.end_row for shard in shards)]
         assert [shard.first_row for shard in shards] == rows[:-1] and rows[-1] in (0, table.num_rows)
         assert all(shard.num_rows > 0 and 0 <= shard.worker < placement.num_workers for shard in shards)
-        assert all(one.worker != other.worker for one, other in pairwise(shards)), "neighbours are one shard"
+        neighbours = [(one.worker, other.worker) for one, other in pairwise(shards)]
+        assert not joined or all(one != other for one, other in neighbours), "neighbours are one shard"
     for held, capacity in zip(placement.held_bytes, placement.capacities, strict=True):
         assert held <= capacity
     assert math.isclose(sum(placement.lookups), sum(table.ids for table in placement.tables), abs_tol=1e-9)
@@ -107,6 +108,25 @@ def test_the_smallest_of_numbers_is_no_load():
 def test_one_worker_holds_everything():
     placement = place_tables([TableLoad("only", 10, 4)], [160])
     assert placement.replicated == ("only",) and placement.held_bytes == (160,)
+
+
+@settings(max_examples=100)
+@given(tables=tables(), num_workers=st.integers(1, 9))
+def test_pieces_stay_as_they_were_on_other_workers(tables, num_workers):
+    needed = sum(table.num_bytes for table in tables)
+    widest = max(table.row_bytes for table in tables)
+    before = place_tables(tables, [needed // 3 + 3 * widest] * 4)
+    room = needed // num_workers + max(table.num_bytes for table in tables)  # for any piece, whatever was packed before
+    again = place_tables(tables, [room] * num_workers, before.cuts)
+    check(again, joined=False)
+    assert again.cuts == before.cuts
+
+
+def test_pieces_that_must_not_be_cut_and_do_not_fit():
+    tables = [TableLoad("a", 100, 25), TableLoad("b", 50, 25)]
+    assert place_tables(tables, [11_000, 6_000], {}).shards == (Shard("a", 0, 100, 0), Shard("b", 0, 50, 1))
+    with pytest.raises(ConfigError, match='"a" does not fit: rows 0 to 100 must stay together, .* 0.00 GB left'):
+        place_tables(tables, [9_000] * 3, {})
 
 
 def test_thousands_of_tables_are_balanced():

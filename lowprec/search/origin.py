@@ -1,0 +1,46 @@
+"""What a run began with that its config does not say, and that its resumption needs the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from lowprec.search.job import Job
+from lowprec.storage import Location
+
+__all__ = ["RunOrigin"]
+
+_FILE = "origin.json"
+
+
+@dataclass(frozen=True)
+class RunOrigin:
+    """cuts: by table, for those shared among workers in pieces, the first row of each piece; sums over bags depend on
+    them to the last bit. calibration_sha256: of the file of `cost.calibration`, None without one.
+    """
+
+    cuts: Mapping[str, list[int]]
+    calibration_sha256: str | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """What a run of this job would begin with."""
+        path = job.config.cost.calibration
+        digest = None if path is None else hashlib.sha256(Location.of(path).read_bytes()).hexdigest()
+        return cls(job.placement.cuts if job.placement else {}, digest)
+
+    @classmethod
+    def read(cls, folder: Location) -> Self | None:
+        """As it was written to a run's folder; None where a run was killed before that, with nothing done."""
+        try:
+            return cls(**json.loads((folder / _FILE).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def write(self, folder: Location) -> None:
+        """Keep it in a run's folder."""
+        with (folder / _FILE).whole_file() as partial:
+            partial.write_text(json.dumps(asdict(self), indent=2))
