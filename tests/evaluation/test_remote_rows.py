@@ -60,15 +60,15 @@ def changed(small_folder, tmp_path, *, same_size):
     return file
 
 
-@pytest.mark.parametrize("where", ["url", "path"])
-def test_a_checkpoint_that_was_replaced_is_refused(where, small_config, small_folder, url, tmp_path):
+@pytest.mark.parametrize(("where", "same_size"), [("url", True), ("path", True), ("path", False)])
+def test_a_checkpoint_that_was_replaced_is_refused(where, same_size, small_config, small_folder, url, tmp_path):
     """A worker that is restarted hours later must not evaluate what a training has put there meanwhile."""
     path = url
     if where == "path":
         path = str(tmp_path / "model.safetensors")
         (tmp_path / "model.safetensors").write_bytes((small_folder / "model.safetensors").read_bytes())
     job = open_job(small_config(f"model.checkpoint={path}"))
-    other = changed(small_folder, tmp_path, same_size=where == "url")
+    other = changed(small_folder, tmp_path, same_size=same_size)
     upload(other, path)
     for load in (
         lambda: load_adapter(job.spec),
