@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lowprec.errors import ConfigError
 from lowprec.plan import Precision, RowRange
 from lowprec.sizes import parse_bytes
+from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
 
 __all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
@@ -233,9 +234,9 @@ class EvaluationConfig(_Section):
     worker_memory: Annotated[int, Field(gt=0)] | None = None
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
     batches_per_task: Annotated[int, Field(gt=0)] = 4
-    task_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    hung_after_s: Annotated[float, Field(gt=0)] = 30.0
-    start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    task_timeout_s: Annotated[float, Field(gt=0)] = TASK_S
+    hung_after_s: Annotated[float, Field(gt=0)] = HUNG_S
+    start_timeout_s: Annotated[float, Field(gt=0)] = START_S
     address: str | None = None
 
     @field_validator("worker_memory", mode="before")

@@ -11,6 +11,7 @@ import ray
 
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.cluster.actor import Peers, Pulse
+from lowprec.timeouts import HUNG_S, START_S, TASK_S
 
 __all__ = ["Timeouts", "Watch", "memory_hint"]
 
@@ -30,9 +31,9 @@ class Timeouts:
     ever.
     """
 
-    task_s: float = 600.0
-    hung_s: float = 30.0
-    start_s: float = 300.0
+    task_s: float = TASK_S
+    hung_s: float = HUNG_S
+    start_s: float = START_S
 
 
 @dataclass
