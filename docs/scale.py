@@ -110,7 +110,7 @@ def _decoded_values() -> float:
 def page(rates: dict[str, Any]) -> str:
     """docs/scale.md."""
     from lowprec.errors import ConfigError
-    from lowprec.search.placement import Cluster, place_spec
+    from lowprec.search.placement import Machines, place_spec
 
     flops = 2 * sum(a * b for a, b in LAYERS)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,9 +119,9 @@ def page(rates: dict[str, Any]) -> str:
         calibration.write_text(json.dumps(rates["calibration"]))
         rows = []
         for num_workers in (48, 64, 96, 128):
-            cluster = Cluster(num_workers, MACHINE["memory"], MACHINE["network"], calibration)
+            machines = Machines(num_workers, MACHINE["memory"], MACHINE["network"], calibration)
             try:
-                rows.append(_row(num_workers, place_spec(tables, cluster), rates, flops))
+                rows.append(_row(num_workers, place_spec(tables, machines), rates, flops))
             except ConfigError as error:
                 if "do not fit" not in str(error):
                     raise

@@ -18,7 +18,7 @@ from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
 if TYPE_CHECKING:
     from lowprec.config import Config
     from lowprec.results.output import Format
-    from lowprec.search.placement import Cluster
+    from lowprec.search.placement import Machines
     from lowprec.storage import Location
 
 __all__ = ["cli", "main"]
@@ -120,12 +120,12 @@ def search(
     """
     from lowprec import console, render
 
-    cluster = _cluster(config, dry_run, workers, worker_memory, network, calibration, tables)
+    machines = _machines(config, dry_run, workers, worker_memory, network, calibration, tables)
     if tables is not None:
         from lowprec.search.placement import place_spec
 
-        assert cluster is not None
-        placed = console.json_document("search", {"dry_run": True, "placement": place_spec(tables, cluster)})
+        assert machines is not None
+        placed = console.json_document("search", {"dry_run": True, "placement": place_spec(tables, machines)})
         show(placed, as_json, render.render_dry_run)
         return 0
     assert config is not None
@@ -138,7 +138,7 @@ def search(
         from lowprec.search.placement import describe_placement
 
         job = open_job(config, is_placed=workers is None)
-        described = describe_job(job) | ({"placement": describe_placement(job.demand(), cluster)} if cluster else {})
+        described = describe_job(job) | ({"placement": describe_placement(job.demand(), machines)} if machines else {})
         show(console.json_document("search", described), as_json, render.render_dry_run)
         return 0
     from lowprec.search.run import run_search
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _cluster(
+def _machines(
     config: Config | None,
     dry_run: bool,
     workers: int | None,
@@ -266,7 +266,7 @@ def _cluster(
     network: str | None,
     calibration: Path | None,
     tables: Path | None,
-) -> Cluster | None:
+) -> Machines | None:
     """The workers that a dry run is asked to place tables on; None where it is not asked to."""
     from lowprec.errors import ConfigError
 
@@ -284,11 +284,11 @@ def _cluster(
         raise ConfigError(
             "placing tables needs both --workers and --worker-memory, such as --workers 4 --worker-memory 8GB"
         )
-    from lowprec.search.placement import Cluster
+    from lowprec.search.placement import Machines
     from lowprec.sizes import parse_bytes, parse_rate
 
     memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
-    return Cluster(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
+    return Machines(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:

@@ -12,7 +12,7 @@ from lowprec.command import command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
-    from lowprec.submit import Cluster, SubmittedJob
+    from lowprec.submit import JobsApi, SubmittedJob
 
 __all__ = ["as_job", "submit"]
 
@@ -61,14 +61,14 @@ def status(job: str | None, address: str | None, as_json: bool) -> None:
     from lowprec import console, render
     from lowprec.submit import run_in_log
 
-    cluster = _cluster(address)
+    api = _jobs_api(address)
     if job is None:
-        content: dict[str, Any] = {"address": cluster.address, "jobs": [found.to_dict() for found in cluster.jobs()]}
+        content: dict[str, Any] = {"address": api.address, "jobs": [found.to_dict() for found in api.jobs()]}
         show(console.json_document("submit status", content), as_json, render.render_jobs)
         return
-    found = cluster.job(job)
-    run_id = run_in_log(cluster.log(job) or "")
-    show(console.json_document("submit status", _described(cluster, found, run_id)), as_json, render.render_job)
+    found = api.job(job)
+    run_id = run_in_log(api.log(job) or "")
+    show(console.json_document("submit status", _described(api, found, run_id)), as_json, render.render_job)
 
 
 @_command("logs", config=False)
@@ -80,14 +80,14 @@ def logs(job: str, follow: bool, address: str | None, as_json: bool) -> int:
     from lowprec import console
     from lowprec.errors import JobError
 
-    cluster = _cluster(address)
+    api = _jobs_api(address)
     if follow:
-        return _follow(cluster, job, "logs", as_json=as_json)
-    cluster.job(job)
-    log = cluster.log(job)
+        return _follow(api, job, "logs", as_json=as_json)
+    api.job(job)
+    log = api.log(job)
     if log is None:
-        raise JobError(f"job {job}: the cluster at {cluster.address} cannot read its log; try again, or look there")
-    content = {"submission_id": job, "address": cluster.address, "log": log}
+        raise JobError(f"job {job}: the cluster at {api.address} cannot read its log; try again, or look there")
+    content = {"submission_id": job, "address": api.address, "log": log}
     show(console.json_document("submit logs", content), as_json, _print_log)
     return 0
 
@@ -100,9 +100,9 @@ def stop(job: str, address: str | None, as_json: bool) -> None:
     from lowprec import console, render
     from lowprec.submit import run_in_log, stop_job
 
-    cluster = _cluster(address)
-    stopped = stop_job(cluster, job)
-    content = _described(cluster, stopped, run_in_log(cluster.log(job) or ""))
+    api = _jobs_api(address)
+    stopped = stop_job(api, job)
+    content = _described(api, stopped, run_in_log(api.log(job) or ""))
     show(console.json_document("submit stop", content), as_json, render.render_job)
 
 
@@ -114,37 +114,37 @@ def _submit(
 
     as_json = bool(options["--json"])
     with stage_job(config, name, options, python=python) as staged:
-        cluster = _cluster(address)
-        for note in staged.notes(is_here=cluster.is_here):
+        api = _jobs_api(address)
+        for note in staged.notes(is_here=api.is_here):
             _note(note)
-        submitted = cluster.submit(staged)
+        submitted = api.submit(staged)
     if follow:
-        return _follow(cluster, submitted.submission_id, name, as_json=as_json)
-    content = _described(cluster, submitted, None)
+        return _follow(api, submitted.submission_id, name, as_json=as_json)
+    content = _described(api, submitted, None)
     show(console.json_document(f"submit {name}", content), as_json, render.render_submitted)
     return 0
 
 
-def _follow(cluster: Cluster, submission_id: str, name: str, *, as_json: bool) -> int:
+def _follow(api: JobsApi, submission_id: str, name: str, *, as_json: bool) -> int:
     """Show the log of a job on stderr until the job is over; returns its exit code."""
     from lowprec import console, render
     from lowprec.submit import follow_job
 
-    _note(f"job {submission_id} at {cluster.address}; Ctrl-C leaves it running")
+    _note(f"job {submission_id} at {api.address}; Ctrl-C leaves it running")
     try:
         followed = follow_job(
-            cluster,
+            api,
             submission_id,
             on_log=lambda text: click.echo(text, err=True, nl=False),
             on_lost=lambda reason: _note(f"{reason}; trying again"),
         )
     except KeyboardInterrupt:
-        going_on = {"submission_id": submission_id, "address": cluster.address, "state": "running"}
+        going_on = {"submission_id": submission_id, "address": api.address, "state": "running"}
         _note("the job goes on; to follow it again, look at it, or stop it:")
         for line in render.job_commands(going_on):
             _note(f"    {line}")
         raise
-    content = {**_described(cluster, followed.job, followed.run_id), "document": followed.document}
+    content = {**_described(api, followed.job, followed.run_id), "document": followed.document}
     show(console.json_document(f"submit {name}", content), as_json, render.render_job)
     return followed.job.result_code
 
@@ -155,17 +155,17 @@ def _print_log(document: dict[str, Any]) -> None:
     console.document_stream().write(document["log"])
 
 
-def _cluster(address: str | None) -> Cluster:
-    from lowprec.submit import Cluster
+def _jobs_api(address: str | None) -> JobsApi:
+    from lowprec.submit import JobsApi
 
-    cluster = Cluster(address)
-    for note in cluster.notes:
+    api = JobsApi(address)
+    for note in api.notes:
         _note(note)
-    return cluster
+    return api
 
 
-def _described(cluster: Cluster, job: SubmittedJob, run_id: str | None) -> dict[str, Any]:
-    return {"address": cluster.address, **job.to_dict(), "run_id": run_id}
+def _described(api: JobsApi, job: SubmittedJob, run_id: str | None) -> dict[str, Any]:
+    return {"address": api.address, **job.to_dict(), "run_id": run_id}
 
 
 def _note(text: str) -> None:

@@ -18,7 +18,7 @@ from lowprec.shards.planner import Cuts, Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["Cluster", "Demand", "demand_of", "describe_placement", "place", "place_spec"]
+__all__ = ["Demand", "Machines", "demand_of", "describe_placement", "place", "place_spec"]
 
 # What workers do beside an fp32 lookup, in such lookups (of cold tables, `make bench NAME=kernels`).
 _SCORES_OVER_LOOKUP, _LOW_OVER_LOOKUP = 1.6, 1.4
@@ -26,7 +26,7 @@ _LOW = tuple(p for p in Precision if p is not Precision.FP32)
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Machines:
     """Workers, alike, and the network between them."""
 
     num_workers: int
@@ -61,11 +61,11 @@ def demand_of(
     )
 
 
-def place_spec(path: Path, cluster: Cluster, *, row_range: RowRange = RowRange.MSE) -> dict[str, Any]:
+def place_spec(path: Path, machines: Machines, *, row_range: RowRange = RowRange.MSE) -> dict[str, Any]:
     """The placement of tables that were only written down."""
     spec = read_tables_spec(path, row_overhead=row_overhead(row_range))
     return describe_placement(
-        Demand(spec.tables, spec.dense_bytes, spec.batch_size, spec.num_examples, len(_LOW)), cluster
+        Demand(spec.tables, spec.dense_bytes, spec.batch_size, spec.num_examples, len(_LOW)), machines
     )
 
 
@@ -95,22 +95,22 @@ def place(
     return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers, cuts)
 
 
-def describe_placement(demand: Demand, cluster: Cluster) -> dict[str, Any]:
+def describe_placement(demand: Demand, machines: Machines) -> dict[str, Any]:
     """Shards, memory, network, time and limits. Raises `ConfigError` where the tables do not fit."""
-    needs, placement = place(demand, cluster.num_workers, cluster.worker_memory)
+    needs, placement = place(demand, machines.num_workers, machines.worker_memory)
     network = network_load(placement, profile_precisions=demand.num_low, exact_precisions=demand.num_low + 1)
-    calibration = read_calibration(cluster.calibration) if cluster.calibration else None
+    calibration = read_calibration(machines.calibration) if machines.calibration else None
     lookup_ns = _lookup_ns(placement, calibration) if calibration else None
     limits = limits_of(
         placement,
-        [needs] * cluster.num_workers,
+        [needs] * machines.num_workers,
         network,
         lookup_ns=lookup_ns.__getitem__ if lookup_ns else None,
-        network_bytes_per_s=cluster.network_bytes_per_s,
+        network_bytes_per_s=machines.network_bytes_per_s,
     )
     return {
-        "num_workers": cluster.num_workers,
-        "worker_memory": cluster.worker_memory,
+        "num_workers": machines.num_workers,
+        "worker_memory": machines.worker_memory,
         "table_bytes": sum(table.num_rows * table.dim * 4 for table in demand.tables),
         "needs": {**vars(needs), "total": needs.total},
         "replicated": list(placement.replicated),
@@ -122,9 +122,9 @@ def describe_placement(demand: Demand, cluster: Cluster) -> dict[str, Any]:
         "network": {
             "profile_bytes_per_example": network.profile_bytes,
             "exact_bytes_per_example": network.exact_bytes,
-            "bytes_per_s": cluster.network_bytes_per_s,
+            "bytes_per_s": machines.network_bytes_per_s,
         },
-        "time": _times(demand, cluster, lookup_ns, network.profile_bytes, network.exact_bytes),
+        "time": _times(demand, machines, lookup_ns, network.profile_bytes, network.exact_bytes),
         "limits": [vars(limit) for limit in limits],
     }
 
@@ -145,13 +145,13 @@ def _lookup_ns(placement: Placement, calibration: Calibration) -> list[float]:
 
 
 def _times(
-    demand: Demand, cluster: Cluster, lookup_ns: Sequence[float] | None, profile_bytes: float, exact_bytes: float
+    demand: Demand, machines: Machines, lookup_ns: Sequence[float] | None, profile_bytes: float, exact_bytes: float
 ) -> dict[str, float] | None:
     """Seconds of lookups and of sending for the window; None where lookups were not calibrated."""
     if lookup_ns is None or demand.num_examples is None:
         return None
-    reads = demand.num_examples / cluster.num_workers * max(lookup_ns) / 1e9
-    sent = demand.num_examples / cluster.num_workers * 2 / cluster.network_bytes_per_s
+    reads = demand.num_examples / machines.num_workers * max(lookup_ns) / 1e9
+    sent = demand.num_examples / machines.num_workers * 2 / machines.network_bytes_per_s
     return {
         "num_examples": demand.num_examples,
         "profile_lookup_s": reads * (1 + _SCORES_OVER_LOOKUP),

@@ -24,7 +24,7 @@ from lowprec.errors import ConfigError, JobError, LowprecError
 from lowprec.submit.job import SIGNALS, SubmittedJob
 from lowprec.submit.staging import StagedJob
 
-__all__ = ["Cluster"]
+__all__ = ["JobsApi"]
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -56,7 +56,7 @@ class _Client(JobSubmissionClient):
         return answer
 
 
-class Cluster:
+class JobsApi:
     """The Jobs API of a Ray cluster. `notes` are sentences that a person should read once."""
 
     def __init__(self, address: str | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowprec.errors import ConfigError, JobError, LowprecError
-from lowprec.submit.client import STOP_WAIT_S, Cluster
+from lowprec.submit.client import STOP_WAIT_S, JobsApi
 from lowprec.submit.job import JobLog, SubmittedJob, run_in_log
 
 __all__ = ["FollowedJob", "follow_job", "stop_job"]
@@ -35,7 +35,7 @@ class FollowedJob:
 
 
 def follow_job(
-    cluster: Cluster,
+    api: JobsApi,
     submission_id: str,
     *,
     on_log: Callable[[str], None],
@@ -53,19 +53,19 @@ def follow_job(
     while True:
         began = time.monotonic()
         try:
-            job = cluster.job(submission_id)
-            text = cluster.log(submission_id)
+            job = api.job(submission_id)
+            text = api.log(submission_id)
         except ConfigError as error:
             if job is None:
                 raise
-            raise _lost(cluster, submission_id, _reason(error), run_in_log(log.text)) from None  # another cluster
+            raise _lost(api, submission_id, _reason(error), run_in_log(log.text)) from None  # another cluster
         except JobError as error:
             reason = _reason(error)
             if lost_since is None:
                 lost_since = began
                 on_lost(reason)
             if time.monotonic() - lost_since > lost_after_s:
-                raise _lost(cluster, submission_id, reason, run_in_log(log.text)) from None
+                raise _lost(api, submission_id, reason, run_in_log(log.text)) from None
         else:
             lost_since = None
             if text is not None:
@@ -77,20 +77,20 @@ def follow_job(
         time.sleep(_pause(time.monotonic() - began) if lost_since is None else POLL_S)
 
 
-def stop_job(cluster: Cluster, submission_id: str) -> SubmittedJob:
+def stop_job(api: JobsApi, submission_id: str) -> SubmittedJob:
     """Stop a job and wait until it is over; one that is over already stays as it is."""
-    job = cluster.job(submission_id)
+    job = api.job(submission_id)
     if not job.is_over:
-        cluster.stop(submission_id)
+        api.stop(submission_id)
     deadline = time.monotonic() + STOPPED_AFTER_S
     while not job.is_over:
         if time.monotonic() > deadline:
             raise JobError(
                 f"job {submission_id}: is {job.state} {STOPPED_AFTER_S:.0f} s after it was told to stop; look at it: "
-                f"lowprec submit status {submission_id} --address {cluster.address}"
+                f"lowprec submit status {submission_id} --address {api.address}"
             )
         time.sleep(POLL_S)
-        job = cluster.job(submission_id)
+        job = api.job(submission_id)
     return job
 
 
@@ -104,8 +104,8 @@ def _reason(error: LowprecError) -> str:
     return str(error).partition(";")[0]
 
 
-def _lost(cluster: Cluster, submission_id: str, reason: str, run_id: str | None) -> JobError:
-    look = f"lowprec submit logs {submission_id} --follow --address {cluster.address}"
+def _lost(api: JobsApi, submission_id: str, reason: str, run_id: str | None) -> JobError:
+    look = f"lowprec submit logs {submission_id} --follow --address {api.address}"
     resume = f"; if it is gone with its cluster, go on with: lowprec submit search CONFIG --resume {run_id}"
     return JobError(
         f"lost job {submission_id}, which may still run: {reason}; look at it with: {look}{resume if run_id else ''}"
