@@ -101,9 +101,7 @@ class TableRows:
         if shape is None or not 0 <= start <= stop <= shape[0]:
             what = "it has no such tensor" if shape is None else f"it is {_text(shape)}"
             raise CheckpointError(f'checkpoint {self._path}: rows {start} to {stop} of "{name}" are wanted, but {what}')
-        rows = self._source.rows(name, start, stop).to(torch.float32)
-        self._source.release()
-        return rows
+        return self._source.rows(name, start, stop).to(torch.float32)
 
 
 def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables: bool) -> LoadedCheckpoint:
@@ -143,8 +141,7 @@ def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables
 def read_rows(path: Where, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
     """Rows [start, stop) of one tensor, float32[stop - start, ...], without loading the tensor.
 
-    A `torch.distributed.checkpoint` folder is read by whole chunks: those that the range touches, one at a time. Of a
-    URL only the bytes of the rows, or chunks, are asked for; a `.pt` file is copied to this machine.
+    Of a URL only the bytes of the rows are asked for; a `.pt` file is copied to this machine.
     """
     source = open_tensors(Location.of(path), [tensor_name])
     shape = source.shapes.get(tensor_name)
@@ -280,7 +277,7 @@ def _stamp(source: TensorSource) -> str:
 
 
 def _sample(where: Location, size: int) -> bytes:
-    """Blocks at equal distances, the first and the last of a file among them: training leaves none of them as it was."""
+    """Blocks at equal distances, the first and the last of the file among them: training changes nearly all of them."""
     last = max(0, size - _SAMPLED_BYTES)
     digest = hashlib.sha256()
     try:

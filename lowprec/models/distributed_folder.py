@@ -1,10 +1,12 @@
-"""Folders of `torch.distributed.checkpoint`, read by whole chunks without a process group."""
+"""Folders of `torch.distributed.checkpoint`, read by rows without a process group."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Collection, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +15,18 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lowprec.errors import CheckpointError, first_line
+from lowprec.models.saved_tensor import SavedTensor, find_tensor
 from lowprec.models.tensor_files import METADATA_FILE
-from lowprec.storage import FileState, Location, local_copy
+from lowprec.storage import FileState, Location, OpenFile, local_copy
 
 __all__ = ["DistributedFolder"]
 
 
 class DistributedFolder:
-    """What `torch.distributed.checkpoint.save` wrote, read by whole chunks: `rows` reads those that it touches.
+    """What `torch.distributed.checkpoint.save` wrote. Of the chunks of a tensor, rows are read by their bytes; a chunk
+    that is not stored row by row (a transposed one) is read whole each time.
 
-    Of a remote one, chunks come from copies of its files on this machine if `is_copied`, else by their range of bytes.
+    Of a remote one, they come from copies of its files on this machine if `is_copied`, else by ranges of bytes.
     """
 
     is_mapped = False
@@ -56,8 +60,8 @@ class DistributedFolder:
         # The metadata is another one after every save.
         self.states: Mapping[Location, FileState] = {path / METADATA_FILE: state}
         self._states = dict(self.states)
-        # Those that were read last: a table that is read by row ranges comes back to its chunks.
-        self._kept: dict[MetadataIndex, Tensor] = {}
+        # Where the values of a chunk lie, once that was looked up.
+        self._found: dict[MetadataIndex, SavedTensor | None] = {}
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, put together from its chunks."""
@@ -68,52 +72,60 @@ class DistributedFolder:
         """Rows [start, stop)."""
         return self._read(name, start, stop)
 
-    def release(self) -> None:
-        """Forget the chunks that were read last."""
-        self._kept = {}
-
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         entry = self._entries[self._prefix + name]
         if not entry.size:
-            return self._chunk(name, entry.chunks[0].offsets)
+            return self._chunk_rows(name, entry.chunks[0].offsets, None)
         out = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
-        touched = {}
         for chunk in entry.chunks:
-            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            top = chunk.offsets[0]
+            first, last = max(start, top), min(stop, top + chunk.sizes[0])
             if first < last:
                 columns = tuple(slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-                index = MetadataIndex(self._prefix + name, chunk.offsets)
-                touched[index] = whole = self._kept[index] if index in self._kept else self._chunk(name, chunk.offsets)
-                out[(slice(first - start, last - start), *columns)] = whole[
-                    first - chunk.offsets[0] : last - chunk.offsets[0]
-                ]
-        self._kept = touched if stop - start < entry.size[0] else {}
+                rows = self._chunk_rows(name, chunk.offsets, (first - top, last - top))
+                out[(slice(first - start, last - start), *columns)] = rows
         return out
 
-    def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
-        info = self._metadata.storage_data[MetadataIndex(self._prefix + name, offsets)]
+    def _chunk_rows(self, name: str, offsets: torch.Size, rows: tuple[int, int] | None) -> Tensor:
+        """Rows of a chunk, or all of it."""
+        index = MetadataIndex(self._prefix + name, offsets)
+        info = self._metadata.storage_data[index]
         where = self.root / info.relative_path
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(f'checkpoint {where}: "{name}" is stored transformed; save it without compression')
+        start, stop = info.offset, info.offset + info.length
         try:
-            stored = self._bytes(where, info.offset, info.offset + info.length)
-            chunk: Tensor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+            with self._open(where) as file:
+                if rows is None:
+                    return _loaded(file.read(start, stop))
+                if index not in self._found:
+                    self._found[index] = find_tensor(file, start, stop)
+                found = self._found[index]
+                return found.rows(file, *rows) if found else _loaded(file.read(start, stop))[slice(*rows)]
         except CheckpointError:
             raise
         except OSError as error:
             raise CheckpointError(
                 f'checkpoint {where}: cannot read "{name}": {error.strerror or first_line(error)}'
             ) from None
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            EOFError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             raise CheckpointError(f'checkpoint {where}: cannot read "{name}": {first_line(error)}') from None
-        return chunk
 
-    def _bytes(self, where: Location, start: int, stop: int) -> bytes:
+    @contextmanager
+    def _open(self, where: Location) -> Iterator[OpenFile]:
         state = self._same(where)
         # A checkpoint that is saved again while it is read changes its metadata too.
         self._same(self.root / METADATA_FILE)
         with Location.of(local_copy(where, state) if self._is_copied else where).open() as file:
-            return file.read(start, stop)
+            yield file
 
     def _same(self, where: Location) -> FileState:
         state = where.state()
@@ -139,6 +151,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or name in self._ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _loaded(stored: bytes) -> Tensor:
+    tensor: Tensor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+    return tensor
 
 
 def _read_metadata(path: Location) -> tuple[Metadata, FileState]:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -105,9 +104,6 @@ class Safetensors:
             rows: Tensor = file.get_slice(name)[start:stop]
         return rows
 
-    def release(self) -> None:
-        """Nothing is kept."""
-
     def _entry(self, name: str) -> _Entry:
         return self._headers[self._file_of[name]].entries[name]
 
@@ -129,7 +125,6 @@ class Safetensors:
         num_rows, rest = (entry.shape[0], entry.shape[1:]) if entry.shape else (1, ())
         stop = num_rows if stop is None else stop
         row_bytes = math.prod(rest) * entry.dtype.itemsize
-        first, last = entry.start + start * row_bytes, entry.start + stop * row_bytes
         tensor = torch.empty((stop - start, *rest) if entry.shape else (), dtype=entry.dtype)
         if not tensor.numel():
             return tensor
@@ -138,8 +133,7 @@ class Safetensors:
         try:
             with where.open() as file:
                 _check_same(where, state, file.state)
-                for begin, piece in file.pieces(first, last):
-                    out[begin - first : begin - first + len(piece)] = np.frombuffer(piece, np.uint8)
+                file.read_into(out, entry.start + start * row_bytes)
             _check_same(where, state, where.state())
         except OSError as error:
             raise CheckpointError(f"checkpoint {where}: cannot be read: {error.strerror or error}") from None

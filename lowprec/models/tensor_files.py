@@ -43,9 +43,6 @@ class TensorSource(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, without reading the others."""
 
-    def release(self) -> None:
-        """Give back what is kept of rows that were read."""
-
 
 def open_tensors(path: Location, wanted: Collection[str] = (), *, whole: bool = False) -> TensorSource:
     """The tensors of a checkpoint, in whatever known format it is; raises `CheckpointError` where it is in none.
@@ -120,9 +117,6 @@ class _TorchFile:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._tensors[name][start:stop]
-
-    def release(self) -> None:
-        """Nothing is kept but the mapping."""
 
 
 def _load_torch_file(path: Location) -> tuple[Any, FileState]:

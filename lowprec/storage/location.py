@@ -14,12 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
+import numpy as np
+
 from lowprec.errors import ConfigError, LowprecError, StorageError
 from lowprec.storage.scratch import scratch_file
 from lowprec.storage.whole_file import whole_file
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
+    from numpy.typing import NDArray
 
 __all__ = ["FileState", "Location", "OpenFile", "Where"]
 
@@ -225,6 +228,11 @@ class OpenFile:
         """The bytes [start, stop); raises `StorageError` where the file ends before."""
         pieces = [piece for _, piece in self.pieces(start, stop)]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, out: NDArray[np.uint8], start: int) -> None:
+        """Fill `out` with the bytes from `start` on; raises `StorageError` where the file ends before."""
+        for begin, piece in self.pieces(start, start + len(out)):
+            out[begin - start : begin - start + len(piece)] = np.frombuffer(piece, np.uint8)
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
         """The bytes [start, stop) in order, as pieces of bounded size, each with where in the file it begins.
