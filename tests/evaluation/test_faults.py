@@ -46,7 +46,7 @@ class Doomed:
 
     def sums(self, evaluator, batch):
         if batch.index == self.batch and len(list(self.folder.iterdir())) < self.times:
-            (self.folder / str(time.monotonic_ns())).touch()
+            (self.folder / str(time.monotonic_ns())).write_text(str(os.getpid()))
             if self.how == "raise":
                 raise ZeroDivisionError("by a user's hand")
             if self.how == "memory":
@@ -120,7 +120,7 @@ def test_work_that_fails_twice_is_done_again_and_changes_no_bit(one_ray, job, tm
     [
         ("SIGSEGV", r"worker \d .* died; .*most often for want of memory \(it was last seen with \d\.\d\d GB"),
         ("raise", "by a user's hand"),
-        ("memory", "MemoryError.*want of memory .*: lower traffic.batch_size"),
+        ("memory", "MemoryError.*want of memory .*: give workers more of it .*evaluation.worker_memory"),
     ],
 )
 def test_poisoned_work_is_set_aside_after_three_tries(one_ray, job, tmp_path, undisturbed, how, said):
@@ -135,20 +135,36 @@ def test_poisoned_work_is_set_aside_after_three_tries(one_ray, job, tmp_path, un
         assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
 
 
-def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, undisturbed, monkeypatch):
+def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
-    with on_ray(job.spec, 2, timeouts=Timeouts(hung_s=2.0)) as (workers, told):
-        chunks = workers.run(job.window("search"), tasks_of(job))
-        found = [next(chunks)]
-        stopped = workers.process_ids()[1]
-        os.kill(stopped, signal.SIGSTOP)
-        found += list(chunks)
+    with on_ray(job.spec, 2, timeouts=Timeouts(hung_s=4.0)) as (workers, told):
+        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "SIGSTOP", times=1)))
+        (attempt,) = (tmp_path / "tries").iterdir()
+        stopped = int(attempt.read_text())
         deadline = time.monotonic() + 60
         while is_alive(stopped):
             assert time.monotonic() < deadline, "the stopped process is still there"
             time.sleep(0.1)
-    assert bits(found) == undisturbed
-    assert any("has not answered for 2 s (evaluation.hung_after_s)" in line for line in told)
+    assert found == undisturbed
+    stopped_worker = rf"worker \d \(process {stopped} on node \w+\)"
+    assert any(re.match(f"{stopped_worker} has not answered for 4 s .evaluation.hung_after_s", line) for line in told)
+
+
+def test_a_worker_that_rays_memory_monitor_killed_is_a_lost_worker(one_ray, job, undisturbed, monkeypatch):
+    """Only the task that it was at counts as tried, whatever else it was given."""
+    get, raised = ray.get, []
+
+    def killed_once(reference, **options):
+        found = get(reference, **options)
+        if type(found).__name__ == "Chunk" and not raised:
+            raised.append(reference)
+            raise ray.exceptions.OutOfMemoryError("killed")
+        return found
+
+    monkeypatch.setattr(ray, "get", killed_once)
+    with on_ray(job.spec, 2) as (workers, told):
+        assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
+    assert len(raised) == 1 and [" died at ExactTask of batches" in line for line in told] == [True]
 
 
 def test_work_that_does_not_end_is_stopped(one_ray, job, tmp_path, undisturbed):
@@ -197,10 +213,10 @@ def machines():
         cluster.shutdown()
 
 
-def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturbed, machines):
+def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturbed, machines, monkeypatch):
     """With room elsewhere the worker moves there; without, the run says so."""
     cluster, nodes = machines
-    with on_ray(job.spec, 2, cluster.address, timeouts=Timeouts(start_s=20.0)) as (workers, _):
+    with on_ray(job.spec, 2, cluster.address) as (workers, _):
         chunks = workers.run(job.window("search"), tasks_of(job))
         found = [next(chunks)]
         # The first node is the head.
@@ -209,8 +225,10 @@ def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturb
         found += list(chunks)
         assert bits(found) == undisturbed
 
+        # From here on there is no room to wait for.
+        monkeypatch.setattr(workers._watch, "_timeouts", Timeouts(start_s=2.0))
         for node in list(cluster.worker_nodes):
             cluster.remove_node(node, allow_graceful=False)
-        with pytest.raises(WorkerError, match=r"is gone and was not started again in 20 s.*resume with fewer workers"):
+        with pytest.raises(WorkerError, match=r"is gone and was not started again in 2 s.*resume with fewer workers"):
             for _ in range(1000):
                 list(workers.run(job.window("search"), tasks_of(job)))

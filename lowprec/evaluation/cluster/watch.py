@@ -136,12 +136,13 @@ class Watch:
         seen = self._seen[worker]
         if seen.state == "starting":
             return
-        seen.state, seen.loading, seen.heard_at = "starting", None, time.monotonic()
+        # An answer from before its death would make it look alive.
+        seen.state, seen.asked, seen.loading, seen.heard_at = "starting", None, None, time.monotonic()
         seen.losses_in_a_row += 1
         if seen.losses_in_a_row >= MAX_LOSSES_IN_A_ROW:
             raise WorkerError(
                 f"{self.place(worker)} died {seen.losses_in_a_row} times in a row without finishing anything"
-                f"{memory_hint(seen.pulse)}; then resume"
+                f"{memory_hint(seen.pulse)}"
             )
 
     def kill(self, worker: int) -> None:
@@ -160,6 +161,8 @@ class Watch:
                 f"{self.place(worker)} ended and is not started again: {' '.join(str(error).split())}; look at the "
                 "cluster, then resume"
             ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise WorkerError(f"{self.place(worker)} cannot say how it is: {error.cause!r}") from error
         except ray.exceptions.RayError:
             self.lost(worker)
             return
@@ -222,6 +225,7 @@ def memory_hint(pulse: Pulse | None) -> str:
             f", and the kernel has killed {kills} of its container's processes for want of memory)" if kills else ")"
         )
     return (
-        f", most often for want of memory{seen}: lower traffic.batch_size, give workers more memory "
-        "(evaluation.worker_memory, and the limit of their containers), or put fewer of them on a machine"
+        f", most often for want of memory{seen}: give workers more of it (evaluation.worker_memory, and the limit of "
+        "their containers) or put fewer of them on a machine, and resume; or begin a new run with a lower "
+        "traffic.batch_size"
     )

@@ -56,16 +56,17 @@ class RayWorkers:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             init_ray(num_workers * spec.threads, address)
-        self._actors = tuple(start_actor(spec.threads, spec.memory_bytes) for _ in range(num_workers))
-        shared_spec, shared_placement = ray.put(spec), ray.put(placement)
-        self._watch = Watch(
-            self._actors,
-            lambda worker, peers: self._actors[worker].prepare.remote(shared_spec, shared_placement, worker, peers),
-            timeouts,
-            note,
-        )
+        self._actors: tuple[Any, ...] = ()
         memory = f" and {spec.memory_bytes / 1e9:.1f} GB" if spec.memory_bytes else ""
         try:
+            self._actors = tuple(start_actor(spec.threads, spec.memory_bytes) for _ in range(num_workers))
+            shared_spec, shared_placement = ray.put(spec), ray.put(placement)
+            self._watch = Watch(
+                self._actors,
+                lambda worker, peers: self._actors[worker].prepare.remote(shared_spec, shared_placement, worker, peers),
+                timeouts,
+                note,
+            )
             self._watch.start(f"{spec.threads} CPU{memory}")
         except BaseException:
             self.close()
@@ -98,10 +99,12 @@ class RayWorkers:
 
     def close(self) -> None:
         """Stop the actors, and Ray where it was started here."""
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._owns_ray:
-            ray.shutdown()
+        try:
+            for actor in self._actors:
+                ray.kill(actor)
+        finally:
+            if self._owns_ray:
+                ray.shutdown()
 
     def _work(
         self, pieces: Sequence[P], send: Callable[[Any, int], Any], describe: Callable[[P], str]
@@ -163,7 +166,7 @@ class _Work(Generic[P]):
         piece, worker = self._sent.pop(reference)
         try:
             result = ray.get(reference)
-        except ray.exceptions.RayActorError:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
             self._lost(worker, note)
         except ray.exceptions.RayTaskError as error:
             hint = memory_hint(self._watch.pulse(worker)) if _is_for_want_of_memory(error.cause) else ""
@@ -198,8 +201,8 @@ class _Work(Generic[P]):
         work = self._describe(self._pieces[piece])
         hows = [failure.how for failure in failures]
         raise PoisonedWorkError(
-            f"{work} came to nothing {len(failures)} times and is set aside: {'; '.join(hows)}{hint}; resume when the "
-            "cause is mended",
+            f"{work} came to nothing {len(failures)} times and is set aside: {'; '.join(hows)}"
+            + (hint or "; resume when the cause is mended"),
             work=work,
             tries=hows,
         )
