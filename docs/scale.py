@@ -154,6 +154,7 @@ def page(rates: dict[str, Any]) -> str:
         cores=MACHINE["cores"],
         memory=MACHINE["memory"] // GB,
         network=round(MACHINE["network"] * 8 / 1e9),
+        hashed=_duration(TABLE_BYTES / MACHINE["network"]),
         efficiency=THREAD_EFFICIENCY,
     )
 
@@ -220,6 +221,9 @@ pay that profiles everything.
 Memory decides the number of machines; then every worker asks all others for the rows of its examples, and in an exact
 evaluation each pooled vector comes once for every precision. Small and busy tables are held by all workers as long as
 memory allows it.
+
+Beside that every byte is read twice more: the driver's machine hashes the checkpoint when a new one is first searched
+({hashed} at {network} Gbit/s; what was found is kept), and in the end the workers look through the rows of all tables.
 """
 
 

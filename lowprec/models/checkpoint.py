@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
-from lowprec.storage import FileState, Location, Where, existing_copy
+from lowprec.storage import FileState, Location, Where, file_sha256
 
 __all__ = [
     "LoadedCheckpoint",
@@ -300,18 +300,10 @@ def _stamped(path: Location, source: TensorSource, stamp: str | None) -> TensorS
 
 
 def _file_sha256(where: Location, opened: FileState | None) -> str:
-    digest = hashlib.sha256()
     try:
-        state = opened or where.state()
-        # A copy is what a model that was loaded here has been made of, and costs no second download.
-        with existing_copy(where, state).open() as file:
-            for _, piece in file.pieces():
-                digest.update(piece)
-        if where.state() != state:
-            raise CheckpointError(f"checkpoint {where}: was changed while it was read; start again")
+        return file_sha256(where, opened or where.state())
     except OSError as error:
         raise CheckpointError(f"checkpoint {where}: cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
 
 
 def _preview(names: Mapping[str, object] | list[str], limit: int = 3) -> str:

@@ -47,8 +47,9 @@ from lowprec.traffic.window import Window
 
 __all__ = ["Job", "open_job", "open_workers"]
 
-# Rows that are looked through at once: what a worker that holds others reads for it.
-_CHECKED_BYTES = 128 << 20
+# Rows that are looked through at once, and of a worker's memory where that is limited: a worker that holds others reads
+# them for it.
+_CHECKED_BYTES, _CHECKED_SHARE = 128 << 20, 1 / 100
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,10 @@ class Job:
     def rows_without_form(self, workers: Workers, plan: Plan) -> list[str]:
         """A sentence for each table with a row that its precision in a plan cannot store, met by traffic or not."""
         checks = []
+        memory = self.spec.memory_bytes
+        num_bytes = _CHECKED_BYTES if memory is None else min(_CHECKED_BYTES, int(memory * _CHECKED_SHARE))
         for unit in self.units:
-            step = max(1, _CHECKED_BYTES // (4 * unit.dim))
+            step = max(1, num_bytes // (4 * unit.dim))
             for first in range(0, unit.num_rows, step):
                 checks.append(RowCheck(unit.name, first, min(first + step, unit.num_rows), plan[unit.name]))
         found: dict[str, str] = {}

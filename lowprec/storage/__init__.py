@@ -1,6 +1,7 @@
 """Files wherever they lie: paths of this machine and URLs of object stores behind one face."""
 
-from lowprec.storage.copies import existing_copy, local_copy
+from lowprec.storage.copies import local_copy
+from lowprec.storage.digests import file_sha256
 from lowprec.storage.location import FileState, Location, OpenFile, Where
 
-__all__ = ["FileState", "Location", "OpenFile", "Where", "existing_copy", "local_copy"]
+__all__ = ["FileState", "Location", "OpenFile", "Where", "file_sha256", "local_copy"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lowprec.errors import StorageError
-from lowprec.storage import Location, existing_copy, local_copy
+from lowprec.storage import Location, local_copy
+from lowprec.storage.copies import existing_copy
 from lowprec.storage.scratch import scratch_folder
 
 
