@@ -205,7 +205,9 @@ def test_rows_are_checked_by_workers_as_in_one_process(one_ray, small_config, sm
 def machines():
     ray.shutdown()
     cluster = Cluster()
-    nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(3)]
+    # A node is given up after five checks in vain.
+    head = cluster.add_node(num_cpus=1, include_dashboard=False, _system_config={"health_check_period_ms": 500})
+    nodes = [head, *(cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(2))]
     try:
         yield cluster, {node.node_id: node for node in nodes}
     finally:
@@ -220,10 +222,14 @@ def test_a_machine_that_goes_away_costs_its_worker_its_place_only(job, undisturb
         chunks = workers.run(job.window("search"), tasks_of(job))
         found = [next(chunks)]
         # The first node is the head.
-        lost = next(w for w, node in enumerate(workers.node_ids()) if nodes[node] is not cluster.head_node)
-        cluster.remove_node(nodes[workers.node_ids()[lost]], allow_graceful=False)
+        lost, place = next((w, n) for w, n in enumerate(workers.node_ids()) if nodes[n] is not cluster.head_node)
+        cluster.remove_node(nodes[place], allow_graceful=False)
         found += list(chunks)
         assert bits(found) == undisturbed
+        deadline = time.monotonic() + 120
+        while workers.node_ids()[lost] == place:
+            assert time.monotonic() < deadline, "the worker has not moved"
+            list(workers.run(job.window("search"), tasks_of(job)))
 
         # From here on there is no room to wait for.
         monkeypatch.setattr(workers._watch, "_timeouts", Timeouts(start_s=2.0))
