@@ -124,7 +124,7 @@ def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(job):
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        with pytest.raises(WorkerError, match="started 1 of 2 workers .* lower evaluation.num_workers"):
-            RayWorkers(job.spec, num_workers=2, address=None, timeouts=Timeouts(start_s=4.0))
+        with pytest.raises(WorkerError, match="started [01] of 2 workers .* lower evaluation.num_workers"):
+            RayWorkers(job.spec, num_workers=2, address=None, timeouts=Timeouts(start_s=2.0))
     finally:
         ray.shutdown()
