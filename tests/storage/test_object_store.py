@@ -1,6 +1,8 @@
 """Both clients reach the same store by the same variables, and what goes wrong is one clear sentence, soon."""
 
 import socket
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -50,14 +52,27 @@ def test_the_endpoint_is_that_of_the_environment(reads, name, filled, s3, monkey
     reads(filled)
 
 
-@both_clients
-def test_a_profile_will_do(reads, filled, monkeypatch, tmp_path):
-    (tmp_path / "credentials").write_text("[other]\naws_access_key_id = a\naws_secret_access_key = b\n")
+READ = """
+import sys
+from deltalake import DeltaTable
+from lowprec.storage import Location
+from lowprec.storage.object_store import delta_options
+Location.of(f"{sys.argv[1]}/file").read_bytes()
+DeltaTable(f"{sys.argv[1]}/table", storage_options=delta_options(sys.argv[1]))
+"""
+
+
+def test_a_profile_will_do(filled, s3, monkeypatch, tmp_path):
+    """The server takes any key, and none: whose it was stands in the header. Arrow reads profiles once in a process."""
+    came = []
+    s3.answer = lambda environ: came.append(environ.get("HTTP_AUTHORIZATION", ""))
+    (tmp_path / "credentials").write_text("[other]\naws_access_key_id = mine\naws_secret_access_key = b\n")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "other")
-    reads(filled)
+    subprocess.run([sys.executable, "-c", READ, filled], check=True)
+    assert len(came) > 1 and all("Credential=mine/" in header for header in came)
 
 
 @both_clients
