@@ -58,15 +58,23 @@ def search(config):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_until(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+
+
+def copies():
+    return list(Path(os.environ["LOWPREC_SCRATCH"]).rglob("model.safetensors"))
+
+
 def test_a_search_killed_and_resumed_is_that_of_a_folder(lowprec, remote, bucket, alone, tmp_path, monkeypatch):
     root, elsewhere = f"{bucket}/runs", tmp_path / "elsewhere"
     elsewhere.mkdir()
     config = remote()
     process = search(config)
-    deadline = time.monotonic() + 60
-    while "trials" not in Location.of(root).names():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: "trials" in Location.of(root).names(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (run,) = package.query("SELECT run_id FROM runs", root=root).run_id
@@ -90,17 +98,26 @@ def test_a_search_killed_and_resumed_is_that_of_a_folder(lowprec, remote, bucket
 
 def test_two_searches_at_once_on_one_root(remote, bucket, alone, s3):
     """One of them with Ray workers, which inherit the environment. They share one copy of the checkpoint."""
-    processes = [search(remote()), search(remote(evaluation__num_workers=2))]
+    processes = [search(remote())]
+    # Who finds no copy reads the checkpoint for its identity alone, so the other begins when there is one. That takes
+    # far longer to start its workers: the first waits for it, and both do their trials at once.
+    wait_until(copies, processes[0])
+    processes[0].send_signal(signal.SIGSTOP)
+    try:
+        processes.append(search(remote(evaluation__num_workers=2)))
+        wait_until(lambda: "sensitivities" in Location.of(f"{bucket}/runs").names(), processes[1])
+    finally:
+        processes[0].send_signal(signal.SIGCONT)
     documents = []
     for process in processes:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode in (0, 2, 4), err
         documents.append(json.loads(out))
     statuses = package.query("SELECT run_id, status FROM runs", root=f"{bucket}/runs").set_index("run_id").status
     assert dict(statuses) == {document["run_id"]: "done" for document in documents} and len(statuses) == 2
     for document in documents:
         assert trials(f"{bucket}/runs", document["run_id"]) == alone
-    assert len(list(Path(os.environ["LOWPREC_SCRATCH"]).rglob("model.safetensors"))) == 1
+    assert len(copies()) == 1
     ranges = [asked.removeprefix("bytes=") for _, path, asked in s3.requests if path.endswith("model.safetensors")]
     size = Location.of(f"{bucket}/models/model.safetensors").state().size
     assert ranges.count(f"0-{size - 1}") == 1
