@@ -2,29 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON document on stdout."""
-        return json.loads(self.out)
+from command_process import Done, run_command
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +16,7 @@ def lowprec() -> Callable[..., Done]:
     """Run `lowprec ARGS` in a process of its own."""
 
     def run(*args: Any, cwd: Path | None = None, **environment: str) -> Done:
-        command = [Path(sys.executable).with_name("lowprec"), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
-        return Done(done.returncode, done.stdout, done.stderr)
+        return run_command([str(arg) for arg in args], cwd, {**os.environ, **environment})
 
     return run
 
