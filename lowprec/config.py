@@ -233,7 +233,7 @@ class EvaluationConfig(_Section):
     num_workers: Annotated[int, Field(ge=0)] = 2
     worker_memory: Annotated[int, Field(gt=0)] | None = None
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
-    batches_per_task: Annotated[int, Field(gt=0)] = 4
+    batches_per_task: Annotated[int, Field(gt=0)] = 1
     task_timeout_s: Annotated[float, Field(gt=0)] = TASK_S
     hung_after_s: Annotated[float, Field(gt=0)] = HUNG_S
     start_timeout_s: Annotated[float, Field(gt=0)] = START_S

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowprec.errors import ModelError
+from lowprec.evaluation.dense import DensePasses
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
@@ -52,6 +53,7 @@ class ExactEvaluator:
         self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         # For tasks that come back to the same batches.
         self.kept = Kept(kept_bytes)
+        self._passes = DensePasses(adapter)
         self._is_checked = False
 
     def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:
@@ -85,11 +87,8 @@ class ExactEvaluator:
             self._check(inputs, reference, needed, batch.index)
             with torch.inference_mode():
                 pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
-        logits = np.empty((len(plans), batch.num_rows), dtype=np.float32)
-        for row, plan in zip(logits, plans, strict=True):
-            outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
-            row[:] = self.adapter.substituted(inputs, reference, outputs).numpy()
-        return BatchLogits(reference.logits.numpy(), logits)
+        outputs = [[pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)] for plan in plans]
+        return BatchLogits(reference.logits.numpy(), self._passes.logits(inputs, reference, outputs))
 
     def differentiated(
         self, batch: Batch, needed: Mapping[str, Collection[Precision]]

@@ -46,6 +46,17 @@ class ModelInputs:
     dense: Tensor
     sparse: Mapping[str, SparseInput]
 
+    def repeated(self, times: int) -> ModelInputs:
+        """The same examples again and again, as one batch."""
+        sparse: dict[str, SparseInput] = {}
+        number = torch.arange(times)[:, None]
+        for name, (ids, offsets, *weights) in self.sparse.items():
+            begins = offsets[:-1] + number * len(ids)
+            bags = torch.cat([begins.view(-1), offsets[-1:] + (times - 1) * len(ids)])
+            again = ids.repeat(times)
+            sparse[name] = (again, bags, weights[0].repeat(times)) if weights else (again, bags)
+        return ModelInputs(self.dense.repeat(times, 1), sparse)
+
 
 @dataclass(frozen=True)
 class ReferencePass:
