@@ -1,97 +1,29 @@
-"""Checkpoints of every kind: round trips, row ranges, identity, and everything that can be wrong with them."""
+"""Checkpoints of every kind: round trips, row ranges, identity, and everything that can be wrong with their files."""
 
 import hashlib
 import json
 import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch import nn
-
-from lowprec.errors import CheckpointError, WeightError
-from lowprec.models.checkpoint import checkpoint_sha256, load_checkpoint, read_rows, save_checkpoint
-from lowprec.storage import Location
-
-
-class Model(nn.Module):
-    def __init__(self, rows=100, dim=16):
-        super().__init__()
-        self.tables = nn.ModuleDict({"c3": nn.EmbeddingBag(rows, dim), "c4": nn.EmbeddingBag(7, dim)})
-        self.top = nn.Linear(dim, 1)
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("steps", torch.tensor(5))
-
-
-def model_with(seed, **sizes):
-    torch.manual_seed(seed)
-    return Model(**sizes)
-
-
-def state_of(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def write_one(state, folder):
-    save_file(state, folder / "model.safetensors")
-    return folder / "model.safetensors"
-
-
-def write_sharded(state, folder):
-    names = list(state)
-    files = {"model-1.safetensors": names[:2], "model-2.safetensors": names[2:]}
-    for file, held in files.items():
-        save_file({name: state[name] for name in held}, folder / file)
-    index = {"weight_map": {name: file for file, held in files.items() for name in held}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder / "model.safetensors.index.json"
-
-
-def write_sharded_folder(state, folder):
-    return write_sharded(state, folder).parent
-
-
-def write_folder_without_index(state, folder):
-    write_sharded(state, folder).unlink()
-    return folder
-
-
-def write_torch(state, folder):
-    torch.save(state, folder / "model.pt")
-    return folder / "model.pt"
-
-
-def write_torch_nested(state, folder):
-    torch.save({"epoch": 3, "state_dict": state}, folder / "model.pth")
-    return folder / "model.pth"
-
-
-def write_distributed(state, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it saves in one process
-        dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
-    return folder / "dcp"
-
-
-def write_distributed_nested(state, folder):
-    return write_distributed({"model": state}, folder)
-
-
-WRITERS = [
+from checkpoint_formats import (
+    every_format,
+    model_with,
+    state_of,
+    write_distributed,
+    write_distributed_nested,
+    write_folder_without_index,
     write_one,
     write_sharded,
     write_sharded_folder,
-    write_folder_without_index,
-    write_torch,
-    write_torch_nested,
-    write_distributed,
-    write_distributed_nested,
-]
-every_format = pytest.mark.parametrize("write", WRITERS)
+)
+from safetensors.torch import save_file
+
+from lowprec.errors import CheckpointError
+from lowprec.models.checkpoint import checkpoint_sha256, load_checkpoint, read_rows, save_checkpoint
+from lowprec.storage import Location
 
 
 @every_format
@@ -188,86 +120,6 @@ def test_save_refuses_other_names_and_places(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_checkpoint(model_with(1), tmp_path / "file" / "model.safetensors")
-
-
-def test_other_float_formats_are_cast_and_reported(tmp_path):
-    state = state_of(model_with(1))
-    state["tables.c3.weight"] = state["tables.c3.weight"].to(torch.bfloat16)
-    state["tables.c4.weight"] = state["tables.c4.weight"].half()
-    state["top.weight"] = state["top.weight"].double()
-    path, model = write_one(state, tmp_path), model_with(2)
-    loaded = load_checkpoint(model, path)
-    assert loaded.cast == {"tables.c3.weight": "bfloat16", "tables.c4.weight": "float16", "top.weight": "float64"}
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[name].to(tensor.dtype))
-    rows = read_rows(path, "tables.c3.weight", 3, 5)
-    np.testing.assert_array_equal(rows, state["tables.c3.weight"][3:5].float().numpy())
-
-
-def test_integers_are_no_weights(tmp_path):
-    state = state_of(model_with(1))
-    state["top.bias"] = torch.ones(1, dtype=torch.int64)
-    with pytest.raises(CheckpointError, match=r'"top.bias": is torch.int64, model has torch.float32'):
-        load_checkpoint(model_with(2), write_one(state, tmp_path))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.query, self.item = nn.EmbeddingBag(9, 4), nn.EmbeddingBag(9, 4)
-        self.item.weight = self.query.weight
-
-
-@pytest.mark.parametrize("stored", [("query.weight",), ("item.weight",), ("query.weight", "item.weight")])
-def test_tied_tables_stay_one_table(stored, tmp_path):
-    weight = torch.randn(9, 4)
-    model = Tied()
-    load_checkpoint(model, write_one({name: weight.clone() for name in stored}, tmp_path))
-    assert model.item.weight is model.query.weight
-    assert torch.equal(model.item.weight, weight)
-
-
-def test_tied_tables_are_saved_and_must_be_stored_equal(tmp_path):
-    model = Tied()
-    save_checkpoint(model, tmp_path / "tied.safetensors")
-    load_checkpoint(Tied(), tmp_path / "tied.safetensors")
-    path = write_one({"query.weight": torch.zeros(9, 4), "item.weight": torch.ones(9, 4)}, tmp_path)
-    with pytest.raises(CheckpointError, match="ties .* but they are stored different"):
-        load_checkpoint(Tied(), path)
-
-
-@every_format
-def test_another_shape(write, tmp_path):
-    path = write(state_of(model_with(1)), tmp_path)
-    with pytest.raises(CheckpointError, match="tables.c3.weight: checkpoint has 100 x 16, model has 200 x 16"):
-        load_checkpoint(model_with(2, rows=200), path)
-
-
-def test_missing_and_unexpected_names(tmp_path):
-    state = state_of(model_with(1))
-    state["tables.c5.weight"] = state.pop("tables.c4.weight")
-    with pytest.raises(CheckpointError) as raised:
-        load_checkpoint(model_with(2), write_one(state, tmp_path))
-    assert 'the checkpoint has no "tables.c4.weight"; the model has no "tables.c5.weight"' in str(raised.value)
-
-
-def test_names_of_a_wrapped_model_get_a_hint(tmp_path):
-    state = {f"module.{name}": tensor for name, tensor in state_of(model_with(1)).items()}
-    with pytest.raises(CheckpointError, match=r"save model.module.state_dict\(\)"):
-        load_checkpoint(model_with(2), write_one(state, tmp_path))
-
-
-def test_nan_in_dense_weights_is_named(tmp_path):
-    state = state_of(model_with(1))
-    state["top.weight"][0, 3] = float("nan")
-    with pytest.raises(WeightError, match=r'"top.weight": holds nan at \[0, 3\]'):
-        load_checkpoint(model_with(2), write_one(state, tmp_path))
-
-
-def test_nan_in_a_table_is_left_to_those_who_read_the_row(tmp_path):
-    state = state_of(model_with(1))
-    state["tables.c3.weight"][5] = float("inf")
-    load_checkpoint(model_with(2), write_one(state, tmp_path))
 
 
 @every_format
@@ -378,24 +230,3 @@ def test_distributed_chunks_are_put_together(tmp_path, monkeypatch):
     assert torch.equal(source.tensor("t"), whole)
     for start, stop in ((0, 10), (3, 7), (6, 9), (4, 4)):
         assert torch.equal(source.rows("t", start, stop), whole[start:stop])
-
-
-def test_writing_to_a_loaded_weight_leaves_the_file_alone(tmp_path):
-    path = write_one(state_of(model_with(1)), tmp_path)
-    before, model = path.read_bytes(), model_with(2)
-    load_checkpoint(model, path)
-    model.tables["c3"].weight.fill_(7.0)
-    assert path.read_bytes() == before
-
-
-def test_a_model_whose_only_child_is_called_model_is_not_taken_for_a_nested_checkpoint(tmp_path):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = nn.Linear(2, 3)
-
-    saved, loaded = Wrapped(), Wrapped()
-    folder = write_distributed(dict(saved.state_dict()), tmp_path)
-    load_checkpoint(loaded, folder)
-    torch.testing.assert_close(loaded.model.weight, saved.model.weight, check_stride=False)
-    np.testing.assert_array_equal(read_rows(folder, "model.weight", 1, 2), saved.model.weight[1:2].detach().numpy())
