@@ -24,7 +24,7 @@ __all__ = ["DistributedFolder"]
 
 class DistributedFolder:
     """What `torch.distributed.checkpoint.save` wrote. Of the chunks of a tensor, rows are read by their bytes; a chunk
-    that is not stored row by row (a transposed one) is read whole each time.
+    that is not stored row by row (a transposed one) is read whole, and kept until the next one.
 
     Of a remote one, they come from copies of its files on this machine if `is_copied`, else by ranges of bytes.
     """
@@ -62,6 +62,7 @@ class DistributedFolder:
         self._states = dict(self.states)
         # Where the values of a chunk lie, once that was looked up.
         self._found: dict[MetadataIndex, SavedTensor | None] = {}
+        self._whole: tuple[MetadataIndex, Tensor] | None = None
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, put together from its chunks."""
@@ -100,8 +101,12 @@ class DistributedFolder:
                     return _loaded(file.read(start, stop))
                 if index not in self._found:
                     self._found[index] = find_tensor(file, start, stop)
-                found = self._found[index]
-                return found.rows(file, *rows) if found else _loaded(file.read(start, stop))[slice(*rows)]
+                if found := self._found[index]:
+                    return found.rows(file, *rows)
+                if self._whole is None or self._whole[0] != index:
+                    self._whole = None  # never two of them
+                    self._whole = index, _loaded(file.read(start, stop))
+                return self._whole[1][slice(*rows)]
         except CheckpointError:
             raise
         except OSError as error:

@@ -85,12 +85,12 @@ class RunRecord:
     @contextmanager
     def running(self, note: Callable[[str], None]) -> Iterator[None]:
         """Commit that the run has begun, and when the block is left early how it ended; `note` is told what to do."""
-        self._origin.write(self.artifacts)
         self.state("running")
         note(f"run {self.run_id}")
         is_search = self._command == "search"
         resume = f"go on with: lowprec search CONFIG --resume {self.run_id}"
         try:
+            self._origin.write(self.artifacts)
             yield
         except KeyboardInterrupt:
             self._try(lambda: self.state("stopped", message="interrupted"), note)

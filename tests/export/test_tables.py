@@ -68,12 +68,19 @@ def test_a_file_holds_the_stored_rows(
     assert [p.name for p in out.parent.iterdir()] == ["user.rows"]
 
 
-def test_a_chunk_of_a_distributed_checkpoint_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_distributed({NAME: torch.from_numpy(some_rows())}, tmp_path)
+@pytest.mark.parametrize(("is_transposed", "num_loads"), [(False, 0), (True, 1)])
+def test_a_chunk_of_a_distributed_checkpoint_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_transposed: bool, num_loads: int
+) -> None:
+    """Block by block, by its bytes, or where they are in another order whole."""
+    rows = some_rows()
+    stored = torch.from_numpy(np.ascontiguousarray(rows.T)).T if is_transposed else torch.from_numpy(rows)
+    path = save_distributed({NAME: stored}, tmp_path)
     loads, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
     write_table(path, NAME, tmp_path / "out", Precision.INT8, row_range=MSE, block_bytes=4096)
-    assert len(loads) == 1
+    assert len(loads) == num_loads
+    assert (tmp_path / "out").read_bytes() == ops.quantize(rows, Precision.INT8, row_range=MSE).tobytes()
 
 
 def test_a_bad_row_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
