@@ -100,11 +100,9 @@ def bucket(s3: S3Server) -> str:
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Synthetic traffic with six tables and an untrained DLRM whose tables are rough enough to suffer from int2."""
-    import torch
+    """Synthetic traffic with six tables, and an untrained model with rough tables."""
+    from rough_model import save_rough_model
 
-    from lowprec.models.checkpoint import save_checkpoint
-    from lowprec.models.factory import build_model
     from lowprec.traffic import SyntheticSpec, generate
 
     folder = tmp_path_factory.mktemp("small")
@@ -118,15 +116,7 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_users=300,
     )
     generate(spec, folder / "traffic")
-    config = _config(folder, folder / "runs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.startswith("tables."):
-                    parameter.normal_(0, 0.3)
-    save_checkpoint(model, folder / "model.safetensors", {})
+    save_rough_model(_config(folder, folder / "runs"))
     return folder
 
 

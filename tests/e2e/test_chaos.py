@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from deltalake import write_deltalake
+
+from lowprec.results import ResultsStore
+from lowprec.search import run_search
 
 
 @pytest.fixture
@@ -26,7 +30,19 @@ def check(found, num_seeds):
 
 
 def test_three_seeds(chaos, tmp_path):
-    check(chaos.play(tmp_path, range(3), num_rows=24_000, max_trials=12), 3)
+    check(chaos.play(tmp_path, range(3), num_rows=20_000, max_trials=17), 3)
+
+
+def test_a_row_that_is_written_twice_is_found_though_readers_see_one(chaos, small_config, tmp_path):
+    config = small_config("search.max_trials=5")
+    run_search(config)
+    run = chaos.Run(tmp_path / "job.yaml", Path(config.results.root), address="")
+    before = run.rows()
+    assert run.num_repeated() == 0
+    again = ResultsStore(run.root).dataset("trials").to_table().slice(0, 2)
+    write_deltalake(run.root / "trials", again, mode="append")
+    assert run.num_repeated() == 2
+    assert run.rows() == before
 
 
 @pytest.mark.slow
