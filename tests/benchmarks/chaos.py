@@ -222,19 +222,19 @@ class Run:
         return sum(max(0, len(log) - 1) for log in logs)
 
 
-def disturbed(run: Run, machines: Machines, seed: int) -> dict:
-    """The document of a run to which all events happen, long before its last commits.
+def disturbed(run: Run, machines: Machines, seed: int, num_commits: int) -> dict:
+    """The document of a run to which all events happen, long before the last of its `num_commits`.
 
     A piece of work that is lost with three workers ends a run. So there are two commits between a worker's loss and
     the next but one: all that was being done at the first is done by then.
     """
-    rng = random.Random(seed)
-    due = rng.randrange(2)
+    rng, spread = random.Random(seed), num_commits // 3
+    due = rng.randrange(spread)
     losses: list[int] = []
     run.go_on()
     for event in rng.sample(EVENTS, len(EVENTS)):
         if event != "driver" and len(losses) > 1:
-            due = losses[-2] + 2
+            due = losses[-2] + 2 + rng.randrange(spread - 1)
         wait_for(lambda due=due: ended(run) or (run.num_commits() >= due and workers_of(run, machines)))
         time.sleep(rng.uniform(0, JITTER_S))
         wait_for(lambda event=event: ended(run) or happens(event, run, machines, rng))
@@ -254,7 +254,10 @@ def happens(event: str, run: Run, machines: Machines, rng: random.Random) -> boo
     elif not workers or (event == "node" and not machines.remove_one(workers, rng)):
         return False
     elif event != "node":
-        os.kill(rng.choice(workers), signal.SIGKILL if event == "kill" else signal.SIGSTOP)
+        try:
+            os.kill(rng.choice(workers), signal.SIGKILL if event == "kill" else signal.SIGSTOP)
+        except ProcessLookupError:
+            return False
     run.events[event] += 1
     return True
 
@@ -299,12 +302,12 @@ def play(folder: Path, seeds: range, *, num_rows: int = NUM_ROWS, max_trials: in
         usual_s = time.monotonic() - began
         expected = alone.rows()
         assert document["num_trials"] == max_trials < len(expected["trials"]) and expected["sensitivities"]
-        assert alone.num_repeated() == 0
+        assert alone.num_repeated() == 0 and alone.num_commits() >= 6
         print({"undisturbed_s": round(usual_s, 1), "rows": {k: len(v) for k, v in expected.items()}}, flush=True)
         for seed in seeds:
             run = Run(config, folder / f"seed-{seed}", machines.address)
             began = time.monotonic()
-            found = disturbed(run, machines, seed)
+            found = disturbed(run, machines, seed, alone.num_commits())
             seconds = time.monotonic() - began
             one = compare(run.rows(), expected)
             one["duplicated"] = run.num_repeated()
