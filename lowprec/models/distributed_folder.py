@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from enum import EnumType
 from typing import Any
 
 import torch
@@ -113,6 +114,11 @@ class DistributedFolder:
             raise CheckpointError(
                 f'checkpoint {where}: cannot read "{name}": {error.strerror or first_line(error)}'
             ) from None
+        except zipfile.BadZipFile:
+            raise CheckpointError(
+                f'checkpoint {where}: "{name}" is not where the metadata says; the file is cut short or another one; '
+                "copy or save the checkpoint again"
+            ) from None
         except (
             RuntimeError,
             LookupError,
@@ -120,7 +126,6 @@ class DistributedFolder:
             ValueError,
             EOFError,
             pickle.UnpicklingError,
-            zipfile.BadZipFile,
         ) as error:
             raise CheckpointError(f'checkpoint {where}: cannot read "{name}": {first_line(error)}') from None
 
@@ -152,10 +157,19 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # so some versions of Python, 3.11.2 for one, pickle the members of an enum
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """Of an enum, and of nothing else: by attributes a pickle could reach whatever there is."""
+    if not (isinstance(kind, EnumType) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it refers to an attribute of {kind}")
+    return kind[name]
 
 
 def _loaded(stored: bytes) -> Tensor:

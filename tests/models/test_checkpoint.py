@@ -203,6 +203,37 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert not trace.exists()
 
 
+def test_members_of_enums_as_some_pythons_pickle_them(tmp_path, monkeypatch):
+    """Python 3.11.2 writes `getattr(cls, name)`, which must give nothing but members of enums."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorProperties
+
+    folder = write_distributed(state_of(model_with(1)), tmp_path)
+    document = pickle.loads((folder / ".metadata").read_bytes())
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)), raising=False
+    )
+    content = pickle.dumps(document)
+    assert b"getattr" in content
+    (folder / ".metadata").write_bytes(content)
+    model = model_with(2)
+    load_checkpoint(model, folder)
+    assert torch.equal(model.tables["c3"].weight, model_with(1).tables["c3"].weight)
+    for kind, name in ((_MEM_FORMAT_ENCODING, "__class__"), (TensorProperties, "__init__")):
+        (folder / ".metadata").write_bytes(pickle.dumps(Attribute(kind, name)))
+        with pytest.raises(CheckpointError, match="it refers to an attribute of"):
+            load_checkpoint(model, folder)
+
+
+class Attribute:
+    """Pickled as an attribute of something."""
+
+    def __init__(self, kind, name):
+        self.of = kind, name
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
 @pytest.mark.parametrize("content", [[torch.zeros(1)], {"w": "text"}, torch.zeros(2), {"state_dict": {"epoch": 3}}])
 def test_a_torch_file_without_a_state_dict(content, tmp_path):
     torch.save(content, tmp_path / "odd.pt")
