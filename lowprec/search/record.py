@@ -52,6 +52,8 @@ class RunRecord:
     def __init__(self, job: Job, run_id: str | None, *, command: str = "search") -> None:
         """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config."""
         self.job = job
+        # Settings of a run that is resumed with other ones, in words.
+        self._changes: list[str] = []
         self._store = ResultsStore(job.config.results.root)
         self._command = command
         if run_id is None:
@@ -62,7 +64,7 @@ class RunRecord:
             self._kept: dict[str, Any] = {"verdict": None, "recommended_trial_key": None, "summary_json": None}
         else:
             before = self._run(run_id)
-            _check_same(json.loads(before["config_json"]), json.loads(job.config.to_json()), run_id)
+            self._changes = _changes(json.loads(before["config_json"]), json.loads(job.config.to_json()), run_id)
             if before["checkpoint_sha256"] != job.checkpoint_sha256:
                 raise ConfigError(
                     f"--resume {run_id}: that run searched checkpoint {before['checkpoint_sha256'][:12]}, "
@@ -87,8 +89,10 @@ class RunRecord:
         """Commit that the run has begun, and when the block is left early how it ended; `note` is told what to do."""
         self.state("running")
         note(f"run {self.run_id}")
+        for change in self._changes:
+            note(f"resumed with {change}")
         is_search = self._command == "search"
-        resume = f"go on with: lowprec search CONFIG --resume {self.run_id}"
+        resume = f"go on with the options that it had and --resume {self.run_id}"
         try:
             self._origin.write(self.artifacts)
             yield
@@ -211,17 +215,26 @@ class RunRecord:
         return max(rows, key=lambda row: row["version"])
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], run_id: str) -> None:
-    changed = [
-        key
-        for key in _differences(before, now)
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-    ]
-    if changed:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], run_id: str) -> list[str]:
+    """What is another setting now, for a person; raises `ConfigError` for one that must stay."""
+    found = _differences(before, now)
+    wrong = [key for key in found if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)]
+    if wrong:
         raise ConfigError(
-            f"--resume {run_id}: that run had another config: {', '.join(changed)} differ; begin a new run, or undo "
+            f"--resume {run_id}: that run had another config: {', '.join(wrong)} differ; begin a new run, or undo "
             f"the change (free to change: {', '.join(FREE_TO_CHANGE)})"
         )
+    return [
+        f"{key} {json.dumps(_value(now, key))}, where the run had {json.dumps(_value(before, key))}"
+        for key in found
+        if key.startswith(("search.", "evaluation."))
+    ]
+
+
+def _value(document: Any, key: str) -> Any:
+    for name in key.split("."):
+        document = document.get(name) if isinstance(document, Mapping) else None
+    return document
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

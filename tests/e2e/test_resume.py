@@ -181,7 +181,7 @@ def test_a_run_is_resumed_with_its_own_config_only(lowprec, config_file, one_sen
     one_sentence(lowprec("search", config, "--resume", "20200101-000000-abcdef"), 64, ["no such run", run])
 
 
-def test_an_interrupt_says_how_to_go_on(config_file, tmp_path):
+def test_an_interrupt_says_how_to_go_on(lowprec, config_file, tmp_path):
     config = config_file(results__root=str(tmp_path / "runs2"), search__max_trials=4000)
     command = [str(Path(sys.executable).with_name("lowprec")), "search", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -191,8 +191,14 @@ def test_an_interrupt_says_how_to_go_on(config_file, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
-    frame = package.query("SELECT status FROM runs", root=str(tmp_path / "runs2"))
+    frame = package.query("SELECT run_id, status FROM runs", root=str(tmp_path / "runs2"))
     assert list(frame.status) == ["stopped"]
+    # Who resumes with another limit is told, and one of speed as well.
+    changes = ("--set", "search.max_trials=5", "--set", "evaluation.task_timeout_s=9")
+    resumed = lowprec("search", config, "--resume", frame.run_id[0], *changes)
+    assert resumed.code in (0, 2, 4)
+    assert "resumed with search.max_trials 5, where the run had 4000" in resumed.err
+    assert "resumed with evaluation.task_timeout_s 9.0, where the run had 600.0" in resumed.err
 
 
 def test_a_time_limit_stops_the_waves_and_still_confirms(lowprec, config_file):
