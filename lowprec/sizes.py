@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["parse_bytes", "parse_rate", "parse_seconds"]
+__all__ = ["bytes_text", "parse_bytes", "parse_rate", "parse_seconds"]
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in the unit that keeps three digits."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} TB"
 
 
 def parse_bytes(text: str) -> int:

@@ -3,7 +3,8 @@
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
 from lowprec.render.submit import job_commands, render_job, render_jobs, render_submitted
-from lowprec.render.text import bytes_text, gap_text, render_frame
+from lowprec.render.text import gap_text, render_frame
+from lowprec.sizes import bytes_text
 
 __all__ = [
     "bytes_text",

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from lowprec.console import stdout
 from lowprec.render.placement import render_placement
-from lowprec.render.text import bytes_text, count_text, number, render_rows
+from lowprec.render.text import count_text, number, render_rows
+from lowprec.sizes import bytes_text
 
 __all__ = ["render_calibration", "render_doctor", "render_dry_run", "render_train"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from lowprec.console import stdout
-from lowprec.render.text import bytes_text
+from lowprec.sizes import bytes_text
 
 __all__ = ["render_placement"]
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from lowprec.console import stdout
 from lowprec.plan import precision_counts
-from lowprec.render.text import bytes_text, gap_text, is_known, number, render_rows
+from lowprec.render.text import gap_text, is_known, number, render_rows
+from lowprec.sizes import bytes_text
 
 __all__ = ["render_front", "render_search", "render_sensitivities", "render_verify"]
 

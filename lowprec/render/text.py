@@ -11,16 +11,7 @@ from rich.table import Table
 
 from lowprec.console import stdout
 
-__all__ = ["bytes_text", "count_text", "gap_text", "is_known", "number", "render_frame", "render_rows"]
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in the unit that keeps three digits."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.4g} TB"
+__all__ = ["count_text", "gap_text", "is_known", "number", "render_frame", "render_rows"]
 
 
 def gap_text(metrics: Mapping[str, Any], kind: str = "gap") -> str:

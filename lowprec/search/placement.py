@@ -16,6 +16,7 @@ from lowprec.shards import hot_bytes
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
 from lowprec.shards.planner import Cuts, Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
+from lowprec.sizes import bytes_text
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["Demand", "Machines", "demand_of", "describe_placement", "place", "place_spec"]
@@ -87,10 +88,10 @@ def place(
     )
     if needs.total >= worker_memory:
         raise ConfigError(
-            f"workers of {worker_memory / 1e9:.2f} GB have no room for tables: they need {needs.total / 1e9:.2f} GB "
-            f"for themselves ({needs.process / 1e9:.2f} GB process, {needs.dense / 1e9:.2f} GB dense part, "
-            f"{needs.batch / 1e9:.2f} GB batches of {demand.batch_size}, {needs.caches / 1e9:.2f} GB caches); give "
-            "them more, or lower traffic.batch_size"
+            f"workers of {bytes_text(worker_memory)} have no room for tables: they need {bytes_text(needs.total)} for "
+            f"themselves ({bytes_text(needs.process)} process, {bytes_text(needs.dense)} dense part, "
+            f"{bytes_text(needs.batch)} batches of {demand.batch_size}, {bytes_text(needs.caches)} caches); give them "
+            "more, or lower traffic.batch_size"
         )
     return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers, cuts)
 

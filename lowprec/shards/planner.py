@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from lowprec.errors import ConfigError
+from lowprec.sizes import bytes_text
 
 __all__ = ["Cuts", "Placement", "Shard", "TableLoad", "place_tables"]
 
@@ -223,8 +224,8 @@ def _check_fit(tables: Sequence[TableLoad], capacities: Sequence[int]) -> None:
     average = held / len(capacities)
     more = f"{math.ceil(needed / average)} workers like these" if average > widest else "workers with more memory"
     raise ConfigError(
-        f"tables of {needed / 1e9:,.1f} GB do not fit on {len(capacities)} workers that have {held / 1e9:,.1f} GB for "
-        f"them; use {more}, or {needed / len(capacities) / 1e9:,.2f} GB for tables at each"
+        f"tables of {bytes_text(needed)} do not fit on {len(capacities)} workers that have {bytes_text(held)} for "
+        f"them; use {more}, or {bytes_text(needed / len(capacities))} for tables at each"
     )
 
 
@@ -302,8 +303,8 @@ def _packed(tables: Sequence[TableLoad], capacities: Sequence[int], cuts: Cuts |
             if cuts is not None:
                 raise ConfigError(
                     f'"{piece.table.name}" does not fit: rows {piece.first_row} to {piece.end_row} must stay together, '
-                    f"as they were before, and take {piece.num_bytes / 1e9:,.2f} GB, but no worker has more than "
-                    f"{max(0, room) / 1e9:,.2f} GB left"
+                    f"as they were before, and take {bytes_text(piece.num_bytes)}, but no worker has more than "
+                    f"{bytes_text(max(0, room))} left"
                 )
             if num_rows == 0:
                 raise ConfigError(

@@ -54,10 +54,15 @@ def init_ray(num_cpus: int, address: str | None) -> None:
         # Ray sends no token to an address that it was given, and a cluster that wants one does not say so.
         asks_token = address is not None and "RAY_AUTH_MODE" not in os.environ and "Failed to connect" in str(error)
         raise WorkerError(
-            f"Ray at {address or 'this machine'}: cannot be reached or started: {str(error).splitlines()[0]}; "
+            f"Ray at {address or 'this machine'}: cannot be reached or started: {_sentence(error)}; "
             + ("set RAY_AUTH_MODE=token if the cluster asks for a token; " if asks_token else "")
             + "check the address (evaluation.address, --address), or leave it out to run on this machine"
         ) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What Ray says, which takes several lines to get to the point."""
+    return " ".join(str(error).split())[:500].rstrip(".")
 
 
 def _check_reachable(address: str) -> None:
