@@ -34,6 +34,7 @@ __all__ = [
 
 # Files hashed at once: one thread each, which on an object store waits more than it works.
 _FILES_AT_ONCE = 4
+_FITTING = "; give model.args as it was trained with, or the checkpoint of this model"
 # Blocks of each local file, for the stamp.
 _NUM_SAMPLED, _SAMPLED_BYTES = 16, 4096
 
@@ -230,7 +231,7 @@ def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: 
     if problems:
         wrapped = unexpected and all(name.startswith("module.") for name in unexpected)
         hint = '; every name begins with "module.": save model.module.state_dict()' if wrapped else ""
-        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(problems)}{hint}")
+        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(problems)}{hint or _FITTING}")
     misshapen = [
         f"{name}: checkpoint has {_text(source.shapes[name])}, model has {_text(tuple(wanted.shape))}"
         for name, wanted in expected.items()
@@ -238,7 +239,7 @@ def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: 
     ]
     if misshapen:
         more = f"; and {len(misshapen) - 3} more" if len(misshapen) > 3 else ""
-        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(misshapen[:3])}{more}")
+        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(misshapen[:3])}{more}{_FITTING}")
 
 
 def _table_weights(model: nn.Module) -> frozenset[str]:

@@ -56,7 +56,7 @@ class DistributedFolder:
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: cannot be listed: {error.strerror or error}") from None
         if missing:
-            raise CheckpointError(f"checkpoint {path}: file {missing[0]} is missing")
+            raise CheckpointError(f"checkpoint {path}: file {missing[0]} is missing; copy the whole checkpoint again")
         self.files: tuple[Location, ...] = (path / METADATA_FILE, *(path / name for name in stored))
         # The metadata is another one after every save.
         self.states: Mapping[Location, FileState] = {path / METADATA_FILE: state}

@@ -160,7 +160,7 @@ def read_index(path: Location) -> dict[str, Location]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f'checkpoint {path}: is not an index of safetensors (JSON with a "weight_map")') from None
     if missing:
-        raise CheckpointError(f"checkpoint {path}: shard {missing[0]} is missing")
+        raise CheckpointError(f"checkpoint {path}: shard {missing[0]} is missing; copy the whole checkpoint again")
     return file_of
 
 
