@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from lowprec.errors import PoisonedWorkError, WorkerError
 from lowprec.evaluation.cluster import RayWorkers, Timeouts, watch
+from lowprec.evaluation.cluster.actor import start_actor
 from lowprec.evaluation.worker import ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
 from lowprec.search.job import open_job
@@ -165,6 +166,22 @@ def test_a_worker_that_rays_memory_monitor_killed_is_a_lost_worker(one_ray, job,
     with on_ray(job.spec, 2) as (workers, told):
         assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
     assert len(raised) == 1 and [" died at ExactTask of batches" in line for line in told] == [True]
+
+
+def test_a_worker_that_is_stopped_before_it_first_answers_is_killed(one_ray, job):
+    """Then nobody has heard of it, and the driver waits for it to be started."""
+    actors = tuple(start_actor(1, None) for _ in range(2))
+    stopped = ray.get(actors[0].pulse.remote()).process_id
+    os.kill(stopped, signal.SIGSTOP)
+    told: list[str] = []
+    try:
+        found = watch.Watch(actors, lambda *_: None, Timeouts(hung_s=2.0, start_s=120.0), told.append)
+        found.start("1 CPU")
+        assert found.pulse(0).process_id != stopped and not is_alive(stopped)
+        assert any("worker 0 has not answered for 2 s" in line for line in told)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def test_work_that_does_not_end_is_stopped(one_ray, job, tmp_path, undisturbed):

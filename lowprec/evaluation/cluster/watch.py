@@ -197,7 +197,7 @@ class Watch:
                 min(PULSE_EVERY_S, self._timeouts.hung_s) if seen.state == "up" else START_PULSE_EVERY_S
             ):
                 seen.asked, seen.asked_at = self._actors[worker].pulse.remote(), now
-        elif seen.state != "starting" and now - seen.asked_at > self._timeouts.hung_s and not seen.is_killed:
+        elif now - seen.asked_at > self._timeouts.hung_s and not seen.is_killed and self._should_answer(worker, seen):
             self._note(
                 f"{self.place(worker)} has not answered for {self._timeouts.hung_s:g} s (evaluation.hung_after_s): it "
                 "is killed and started again"
@@ -209,6 +209,14 @@ class Watch:
                 "(evaluation.start_timeout_s): the cluster has no "
                 "room for it; add a machine, or resume with fewer workers (evaluation.num_workers)"
             )
+
+    def _should_answer(self, worker: int, seen: _Seen) -> bool:
+        """Whether a worker has a process: one that Ray has yet to start may wait for a machine."""
+        if seen.state != "starting":
+            return True
+        # Ray's public way asks a dashboard, which a Ray of our own has none of.
+        actor: dict[str, Any] = ray._private.state.actors(self._actors[worker]._actor_id.hex())
+        return actor.get("State") == "ALIVE"
 
 
 def _is_there(reference: Any) -> bool:
