@@ -101,6 +101,8 @@ def stop(job: str, address: str | None, as_json: bool) -> None:
     from lowprec.submit import run_in_log, stop_job
 
     api = _jobs_api(address)
+    if api.job(job).is_over:
+        _note(f"job {job} was over already")
     stopped = stop_job(api, job)
     content = _described(api, stopped, run_in_log(api.log(job) or ""))
     show(console.json_document("submit stop", content), as_json, render.render_job)

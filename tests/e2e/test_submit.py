@@ -236,6 +236,7 @@ def test_a_job_can_be_looked_at_afterwards(searched, installation, cluster, user
     assert again.returncode == document["exit_code"] and json.loads(again.stdout)["document"] == document["document"]
     stopped = installation.run("lowprec", "submit", "stop", job, *there, "--json")
     assert json.loads(stopped.stdout)["state"] == document["state"]
+    assert f"job {job} was over already" in stopped.stderr
 
 
 def test_a_plan_that_is_refused_is_no_success(searched, installation, cluster, user, config):
