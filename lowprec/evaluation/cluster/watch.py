@@ -134,6 +134,7 @@ class Watch:
         Raises `WorkerError` for one that was lost again and again.
         """
         seen = self._seen[worker]
+        seen.is_killed = False  # the next process may hang as well
         if seen.state == "starting":
             return
         # An answer from before its death would make it look alive.
