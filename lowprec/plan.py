@@ -178,8 +178,8 @@ def write_plan(file: PlanFile, path: Where) -> None:
         raise ResultsError(f"plan {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_plan(path: Where, *, units: Iterable[Unit], checkpoint_sha256: str | None) -> PlanFile:
-    """Read and check a plan against a model.
+def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: str | None) -> PlanFile:
+    """Read and check a plan against a model; with `units` None against itself, before the model is loaded.
 
     Raises `PlanError` when the file is not a plan, misses or invents a unit or a key of one, or was made for another
     checkpoint (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
@@ -211,7 +211,7 @@ def read_plan(path: Where, *, units: Iterable[Unit], checkpoint_sha256: str | No
         if "range" in entry
     }
     try:
-        plan = Plan.of(units, precisions)
+        plan = Plan(precisions) if units is None else Plan.of(units, precisions)
     except PlanError as error:
         raise PlanError(f"plan {path}: {error}") from None
     return PlanFile(

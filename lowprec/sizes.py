@@ -34,9 +34,9 @@ def parse_rate(text: str) -> float:
     return float(match[1]) * _FACTORS[match[2]] / (8 if match[3] == "bit" else 1)
 
 
-def parse_seconds(text: str) -> float:
-    """Seconds of "90s", "15m", "2h" or a number; raises `ValueError` saying what was expected."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text)
-    if not match or float(match[1]) == 0:
-        raise ValueError("expected a duration such as 90s, 15m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, None: 1}[match[2]]
+def parse_seconds(text: str, *, zero: bool = False) -> float:
+    """Seconds of "90s", "15m", "2h", "7d" or a number, `zero` allows 0; raises `ValueError` with what is wanted."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d)?", text)
+    if not match or (float(match[1]) == 0 and not zero):
+        raise ValueError("expected a duration such as 90s, 15m, 2h or 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}[match[2]]

@@ -33,7 +33,7 @@ OWNERS = {
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),
 }
-TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config.py", "cost.py", "cli", "command.py", "submit/")
+TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config/", "cost.py", "cli", "command.py", "submit/")
 HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake", "duckdb")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 

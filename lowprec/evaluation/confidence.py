@@ -110,19 +110,24 @@ def design_effect(moments: RatioMoments, blocks: Blocks) -> float:
 
 
 def ratio_interval(
-    moments: RatioMoments, alpha: float, *, tuned_for: int | None = None, blocks: Blocks | None = None
+    moments: RatioMoments,
+    alpha: float,
+    *,
+    tuned_for: int | None = None,
+    blocks: Blocks | None = None,
+    inflation: float = 1.0,
 ) -> Interval:
     """The (1 - alpha) confidence sequence of E[x] / E[y], y positive on average.
 
     It holds every b for which the sequence of E[x - b y] holds 0, so that "upper end < b" and "x - b y is below zero
     with confidence" are the same statement. Without `tuned_for` it is tightest at the number of units at hand, which is
     right for one look at a whole window; who looks more often gives the number that was planned. Sums over time
-    `blocks` widen it by their design effect.
+    `blocks` widen it by their design effect, and `inflation` is a factor of variance that somebody else knows of.
     """
     n = moments.num_units
     if n < MIN_UNITS or moments.effective_units < MIN_EFFECTIVE_UNITS:
         return Interval(-math.inf, math.inf)
-    c_squared = radius(n, alpha, tuned_for=tuned_for or n) ** 2
+    c_squared = radius(n, alpha, tuned_for=tuned_for or n) ** 2 * inflation
     if blocks is not None:
         c_squared *= design_effect(moments, blocks)
     mean_x, mean_y = moments.x / n, moments.y / n

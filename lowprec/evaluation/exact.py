@@ -22,7 +22,7 @@ from lowprec.shards import LocalTables, Tables
 from lowprec.shards.estimate import MAX_KEPT_BYTES
 from lowprec.traffic.batch import Batch
 
-__all__ = ["BatchLogits", "ExactEvaluator"]
+__all__ = ["BatchLogits", "ExactEvaluator", "TracedBatch"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ class BatchLogits:
 
     reference: NDArray[np.float32]
     plans: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TracedBatch:
+    """Logits of the reference and of one plan on one batch, float32[B], and where the difference comes from.
+
+    changes: float32[K, B], the change of every logit to first order in the outputs of each of K tables.
+    """
+
+    reference: NDArray[np.float32]
+    plan: NDArray[np.float32]
+    changes: NDArray[np.float32]
 
 
 class ExactEvaluator:
@@ -105,6 +117,36 @@ class ExactEvaluator:
         reference, gradients = self.adapter.differentiated(inputs, calls)
         self._check(inputs, reference, needed, batch.index)
         return reference, gradients
+
+    def traced(self, batch: Batch, plan: Plan, tables: Sequence[str]) -> TracedBatch:
+        """The reference and one plan on the batch, and what each of `tables` does by itself, to first order.
+
+        One forward and one backward pass, one low-precision lookup and one dense pass. Errors are those of `logits`.
+        """
+        if batch.num_rows == 0:  # every row was bad
+            nothing = np.empty(0, np.float32)
+            return TracedBatch(nothing, nothing, np.empty((len(tables), 0), np.float32))
+        needed = {name: {plan[name]} for name in self.tables.names}
+        inputs = inputs_of(batch)
+        if self.tables.are_remote:
+            calls = self.adapter.asked(inputs)
+            pooled = self.tables.pooled(calls, [needed[call.table] | {Precision.FP32} for call in calls])
+            reference, gradients = self.adapter.differentiated(inputs, _with_outputs(calls, pooled))
+            self._check(inputs, reference, needed, batch.index)
+        else:
+            reference, gradients = self.adapter.differentiated(inputs)
+            self._check(inputs, reference, needed, batch.index)
+            with torch.inference_mode():
+                pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
+        outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
+        row = {name: k for k, name in enumerate(tables)}
+        changes = np.zeros((len(tables), batch.num_rows), dtype=np.float32)
+        with torch.inference_mode():
+            for call, output, gradient in zip(reference.calls, outputs, gradients, strict=True):
+                if call.table in row:
+                    changes[row[call.table]] += ((output - call.output) * gradient).sum(dim=1).numpy()
+        logits = self._passes.logits(inputs, reference, [outputs])[0]
+        return TracedBatch(reference.logits.numpy(), logits, changes)
 
     def _check(
         self, inputs: ModelInputs, reference: ReferencePass, needed: Mapping[str, Collection[Precision]], index: int

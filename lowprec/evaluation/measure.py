@@ -36,9 +36,12 @@ def measure_profile(
     by_group: bool,
     batches_per_task: int,
     max_bad_fraction: float = 0.0,
+    label_free: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> MeasuredProfile:
     """Profile `columns` over the window; `by_group` says that traffic has a group key.
+
+    label_free: by what the reference predicts, instead of by labels.
 
     Block b holds the batches k with floor(k * NUM_BLOCKS / num_batches) = b, so blocks are equal stretches of the
     window's rows. The result is the same to the bit for any number of workers.
@@ -47,7 +50,7 @@ def measure_profile(
     for block in range(NUM_BLOCKS):
         members = [k for k in range(window.num_batches) if k * NUM_BLOCKS // window.num_batches == block]
         for piece in pieces_of(window, members, batches_per_task):
-            tasks.append(ProfileTask(columns, NUM_BLOCKS, piece))
+            tasks.append(ProfileTask(columns, NUM_BLOCKS, piece, label_free=label_free))
             block_of.append(block)
     counter = RowCounter(window, max_bad_fraction)
     parts = [ProfilePart.zero(len(columns), NUM_BLOCKS, by_group=by_group)] * NUM_BLOCKS

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, Verdict, ratio_interval, verdict
 from lowprec.evaluation.second_moment import mixed
 
-__all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "sums_of_batch"]
+__all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "group_sums", "sums_of_batch"]
 
 Float = NDArray[np.float64]
 
@@ -28,7 +28,10 @@ GROUP_BUCKETS = 1 << 16
 
 @dataclass(frozen=True)
 class GroupSums:
-    """Sums for every group bucket that was seen: `values` is float64[2 P + 1, num_buckets], rows x, kl, then y."""
+    """Sums for every group bucket that was seen: `values` is float64[R, num_buckets].
+
+    In `Sums` the rows are x and kl of every plan, then y.
+    """
 
     buckets: NDArray[np.int64]
     values: Float
@@ -266,7 +269,7 @@ def sums_of_batch(
         prediction=(prediction * w).sum(axis=1),
         histogram=_histogram(logits, labels, w),
         moments=_row_moments(x, kl, y) if groups is None else np.zeros((len(plans), 10)),
-        groups=None if groups is None else _group_sums(x, kl, y, groups),
+        groups=None if groups is None else group_sums(np.concatenate([x, kl, y[None]]), groups),
     )
 
 
@@ -281,9 +284,9 @@ def _row_moments(x: Float, kl: Float, y: Float) -> Float:
     return np.concatenate([np.stack([c.sum(axis=1) for c in columns], axis=1), constant], axis=1)
 
 
-def _group_sums(x: Float, kl: Float, y: Float, groups: NDArray[np.int64]) -> GroupSums:
+def group_sums(rows: Float, groups: NDArray[np.int64]) -> GroupSums:
+    """The sums of each row of float64[R, B] over the groups int64[B], by bucket."""
     buckets, where = np.unique(_bucket(groups), return_inverse=True)
-    rows = np.concatenate([x, kl, y[None]])
     return GroupSums(buckets, np.stack([np.bincount(where, weights=row, minlength=len(buckets)) for row in rows]))
 
 

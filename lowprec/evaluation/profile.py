@@ -205,12 +205,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class ProfileTask:
-    """A piece of a profile: batches of one time block of a window."""
+    """A piece of a profile: batches of one time block of a window.
+
+    label_free: every example has the reference's own prediction for a label, whether it has another one or not. Then
+    the first order is zero, the loss is the entropy, and gaps are the label-free ones.
+    """
 
     columns: tuple[Column, ...]
     num_blocks: int
     batches: tuple[int, ...]
     keep: None = None
+    label_free: bool = False
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ProfilePart:
         """What one batch adds; rows without a label are counted and left out."""
@@ -219,14 +224,14 @@ class ProfileTask:
         if batch.num_rows == 0:
             return zero
         logits, s = swaps(evaluator, batch, self.columns)
-        labelled = ~np.isnan(batch.labels)
-        rows = np.flatnonzero(labelled)
+        rows = np.arange(batch.num_rows) if self.label_free else np.flatnonzero(~np.isnan(batch.labels))
         if len(rows) < batch.num_rows:
             s, logits = s[:, rows], logits[rows]
-        z, y = logits.astype(np.float64), batch.labels[rows].astype(np.float64)
-        w = np.ones(len(y)) if batch.weights is None else batch.weights[rows]
+        z = logits.astype(np.float64)
+        w = np.ones(len(z)) if batch.weights is None else batch.weights[rows]
         softplus = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
         p = np.exp(z - softplus)
+        y = p if self.label_free else batch.labels[rows].astype(np.float64)
         loss, residual, curvature = w * (softplus - y * z), w * (p - y), w * p * (1 - p)
         directions = np.empty((len(s) + NUM_CALIBRATION_DIRECTIONS + 1, len(y)), dtype=np.float32)
         directions[: len(s)], directions[len(s)], directions[len(s) + 1] = s, 1.0, logits

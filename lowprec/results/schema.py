@@ -124,6 +124,71 @@ TABLES: Mapping[str, TableSchema] = {
                 "num_exact": pa.int64(),
             },
         ),
+        _table(
+            "monitor_windows",
+            {
+                "deployment": pa.string(),
+                "name": pa.string(),
+                "window_key": pa.string(),
+                "version": pa.int64(),  # counts how often the window was judged: again when labels or rows came late
+                "window": pa.string(),
+                "window_start": pa.int64(),  # in the unit of the traffic's time
+                "window_end": pa.int64(),
+                "judged_at": _TIME,
+                "state": pa.string(),  # ok, warn, breach, insufficient_data or error
+                "message": pa.string(),
+                "checkpoint": pa.string(),
+                "checkpoint_sha256": pa.string(),
+                "budget_pct": pa.float64(),
+                "judged_by": pa.string(),  # labels or kl
+                **_INTERVALS,  # of this window by itself
+                "running_pct": pa.float64(),  # of all windows since the deployment, or the last breach or its end
+                "running_lower_pct": pa.float64(),
+                "running_upper_pct": pa.float64(),
+                "confidence": pa.float64(),
+                "log_evidence": pa.float64(),
+                "log_threshold": pa.float64(),
+                "overdispersion": pa.float64(),
+                "epoch": pa.int64(),
+                "ne_ref": pa.float64(),
+                "ne_plan": pa.float64(),
+                "auc_ref": pa.float64(),
+                "auc_plan": pa.float64(),
+                "auc_error": pa.float64(),
+                "calibration_ref": pa.float64(),
+                "calibration_plan": pa.float64(),
+                "num_rows": pa.int64(),  # as they are logged, bad ones included
+                "num_labelled": pa.int64(),
+                "num_bad": pa.int64(),
+                "num_units": pa.int64(),
+                "worst_unit": pa.string(),  # whose share of the gap grew most
+                "num_moved": pa.int64(),  # features whose inputs moved
+                "units_json": pa.string(),
+                "inputs_json": pa.string(),
+                "saturation_json": pa.string(),
+                "evidence_json": pa.string(),
+                "lowprec_version": pa.string(),
+            },
+            entity="window_key",
+            order="version",
+        ),
+        _table(
+            "alerts",
+            {
+                "deployment": pa.string(),
+                "name": pa.string(),
+                "alert_key": pa.string(),
+                "incident": pa.string(),  # what belongs together: the deduplication key of the webhook
+                "event": pa.string(),  # opened, continues, resolved; told or not_told: what became of telling it
+                "state": pa.string(),
+                "window": pa.string(),
+                "window_start": pa.int64(),
+                "raised_at": _TIME,
+                "message": pa.string(),
+                "proposed_plan": pa.string(),
+                "alert_json": pa.string(),
+            },
+        ),
     )
 }
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
-from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from lowprec.errors import ResultsError
@@ -52,10 +52,12 @@ class ResultsStore:
         # The keys that the last append to each table returned from.
         self._kept: dict[str, pa.Array] = {}
 
-    def append(self, table_name: str, rows: Iterable[Mapping[str, Any]]) -> int:
+    def append(self, table_name: str, rows: Iterable[Mapping[str, Any]], *, exclusive: str | None = None) -> int:
         """Commit the rows that are not there yet, all at once, and return how many those were.
 
         A row has every column of the table but `committed_at`, and a `row_key` that a repetition would have too.
+        `exclusive` names what several processes may append at the same moment: of equal rows one is kept then, where
+        without it both may be in the table's files (and readers see one).
         Raises `ResultsError` when a row does not fit the table, the root cannot be written, or what the last append
         wrote is no longer there (`check_kept`).
         """
@@ -65,7 +67,7 @@ class ResultsStore:
             return 0
         for attempt in range(_APPEND_ATTEMPTS):
             try:
-                num_new = self._append_once(schema, new)
+                num_new = self._append_once(schema, new, exclusive)
                 self._kept[table_name] = new["row_key"].combine_chunks()
                 return num_new
             except CommitFailedError as error:
@@ -160,13 +162,18 @@ class ResultsStore:
             )
         return table
 
-    def _append_once(self, schema: TableSchema, new: pa.Table) -> int:
+    def _append_once(self, schema: TableSchema, new: pa.Table, exclusive: str | None) -> int:
         table = self._open(schema) or self._create(schema)
         known = _known_keys(table, pa.chunked_array([*new["row_key"].chunks, self._last_keys(schema)]))
         self._check_there(schema, known)
         new = new.filter(pc.invert(pc.is_in(new["row_key"], value_set=known)))
         if new.num_rows:
-            properties = CommitProperties(max_commit_retries=_MAX_COMMIT_RETRIES)
+            # Two commits of one transaction application conflict if neither has seen the other: the second looks for
+            # its keys again.
+            application = (
+                [Transaction(exclusive, (table.transaction_version(exclusive) or 0) + 1)] if exclusive else None
+            )
+            properties = CommitProperties(max_commit_retries=_MAX_COMMIT_RETRIES, app_transactions=application)
             write_deltalake(table, new, mode="append", commit_properties=properties)
         return int(new.num_rows)
 
@@ -204,7 +211,8 @@ class ResultsStore:
             raise self._error(schema, "cannot be read", error) from None
         if kind == "file":
             raise ResultsError(f"results table {schema.name} ({place}): is a file; choose another results.root")
-        if names:
+        # Another process may have begun to create the table since then.
+        if names and "_delta_log" not in names:
             raise ResultsError(
                 f"results table {schema.name} ({place}): holds {', '.join(names[:3])}, which is no Delta table; "
                 "choose another results.root"

@@ -165,7 +165,8 @@ class Job:
             max_bad_fraction=self.config.traffic.max_bad_fraction,
             on_progress=on_progress,
         )
-        self._judge_rows(name, measured.rows, measured.bad_rows, measured.profile.num_rows, quarantine)
+        self.judge_rows(name, measured.rows, measured.bad_rows, quarantine)
+        _check_labels(name, measured.rows, measured.profile.num_rows)
         return measured
 
     def rows_without_form(self, workers: Workers, plan: Plan) -> list[str]:
@@ -211,12 +212,12 @@ class Job:
             on_progress=on_progress,
         )
         whole = evaluation.bad_rows if batches is None else ()
-        self._judge_rows(name, evaluation.rows, whole, evaluation.sums.num_rows, quarantine)
+        self.judge_rows(name, evaluation.rows, whole, quarantine)
+        _check_labels(name, evaluation.rows, evaluation.sums.num_rows)
         return evaluation
 
-    def _judge_rows(
-        self, name: str, rows: RowAccount, bad_rows: Sequence[BadRow], num_labelled: int, quarantine: Location
-    ) -> None:
+    def judge_rows(self, name: str, rows: RowAccount, bad_rows: Sequence[BadRow], quarantine: Location) -> None:
+        """Write the bad rows of a window to a file, and raise `TrafficError` where they are too many."""
         if bad_rows:
             kept = quarantine / f"{name}.parquet"
             write_quarantine(bad_rows, kept)
@@ -227,11 +228,14 @@ class Job:
                 first=bad_rows[0],
                 quarantine_path=kept,
             )
-        if num_labelled == 0:
-            raise TrafficError(
-                f"windows.{name}: none of the {rows.num_read} rows read has a usable label ({rows.num_bad} are bad, "
-                f"{rows.num_unlabelled} have none), so no gap can be measured; choose a window whose labels are known"
-            )
+
+
+def _check_labels(name: str, rows: RowAccount, num_labelled: int) -> None:
+    if num_labelled == 0:
+        raise TrafficError(
+            f"windows.{name}: none of the {rows.num_read} rows read has a usable label ({rows.num_bad} are bad, "
+            f"{rows.num_unlabelled} have none), so no gap can be measured; choose a window whose labels are known"
+        )
 
 
 def open_job(config: Config, *, is_placed: bool = True) -> Job:

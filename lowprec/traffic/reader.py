@@ -79,6 +79,14 @@ class TrafficReader:
         selection = select(self._dataset, self.schema.time, window, self._known)
         if not selection.spans:
             raise TrafficError(self._empty(window, selection))
+        return self._of(window, selection)
+
+    def find(self, window: Window) -> TrafficWindow | None:
+        """The rows of a window; None where it has none."""
+        selection = select(self._dataset, self.schema.time, window, self._known)
+        return self._of(window, selection) if selection.spans else None
+
+    def _of(self, window: Window, selection: Selection) -> TrafficWindow:
         return TrafficWindow(self._dataset, self.schema, window, selection, self.batch_size)
 
     def _empty(self, window: Window, selection: Selection) -> str:
@@ -129,6 +137,17 @@ class TrafficWindow:
         files = self._dataset.source.files
         rows = [(files[s.group.file].path.rpartition("/")[2], *s.group[1:], s.num_rows) for s in self._spans]
         return hashlib.sha256(repr((rows, self.batch_size)).encode()).hexdigest()[:16]
+
+    def count_labels(self) -> int:
+        """Rows that have a label; reads the label column alone (and the time of row groups that are cut)."""
+        wanted = [self.schema.label, *([self.schema.time] if self.schema.time is not None else [])]
+        count = 0
+        for span in self._spans:
+            for rows in self._dataset.stream(span.group, list(dict.fromkeys(wanted)), 1 << 16):
+                inside = rows if span.is_whole else rows_in_window(rows, self.schema.time, self.window)
+                labels = inside.columns.column(self.schema.label)
+                count += len(labels) - labels.null_count
+        return count
 
     @property
     def num_batches(self) -> int:

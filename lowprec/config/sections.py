@@ -1,44 +1,46 @@
-"""The config file: one YAML document, checked once, with errors that name file and key."""
+"""The sections of the config file: their keys, defaults and bounds."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lowprec.errors import ConfigError
 from lowprec.plan import Precision, RowRange
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
 
-__all__ = ["Config", "TimeBound", "WindowConfig", "load_config"]
+__all__ = [
+    "Budget",
+    "CostConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ResultsConfig",
+    "SearchConfig",
+    "Section",
+    "SpaceConfig",
+    "SparseConfig",
+    "TimeBound",
+    "TrafficConfig",
+    "TrainConfig",
+    "UnitRule",
+    "WindowConfig",
+    "WindowsConfig",
+]
 
 TimeBound = int | str | None
 
 DEFAULT_BUDGET = 0.02
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without repeated keys: of two budgets the last would win, and nobody would know."""
+class Section(BaseModel):
+    """Keys that are all known; a config does not change once it is read."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SparseConfig(_Section):
+class SparseConfig(Section):
     """One sparse feature; see `lowprec.traffic.schema.SparseFeature`."""
 
     name: str
@@ -48,7 +50,7 @@ class SparseConfig(_Section):
     weights: str | None = None
 
 
-class TrafficConfig(_Section):
+class TrafficConfig(Section):
     """Where traffic lies and what its columns mean."""
 
     path: str
@@ -103,7 +105,7 @@ class TrafficConfig(_Section):
         )
 
 
-class WindowConfig(_Section):
+class WindowConfig(Section):
     """A half-open time range [start, end); an open end is null. Dates are ISO 8601, UTC unless they say otherwise."""
 
     start: TimeBound = None
@@ -115,7 +117,7 @@ class WindowConfig(_Section):
         return value.isoformat() if hasattr(value, "isoformat") else value
 
 
-class WindowsConfig(_Section):
+class WindowsConfig(Section):
     """The windows of the main job, in time order."""
 
     train: WindowConfig | None = None
@@ -124,7 +126,7 @@ class WindowsConfig(_Section):
     confirm: WindowConfig
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model, and where its weights are."""
 
     factory: str = "lowprec.models.dlrm:build"
@@ -132,7 +134,7 @@ class ModelConfig(_Section):
     checkpoint: str
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How `lowprec train` fits the built-in DLRM. `decay: linear` lowers both learning rates to 0 over the epochs."""
 
     epochs: Annotated[int, Field(gt=0)] = 4
@@ -146,7 +148,7 @@ class TrainConfig(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class UnitRule(_Section):
+class UnitRule(Section):
     """What the units whose name matches the pattern may be. A later rule wins over an earlier one."""
 
     match: str
@@ -162,7 +164,7 @@ class UnitRule(_Section):
         return self
 
 
-class SpaceConfig(_Section):
+class SpaceConfig(Section):
     """The plans that a search may choose from, and how row-wise precisions choose the range of a row."""
 
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = tuple(Precision)
@@ -172,7 +174,7 @@ class SpaceConfig(_Section):
     groups: tuple[tuple[str, ...], ...] = ()
 
 
-class CostConfig(_Section):
+class CostConfig(Section):
     """What a plan costs, bytes or serving latency (by a file that `lowprec calibrate` wrote), and what it may cost."""
 
     minimize: Literal["bytes", "latency"] = "bytes"
@@ -190,7 +192,7 @@ class CostConfig(_Section):
 Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """How long and how hard to search, and what to accept.
 
     `budget` is the largest gap accepted, in percent; `budgets` asks for a plan for each of several.
@@ -219,7 +221,7 @@ class SearchConfig(_Section):
         return tuple(sorted(self.budgets)) or (DEFAULT_BUDGET if self.budget is None else self.budget,)
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Where exact evaluation runs. `address` is a Ray address; null starts Ray on this machine for the command,
     but in a Ray job takes the cluster of the job.
 
@@ -251,101 +253,7 @@ class EvaluationConfig(_Section):
         return self
 
 
-class ResultsConfig(_Section):
+class ResultsConfig(Section):
     """Where results go."""
 
     root: str = "runs"
-
-
-class Config(_Section):
-    """A whole job."""
-
-    name: str
-    traffic: TrafficConfig
-    windows: WindowsConfig
-    model: ModelConfig
-    train: TrainConfig = TrainConfig()
-    space: SpaceConfig = SpaceConfig()
-    cost: CostConfig = CostConfig()
-    search: SearchConfig = SearchConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    results: ResultsConfig = ResultsConfig()
-
-    def to_json(self) -> str:
-        """The resolved config as one JSON document, as saved with a run."""
-        return self.model_dump_json()
-
-
-def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read and check a config; each override is `dotted.key=value` with the value in YAML.
-
-    Raises `ConfigError` naming the file and every key that is wrong.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config {path}: is no text file; expected YAML in UTF-8") from None
-    try:
-        document = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"config {path}: must be a mapping with keys {', '.join(Config.model_fields)}")
-    for override in overrides:
-        _apply_override(document, override)
-    return _validated(document, str(path))
-
-
-def _apply_override(document: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f'--set "{override}": expected KEY=VALUE, for example --set search.budget=0.05')
-    *parents, last = key.split(".")
-    section = document
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f'--set "{override}": "{parent}" is not a section')
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f'--set "{override}": the value is not YAML') from None
-
-
-def _validated(document: dict[str, Any], where: str) -> Config:
-    try:
-        # JSON mode reads lists as tuples and names as precisions; the detour through JSON makes YAML dates text.
-        return Config.model_validate_json(json.dumps(document, default=str))
-    except ValidationError as error:
-        problems = error.errors()
-        # Where an item of a list is wrong, pydantic also complains of the list being too short without it.
-        items = {e["loc"][:-1] for e in problems if e["loc"] and isinstance(e["loc"][-1], int)}
-        sentences = [_sentence(e) for e in problems if not (e["type"] == "too_short" and e["loc"] in items)]
-        raise ConfigError(f"config {where}: {'; '.join(sentences)}") from None
-
-
-def _sentence(error: Any) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    if error["type"] == "extra_forbidden":
-        return f"{key}: no such key{_closest(key)}"
-    if error["type"] == "missing":
-        return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("object", "mapping")
-    return f"{key}: {message[0].lower()}{message[1:]}; got {json.dumps(error['input'], default=str)}"
-
-
-def _closest(key: str) -> str:
-    """A hint for a misspelt key: the keys of its section that look like it."""
-    from difflib import get_close_matches
-
-    *parents, last = key.split(".")
-    section: Any = Config
-    for parent in parents:
-        annotation = section.model_fields.get(parent.partition("[")[0])
-        section = annotation.annotation if annotation else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return ""
-    matches = get_close_matches(last, list(section.model_fields), n=1)
-    return f'; did you mean "{matches[0]}"?' if matches else f"; known here: {', '.join(section.model_fields)}"

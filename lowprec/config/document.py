@@ -1,0 +1,134 @@
+"""The whole config, and how it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lowprec.config.monitor import MonitorConfig
+from lowprec.config.sections import (
+    CostConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ResultsConfig,
+    SearchConfig,
+    Section,
+    SpaceConfig,
+    TrafficConfig,
+    TrainConfig,
+    WindowsConfig,
+)
+from lowprec.errors import ConfigError
+
+__all__ = ["Config", "load_config"]
+
+
+class Config(Section):
+    """A whole job."""
+
+    name: str
+    traffic: TrafficConfig
+    windows: WindowsConfig
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    space: SpaceConfig = SpaceConfig()
+    cost: CostConfig = CostConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    results: ResultsConfig = ResultsConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    def to_json(self) -> str:
+        """The resolved config as one JSON document, as saved with a run."""
+        return self.model_dump_json()
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read and check a config; each override is `dotted.key=value` with the value in YAML.
+
+    Raises `ConfigError` naming the file and every key that is wrong.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path}: is no text file; expected YAML in UTF-8") from None
+    try:
+        document = yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"config {path}: must be a mapping with keys {', '.join(Config.model_fields)}")
+    for override in overrides:
+        _apply_override(document, override)
+    return _validated(document, str(path))
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f'--set "{override}": expected KEY=VALUE, for example --set search.budget=0.05')
+    *parents, last = key.split(".")
+    section = document
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f'--set "{override}": "{parent}" is not a section')
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f'--set "{override}": the value is not YAML') from None
+
+
+def _validated(document: dict[str, Any], where: str) -> Config:
+    try:
+        # JSON mode reads lists as tuples and names as precisions; the detour through JSON makes YAML dates text.
+        return Config.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        problems = error.errors()
+        # Where an item of a list is wrong, pydantic also complains of the list being too short without it.
+        items = {e["loc"][:-1] for e in problems if e["loc"] and isinstance(e["loc"][-1], int)}
+        sentences = [_sentence(e) for e in problems if not (e["type"] == "too_short" and e["loc"] in items)]
+        raise ConfigError(f"config {where}: {'; '.join(sentences)}") from None
+
+
+def _sentence(error: Any) -> str:
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such key{_closest(key)}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("object", "mapping")
+    return f"{key}: {message[0].lower()}{message[1:]}; got {json.dumps(error['input'], default=str)}"
+
+
+def _closest(key: str) -> str:
+    """A hint for a misspelt key: the keys of its section that look like it."""
+    from difflib import get_close_matches
+
+    *parents, last = key.split(".")
+    section: Any = Config
+    for parent in parents:
+        annotation = section.model_fields.get(parent.partition("[")[0])
+        section = annotation.annotation if annotation else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+    matches = get_close_matches(last, list(section.model_fields), n=1)
+    return f'; did you mean "{matches[0]}"?' if matches else f"; known here: {', '.join(section.model_fields)}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without repeated keys: of two budgets the last would win, and nobody would know."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
