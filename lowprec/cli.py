@@ -29,7 +29,7 @@ __all__ = ["cli", "main"]
 def cli() -> None:
     """Find the cheapest numeric precision for every embedding table, and prove on logged traffic that accuracy holds.
 
-    Exit codes: 0 certified or done, 2 rejected, 3 error, 4 inconclusive, 64 wrong usage or config.
+    Exit codes: 0 certified, ok or done, 1 warning, 2 rejected or broken, 3 error, 4 inconclusive, 64 wrong usage.
     """
 
 
@@ -164,6 +164,37 @@ def verify(config: Config, plan: Location, window: str, budget: float | None, as
     return exit_codes.VERDICTS[outcome.verdict]
 
 
+@_command("monitor")
+@click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The deployed plan.json (a path or URL).")
+@click.option("--since", metavar="TIME", help="Judge windows from here on that were not judged: a date, or an integer.")
+@click.option("--until", metavar="TIME", help="Judge windows that end by then.")
+@click.option("--every", type=DURATION, metavar="DURATION", help="Stay, and do this again every 15m, 1h, 1d.")
+def monitor(
+    config: Config, plan: Location, since: str | None, until: str | None, every: float | None, as_json: bool
+) -> int:
+    """Judge every complete window since the last run: does the deployed plan keep its promise?
+
+    Exit codes: 0 ok, 1 warning, 2 the gap is above the budget, 3 error, 4 not enough data, 64 wrong usage or config.
+    """
+    from lowprec import console, render
+    from lowprec.monitor import run_monitor
+
+    def once() -> int:
+        with console.Bars().shown() as bars:
+            outcome = run_monitor(config, plan, since=_time(since), until=_time(until), progress=bars)
+        show(console.json_document("monitor", outcome.to_dict()), as_json, render.render_monitor)
+        return exit_codes.STATES[outcome.state]
+
+    if every is None:
+        return once()
+    from lowprec.monitor.repeat import repeat
+
+    repeat(
+        once, every, on_error=lambda error: console.report_error(error, command="monitor", as_json=as_json, debug=False)
+    )
+    return 0
+
+
 @_command("calibrate", config=False)
 @click.option(
     "--out",
@@ -240,6 +271,7 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
 # What can be a job of a cluster: with its own options, but for those that have no use there.
 as_job(search, leave_out=("dry_run", "workers", "worker_memory", "network", "calibration", "tables"))
 as_job(verify)
+as_job(monitor, leave_out=("every",))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -289,6 +321,11 @@ def _machines(
 
     memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
     return Machines(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)
+
+
+def _time(text: str | None) -> int | str | None:
+    """A time of traffic: an integer where it is one, else a date."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:

@@ -1,8 +1,11 @@
 """What a command ends with. One that has nothing to prove ends with 0 when it has done what was asked."""
 
-__all__ = ["ERROR", "INTERRUPTED", "USAGE", "VERDICTS"]
+__all__ = ["ERROR", "INTERRUPTED", "STATES", "USAGE", "VERDICTS"]
+
+ERROR, USAGE, INTERRUPTED = 3, 64, 130
 
 VERDICTS = {"certified": 0, "rejected": 2, "inconclusive": 4}
 """Of a search or a verification."""
 
-ERROR, USAGE, INTERRUPTED = 3, 64, 130
+STATES = {"ok": 0, "warn": 1, "breach": 2, "error": ERROR, "insufficient_data": 4}
+"""Of a run of the monitor."""

@@ -1,6 +1,7 @@
 """Documents of commands as text for people."""
 
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
+from lowprec.render.monitor import render_monitor
 from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
 from lowprec.render.submit import job_commands, render_job, render_jobs, render_submitted
 from lowprec.render.text import gap_text, render_frame
@@ -17,6 +18,7 @@ __all__ = [
     "render_front",
     "render_job",
     "render_jobs",
+    "render_monitor",
     "render_search",
     "render_sensitivities",
     "render_submitted",

@@ -1,0 +1,57 @@
+"""A deployment: a plan that serves, and the promise that it was certified with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from lowprec.config import Config
+from lowprec.errors import ConfigError
+from lowprec.plan import PlanFile, read_plan
+from lowprec.storage import Where
+
+__all__ = ["Deployment"]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is watched. `key` names its rows: the same plan on the same traffic in windows of the same length, against
+    the same budget; where any of that changes, another life begins.
+    """
+
+    key: str
+    name: str
+    plan: PlanFile
+    budget_pct: float
+    judged_by: str
+
+    @classmethod
+    def of(cls, config: Config, plan_path: Where) -> Deployment:
+        """The deployment of a plan under a config; raises `PlanError` or `ConfigError`."""
+        file = read_plan(plan_path, units=None, checkpoint_sha256=None)
+        watch = config.monitor
+        budget = watch.budget
+        if budget is None:
+            told = file.evidence.get("budget_pct")
+            if not isinstance(told, int | float) or told <= 0:
+                raise ConfigError(
+                    f"monitor.budget: is required, because plan {plan_path} does not say which budget it was made for"
+                )
+            budget = float(told)
+        traffic = config.traffic.model_dump(
+            mode="json", exclude={"path", "synthetic", "max_bad_fraction", "batch_size"}
+        )
+        parts = {
+            "name": config.name,
+            "units": {name: [str(p), str(file.row_range(name))] for name, p in file.plan.items()},
+            "checkpoint": file.checkpoint_sha256,
+            "traffic": traffic,
+            "model": [config.model.factory, config.model.args],
+            "window": watch.window,
+            "budget_pct": budget,
+            "judged_by": watch.judge_by,
+            "false_alarm_rate": watch.false_alarm_rate,
+        }
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], config.name, file, budget, watch.judge_by)

@@ -1,0 +1,185 @@
+"""From what was measured to a state: ok, warn, breach, insufficient_data or error, each with its reasons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowprec.evaluation.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments
+from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.monitor.drift import FeatureDrift
+from lowprec.monitor.promise import Evidence, Standing
+
+__all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge"]
+
+State = Literal["ok", "warn", "breach", "insufficient_data", "error"]
+
+# From the best to the worst: the state of a command that judged several windows is the worst of theirs.
+SEVERITY: tuple[State, ...] = ("ok", "insufficient_data", "warn", "error", "breach")
+
+# Beyond such a change of the reference's own calibration its gap without labels is no longer the expected one.
+CALIBRATION_CHANGE = 0.1
+
+
+@dataclass(frozen=True)
+class WindowEvidence:
+    """What is kept of a window for the tests over the whole life, by labels and without them, and what was there.
+
+    num_rows, num_labels: rows as they are logged, and those with a label: if they change, the window is judged again.
+    """
+
+    labels: Evidence | None
+    kl: Evidence | None
+    num_rows: int
+    num_labels: int
+
+    def of(self, judged_by: str) -> Evidence:
+        """The evidence that the promise is judged by; nothing where there is none."""
+        found = self.labels if judged_by == "labels" else self.kl
+        return found or Evidence(RatioMoments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers that come back the same to the bit."""
+        return {
+            "labels": _evidence_dict(self.labels),
+            "kl": _evidence_dict(self.kl),
+            "num_rows": self.num_rows,
+            "num_labels": self.num_labels,
+        }
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, Any]) -> WindowEvidence:
+        """The inverse of `to_dict`."""
+        return cls(
+            _evidence_of(flat["labels"]), _evidence_of(flat["kl"]), int(flat["num_rows"]), int(flat["num_labels"])
+        )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A state, and why: sentences on the promise, and apart from them those on what else changed."""
+
+    state: State
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def message(self) -> str:
+        """All of it in one line."""
+        return "; ".join([*self.reasons, *self.warnings])
+
+
+def judge(
+    metrics: PlanMetrics | None,
+    standing: Standing,
+    kl_standing: Standing,
+    *,
+    num_running: int,
+    evidence: Evidence,
+    budget_pct: float,
+    judged_by: str,
+    num_unlabelled: int,
+    drift: Sequence[FeatureDrift],
+    certified_calibration: float | None,
+    notes: Sequence[str],
+) -> Judgement:
+    """The state of a window that has rows; metrics: None where no row has a label."""
+    budget = f"{budget_pct:g} %"
+    running = _interval_text(standing.running_gap, standing.running)
+    windows = f"{num_running} window{'s' * (num_running != 1)}"
+    other = "label-free " if judged_by == "kl" else ""
+    worse: list[str] = []
+    if kl_standing.in_breach and judged_by == "labels":
+        worse.append(
+            f"the label-free gap is above {budget} ({_interval_text(kl_standing.running_gap, kl_standing.running)}): "
+            "quantization got worse, though labels do not prove it yet"
+        )
+    if metrics is not None and judged_by == "labels" and metrics.gap_interval_pct.lower > budget_pct:
+        worse.append(
+            f"the gap of this window alone is above {budget} "
+            f"({_interval_text(metrics.gap_pct / 100, _fraction(metrics.gap_interval_pct))})"
+        )
+    moved = _input_warnings(drift, metrics, certified_calibration)
+    warnings = (*moved, *notes)
+    if standing.in_breach:
+        found = "is found to be above" if standing.began else "was found to be above"
+        reasons = [f"the {other}gap {found} {budget}: {running} over {windows}"]
+        return Judgement("breach", (*reasons, *worse), warnings)
+    if standing.running.lower * 100 > budget_pct:
+        worse.append(f"the {other}gap over {windows} seems to be above {budget}: {running}")
+    ended = [f"the {other}gap is no longer above {budget}"] if standing.ended else []
+    missing = _missing(metrics, num_unlabelled) if judged_by == "labels" else None
+    if worse:
+        return Judgement("warn", (*worse, *([missing] if missing else [])), warnings)
+    if missing:
+        return Judgement("insufficient_data", (*ended, missing), warnings)
+    if not standing.running.upper * 100 <= budget_pct:
+        reason = f"not enough evidence yet: the {other}gap over {windows} is {running}, the budget {budget}"
+        return Judgement("insufficient_data", (*ended, reason + _why_unknown(standing, evidence)), warnings)
+    kept = (*ended, f"the {other}gap over {windows} is {running}, within {budget}")
+    return Judgement("warn" if moved or notes else "ok", kept, warnings)
+
+
+def _missing(metrics: PlanMetrics | None, num_unlabelled: int) -> str | None:
+    """Why labels say nothing of this window; None where they do."""
+    if metrics is None or metrics.num_examples == 0:
+        return f"not enough evidence: none of {num_unlabelled} rows has a label"
+    if not math.isfinite(metrics.calibration_ref) or not math.isfinite(metrics.ne_ref):
+        return f"not enough evidence: all {metrics.num_examples} labels are the same"
+    return None
+
+
+def _why_unknown(standing: Standing, evidence: Evidence) -> str:
+    """Why there is no interval, where there is none."""
+    if math.isfinite(standing.running.upper):
+        return ""
+    moments = evidence.moments
+    if moments.num_units < MIN_UNITS:
+        return f" ({moments.num_units} independent examples in this window; at least {MIN_UNITS} are needed)"
+    return (
+        f" (the change lies in {moments.effective_units:.0f} of {moments.num_units} examples of this window; at least "
+        f"{MIN_EFFECTIVE_UNITS} must carry it)"
+    )
+
+
+def _input_warnings(
+    drift: Sequence[FeatureDrift],
+    metrics: PlanMetrics | None,
+    certified_calibration: float | None,
+) -> list[str]:
+    found = []
+    moved = [f for f in drift if f.is_warning]
+    if moved:
+        names = ", ".join(f"{f.feature} ({f.distance:.2f})" for f in moved[:3])
+        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+        found.append(f"inputs moved since the plan was certified: {names}{more}; by itself that breaks no promise")
+    if metrics is not None and certified_calibration and math.isfinite(metrics.calibration_ref):
+        change = metrics.calibration_ref / certified_calibration - 1
+        if abs(change) > CALIBRATION_CHANGE:
+            found.append(
+                f"the reference's own calibration is {metrics.calibration_ref:.3f}, it was {certified_calibration:.3f} "
+                "when the plan was certified: the label-free gap is off by about as much"
+            )
+    return found
+
+
+def _interval_text(gap: float, interval: Interval) -> str:
+    lower, upper = (f"{100 * end:+.4f}" if math.isfinite(end) else "unknown" for end in vars(interval).values())
+    return f"{100 * gap:+.4f} % [{lower}, {upper}]"
+
+
+def _fraction(interval: Interval) -> Interval:
+    return Interval(interval.lower / 100, interval.upper / 100)
+
+
+def _evidence_dict(evidence: Evidence | None) -> dict[str, Any] | None:
+    return None if evidence is None else {**vars(evidence.moments), "design_effect": evidence.design_effect}
+
+
+def _evidence_of(flat: Mapping[str, Any] | None) -> Evidence | None:
+    if flat is None:
+        return None
+    moments = {k: v for k, v in flat.items() if k != "design_effect"}
+    return Evidence(RatioMoments(**moments), float(flat["design_effect"]))

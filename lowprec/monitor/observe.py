@@ -1,0 +1,228 @@
+"""One pass over a window: the plan beside the reference, where its gap comes from, and what the model was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowprec.evaluation.confidence import Blocks, RatioMoments, design_effect
+from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.metrics import GroupSums, Sums, group_sums, sums_of_batch
+from lowprec.evaluation.rows import RowAccount, RowCounter
+from lowprec.evaluation.worker import Workers
+from lowprec.monitor.inputs import InputCounts, counts_of
+from lowprec.plan import Plan, Precision
+from lowprec.traffic import BadRow, TrafficWindow
+from lowprec.traffic.batch import Batch
+
+__all__ = ["LabelFreeSums", "Observation", "ObservationPart", "UnitSums", "WindowObservation", "observe"]
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LabelFreeSums:
+    """Sums over all examples, labelled or not: the KL divergence of the plan and the entropy of the reference.
+
+    The entropy of a prediction is its expected loss where the reference is calibrated, so KL over entropy is the
+    expected gap. moments: float64[6], sums over rows of k, k^2, k h, k^4, h, h^2; zero where groups are the units of
+    evidence, and then `groups` has the sums of each (rows k, h).
+    """
+
+    num_rows: int
+    moments: Float
+    groups: GroupSums | None
+
+    def __add__(self, other: LabelFreeSums) -> LabelFreeSums:
+        groups = self.groups + other.groups if self.groups and other.groups else None
+        return LabelFreeSums(self.num_rows + other.num_rows, self.moments + other.moments, groups)
+
+    @property
+    def totals(self) -> Float:
+        """The sums of k and of h, float64[2]."""
+        return self.moments[[0, 4]] if self.groups is None else np.asarray(self.groups.values.sum(axis=1))
+
+    @property
+    def evidence(self) -> RatioMoments:
+        """Moments of (KL, entropy) over the units of evidence."""
+        if self.groups is None:
+            k, kk, kh, k4, h, hh = map(float, self.moments)
+            return RatioMoments(self.num_rows, k, h, kk, kh, hh, k4)
+        gk, gh = self.groups.values
+        terms = (gk, gh, gk**2, gk * gh, gh**2, gk**4)
+        return RatioMoments(len(gk), *(float(v.sum()) for v in terms))
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Where the change of a plan comes from: sums over examples for each of K units, float64[K] each.
+
+    With s the first-order change of a logit by a unit, S that of all units together, r = p - y and h = p (1 - p):
+    `first` sums w r s over labelled examples and `first_squares` its square, `second` sums w h s S / 2 over all
+    examples and `second_squares` its square. `second` adds up to the predicted KL divergence of the plan.
+    """
+
+    first: Float
+    first_squares: Float
+    second: Float
+    second_squares: Float
+
+    def __add__(self, other: UnitSums) -> UnitSums:
+        return UnitSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True)
+class ObservationPart:
+    """What some rows add to an observation. `inputs` has the counts of consecutive stretches of the rows."""
+
+    exact: Sums
+    label_free: LabelFreeSums
+    units: UnitSums
+    inputs: tuple[InputCounts, ...]
+
+    def __add__(self, other: ObservationPart) -> ObservationPart:
+        return ObservationPart(
+            self.exact + other.exact,
+            self.label_free + other.label_free,
+            self.units + other.units,
+            (*self.inputs, *other.inputs),
+        )
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A task: one batch of a window, its rows in `num_stretches` for the counts of inputs."""
+
+    plan: Plan
+    units: tuple[str, ...]
+    dense_names: tuple[str, ...]
+    num_stretches: int
+    batches: tuple[int, ...]
+    keep: None = None
+
+    def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ObservationPart:
+        """What the batch adds."""
+        traced = evaluator.traced(batch, self.plan, self.units)
+        reference, plan = traced.reference.astype(np.float64), traced.plan.astype(np.float64)
+        labels = batch.labels.astype(np.float64)
+        weights = np.ones(len(reference)) if batch.weights is None else batch.weights
+        softplus = np.maximum(reference, 0) + np.log1p(np.exp(-np.abs(reference)))
+        p = np.exp(reference - softplus)
+        plan_softplus = np.maximum(plan, 0) + np.log1p(np.exp(-np.abs(plan)))
+        kl = weights * (plan_softplus - softplus - p * (plan - reference))
+        entropy = weights * (softplus - p * reference)
+        parts = (
+            [batch]
+            if self.num_stretches == 1
+            else [batch.part(k, self.num_stretches) for k in range(self.num_stretches)]
+        )
+        return ObservationPart(
+            exact=sums_of_batch(reference, plan[None], labels, batch.weights, batch.groups),
+            label_free=_label_free(kl, entropy, batch.groups),
+            units=_unit_sums(traced.changes, weights, p, labels),
+            inputs=tuple(counts_of(part, self.dense_names) for part in parts),
+        )
+
+
+@dataclass(frozen=True)
+class WindowObservation:
+    """An observation of a whole window.
+
+    label_blocks: sums of loss change and reference loss by time block; label_free_blocks: of KL and entropy.
+    """
+
+    exact: Sums
+    label_free: LabelFreeSums
+    units: UnitSums
+    label_blocks: Blocks
+    kl_blocks: Blocks
+    label_free_blocks: Blocks
+    rows: RowAccount
+    bad_rows: tuple[BadRow, ...]
+    is_complete: bool
+
+    @property
+    def label_design_effect(self) -> float:
+        """By how much the gap varies over time blocks more than between units of evidence."""
+        return design_effect(self.exact.evidence(0)[0], self.label_blocks)
+
+    @property
+    def label_free_design_effect(self) -> float:
+        """By how much the label-free gap does."""
+        return design_effect(self.label_free.evidence, self.label_free_blocks)
+
+
+def low_units(plan: Plan) -> tuple[str, ...]:
+    """The units of a plan that are not fp32."""
+    return tuple(name for name, precision in plan.items() if precision is not Precision.FP32)
+
+
+def observe(
+    workers: Workers,
+    window: TrafficWindow,
+    plan: Plan,
+    *,
+    on_inputs: Callable[[int, InputCounts], None],
+    max_bad_fraction: float = 0.0,
+    on_progress: Callable[[int], None] | None = None,
+) -> WindowObservation:
+    """Observe a plan over a window; `on_inputs` is given the counts of inputs of each time block as they come.
+
+    A task is one batch, added up in order: the result is the same to the bit for any number of workers.
+    """
+    stretches = -(-NUM_BLOCKS // window.num_batches)
+    schema = window.schema
+    tasks = [Observation(plan, low_units(plan), schema.dense, stretches, piece) for piece in pieces_of(window, None, 1)]
+    counter = RowCounter(window, max_bad_fraction)
+    total: ObservationPart | None = None
+    by_block = np.zeros((3, NUM_BLOCKS, 2))
+    is_complete = True
+    for k, chunk in enumerate(workers.run(window, tasks)):
+        part = chunk.sums
+        for i, counts in enumerate(part.inputs):
+            on_inputs((k * stretches + i) * NUM_BLOCKS // (window.num_batches * stretches), counts)
+        change, kl, loss = part.exact.totals()
+        by_block[:, k * NUM_BLOCKS // window.num_batches] += np.array(
+            [[change, loss], [kl, loss], part.label_free.totals.tolist()]
+        )
+        part = ObservationPart(part.exact, part.label_free, part.units, ())
+        total = part if total is None else total + part
+        counter.add(chunk)
+        if on_progress:
+            on_progress(1)
+        if counter.is_hopeless:
+            is_complete = False
+            break
+    assert total is not None, "a window has at least one batch"
+    labels, kl_blocks, label_free = (Blocks(of[:, 0], of[:, 1]) for of in by_block)
+    return WindowObservation(
+        exact=total.exact,
+        label_free=total.label_free,
+        units=total.units,
+        label_blocks=labels,
+        kl_blocks=kl_blocks,
+        label_free_blocks=label_free,
+        rows=counter.account(total.exact.num_unlabelled),
+        bad_rows=tuple(counter.bad_rows),
+        is_complete=is_complete,
+    )
+
+
+def _label_free(kl: Float, entropy: Float, groups: NDArray[np.int64] | None) -> LabelFreeSums:
+    if groups is not None:
+        return LabelFreeSums(len(kl), np.zeros(6), group_sums(np.stack([kl, entropy]), groups))
+    kk = kl * kl
+    terms = (kl, kk, kl * entropy, kk * kk, entropy, entropy * entropy)
+    return LabelFreeSums(len(kl), np.array([float(t.sum()) for t in terms]), None)
+
+
+def _unit_sums(changes: NDArray[np.float32], weights: Float, p: Float, labels: Float) -> UnitSums:
+    s = changes.astype(np.float64)
+    labelled = ~np.isnan(labels)
+    first = s[:, labelled] * (weights * (p - labels))[labelled]
+    second = s * (0.5 * weights * p * (1 - p) * s.sum(axis=0))
+    return UnitSums(first.sum(axis=1), np.square(first).sum(axis=1), second.sum(axis=1), np.square(second).sum(axis=1))

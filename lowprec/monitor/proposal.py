@@ -1,0 +1,122 @@
+"""The plan that a breach asks for: the cheapest change of precisions that brings the gap back under the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowprec.evaluation.measure import measure_profile
+from lowprec.evaluation.worker import Workers
+from lowprec.plan import Plan, PlanFile, Precision
+from lowprec.search import Job
+from lowprec.search.costs import open_costs
+from lowprec.search.space import Decision, SearchSpace
+from lowprec.search.surrogate import build_surrogate
+from lowprec.traffic import TrafficWindow
+
+__all__ = ["Proposal", "propose"]
+
+
+# What is aimed at, of the budget: a proposal that just meets it could hardly be certified.
+AIM = 0.7
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan that only makes units more exact, with what it costs and what the window's profile promises of it."""
+
+    plan: Plan
+    changes: dict[str, tuple[Precision, Precision]]
+    size_bytes: int
+    added_bytes: int
+    promised_pct: float
+    promised_now_pct: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "changes": {unit: [str(before), str(after)] for unit, (before, after) in self.changes.items()},
+            "bytes": self.size_bytes,
+            "added_bytes": self.added_bytes,
+            "promised_pct": self.promised_pct,
+            "promised_now_pct": self.promised_now_pct,
+            "kind": "proxy",
+        }
+
+    def file(self, deployed: PlanFile, checkpoint_sha256: str, window: str, budget_pct: float) -> PlanFile:
+        """The plan file, for `lowprec verify`."""
+        return replace(
+            deployed,
+            plan=self.plan,
+            checkpoint_sha256=checkpoint_sha256,
+            size_bytes=self.size_bytes,
+            evidence={"kind": "proxy", "window": window, "budget_pct": budget_pct, "promised_pct": self.promised_pct},
+        )
+
+
+def propose(
+    job: Job,
+    workers: Workers,
+    window: TrafficWindow,
+    plan: Plan,
+    *,
+    budget_pct: float,
+    gap_pct: float,
+    confidence: float,
+    label_free: bool,
+    on_progress: Callable[[int], None] | None = None,
+) -> Proposal | None:
+    """The proposal for a plan whose gap is `gap_pct` now, from a profile of the window; None where nothing helps.
+
+    label_free: the gap is the label-free one.
+
+    The profile promises less than is measured where labels say more than it keeps of them; a plan is taken to be as
+    much worse than promised as the deployed one is.
+    """
+    space = _at_least_as_exact(job.space, plan)
+    columns = tuple((u, p) for u, p in _columns(space) if p is not Precision.FP32)
+    measured = measure_profile(
+        workers,
+        window,
+        columns,
+        by_group=job.config.traffic.group is not None,
+        batches_per_task=job.config.evaluation.batches_per_task,
+        max_bad_fraction=1.0,
+        label_free=label_free,
+        on_progress=on_progress,
+    )
+    costs = open_costs(job.config.cost, space, measured.use)
+    surrogate = build_surrogate(measured, space, costs, budgets=[budget_pct], confidence=confidence)
+    now = float(surrogate.promised_pct([plan])[0])
+    worse = max(1.0, gap_pct / now) if now > 0 else 1.0
+    point = surrogate.front.cheapest_within(AIM * budget_pct / worse)
+    if point is None or point.plan == plan:
+        return None
+    size = space.size_bytes(point.plan)
+    return Proposal(
+        plan=point.plan,
+        changes={u: (plan[u], p) for u, p in point.plan.items() if p is not plan[u]},
+        size_bytes=size,
+        added_bytes=size - space.size_bytes(plan),
+        promised_pct=float(surrogate.promised_pct([point.plan])[0]) * worse,
+        promised_now_pct=now * worse,
+    )
+
+
+def _at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
+    """The decisions of a space with the choices that are as exact as a plan's, and its own."""
+    order = list(Precision)
+    decisions = []
+    for decision in space.decisions:
+        together = len({plan[unit] for unit in decision.units}) == 1
+        for units in [decision.units] if together else [(unit,) for unit in decision.units]:
+            now = plan[units[0]]
+            choices = {now, *(p for p in decision.choices if order.index(p) < order.index(now))}
+            name = decision.name if together else units[0]
+            decisions.append(Decision(name, tuple(units), tuple(sorted(choices, key=order.index))))
+    return replace(space, decisions=tuple(decisions))
+
+
+def _columns(space: SearchSpace) -> list[tuple[str, Precision]]:
+    return [(unit, p) for decision in space.decisions for unit in decision.units for p in decision.choices]

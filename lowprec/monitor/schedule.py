@@ -1,0 +1,115 @@
+"""Which windows are due: complete, aligned to the clock, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from lowprec.config import Config, TimeBound
+from lowprec.errors import ConfigError
+from lowprec.sizes import parse_seconds
+from lowprec.traffic import TrafficReader, Window, format_time, parse_window
+from lowprec.traffic.length import WindowLength
+from lowprec.traffic.schema import TimeUnit
+from lowprec.traffic.window import UNITS_PER_SECOND
+
+__all__ = ["Schedule", "certified_window"]
+
+# Rows that are dated further ahead of this machine's clock than this are said.
+ALLOWED_SKEW_S = 60.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The windows of a deployment, in the unit of the traffic's time.
+
+    first: the start of the first one. complete: windows that end by then are complete. open_for_labels: windows that
+    end after it may still get labels or rows. skew_s: how far the newest row is ahead of the clock, 0 where it is not.
+    """
+
+    length: WindowLength
+    unit: TimeUnit | None
+    first: int
+    complete: int
+    open_for_labels: int
+    skew_s: float
+
+    @classmethod
+    def of(cls, config: Config, reader: TrafficReader, now: datetime) -> Schedule:
+        """The schedule of a config at a moment; raises `ConfigError` where windows and traffic do not fit."""
+        watch, unit = config.monitor, reader.time_unit
+        length = WindowLength.parse(watch.window)
+        if length.is_of_clock and unit is None:
+            raise ConfigError(
+                "monitor.window: this traffic has no time column, so windows are counted in rows; got "
+                f"{watch.window!r}, expected an integer (or name the column in traffic.time)"
+            )
+        start = _bound(watch.start, unit, "monitor.start")
+        if start is None:
+            start = _bound(config.windows.confirm.end, unit, "windows.confirm.end")
+        if start is None:
+            raise ConfigError(
+                "monitor.start: is required, because windows.confirm has no end; say where the traffic begins that "
+                "the plan was not certified on"
+            )
+        first = length.start_of(start, unit)
+        if first < start:
+            first = length.end_of(first, unit)
+        newest = reader.time_range
+        skew = 0.0
+        if length.is_of_clock and unit is not None:
+            ticks = UNITS_PER_SECOND[unit]
+            clock = int(now.timestamp() * ticks)
+            complete = clock - int(parse_seconds(watch.lateness, zero=True) * ticks)
+            open_for_labels = clock - int(parse_seconds(watch.labels_within, zero=True) * ticks)
+            ahead = (newest[1] - clock) / ticks if newest else 0.0
+            skew = ahead if ahead > ALLOWED_SKEW_S else 0.0
+        else:
+            complete = newest[1] if newest else first
+            open_for_labels = complete
+        end = _bound(watch.end, unit, "monitor.end")
+        return cls(length, unit, first, complete if end is None else min(complete, end), open_for_labels, skew)
+
+    def between(self, since: TimeBound, until: TimeBound) -> tuple[int | None, int | None]:
+        """The bounds of a backfill, by `--since` and `--until`."""
+        start = _bound(since, self.unit, "--since")
+        if start is not None and start < self.first:
+            raise ConfigError(
+                f"--since {since}: lies before the first window of this deployment, which begins at "
+                f"{format_time(self.first, self.unit)}; set monitor.start to watch earlier traffic"
+            )
+        return start, _bound(until, self.unit, "--until")
+
+    def complete_windows(self, since: int | None = None, until: int | None = None) -> Iterator[Window]:
+        """The complete windows, in order: those that begin at `since` or later and end by `until`."""
+        start = self.first if since is None else max(self.first, self.length.start_of(since, self.unit))
+        if since is not None and start < since:
+            start = self.length.end_of(start, self.unit)
+        while (end := self.length.end_of(start, self.unit)) <= self.complete and (until is None or end <= until):
+            yield Window(start, end)
+            start = end
+
+    def may_get_labels(self, window: Window) -> bool:
+        """Whether labels and rows of a window are still waited for."""
+        return window.end is not None and window.end > self.open_for_labels
+
+
+def certified_window(config: Config, schedule: Schedule) -> Window:
+    """The window that "moved" is told from; raises `ConfigError` where it reaches into what is watched."""
+    bounds, key = config.monitor.certified, "monitor.certified"
+    if bounds is None:
+        bounds, key = config.windows.confirm, "windows.confirm"
+    window = parse_window(bounds.start, bounds.end, unit=schedule.unit, key=key)
+    if window.end is None:
+        window = Window(window.start, schedule.first)
+    if window.end is not None and window.end > schedule.first:
+        raise ConfigError(
+            f"{key}: ends at {format_time(window.end, schedule.unit)}, after the first window of the monitor begins "
+            f"({format_time(schedule.first, schedule.unit)}); a plan is watched on traffic that did not certify it"
+        )
+    return window
+
+
+def _bound(bound: TimeBound, unit: TimeUnit | None, key: str) -> int | None:
+    return parse_window(bound, None, unit=unit, key=key).start
