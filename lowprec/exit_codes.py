@@ -1,8 +1,8 @@
 """What a command ends with. One that has nothing to prove ends with 0 when it has done what was asked."""
 
-__all__ = ["ERROR", "INTERRUPTED", "STATES", "USAGE", "VERDICTS"]
+__all__ = ["ERROR", "INTERRUPTED", "STATES", "TERMINATED", "USAGE", "VERDICTS"]
 
-ERROR, USAGE, INTERRUPTED = 3, 64, 130
+ERROR, USAGE, INTERRUPTED, TERMINATED = 3, 64, 130, 143
 
 VERDICTS = {"certified": 0, "rejected": 2, "inconclusive": 4}
 """Of a search or a verification."""

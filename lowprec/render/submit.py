@@ -23,7 +23,10 @@ def job_commands(document: Mapping[str, Any]) -> list[str]:
     if run_id := document["run_id"]:
         commands.append(f"lowprec results --root {document['results_root']} --run {run_id}")
         if document["verdict"] is None and document["job"] == "search":
-            commands.append(f"lowprec submit search CONFIG --resume {run_id} --address {document['address']}")
+            commands.append(
+                f"lowprec submit search CONFIG --resume {run_id} --address {document['address']}   (CONFIG: that of "
+                f"{document['name']}, with the same --set)"
+            )
     return commands
 
 

@@ -77,7 +77,25 @@ def place(
 
     cuts: where tables are cut, if that is decided. Raises `ConfigError` where the tables do not fit.
     """
-    needs = WorkerNeeds.of(
+    needs = _needs(demand, worker_memory)
+    if needs.total >= worker_memory:
+        raise ConfigError(
+            f"workers of {bytes_text(worker_memory)} have no room for tables: they need {bytes_text(needs.total)} for "
+            f"themselves ({bytes_text(needs.process)} process, {bytes_text(needs.dense)} dense part, "
+            f"{bytes_text(needs.batch)} batches of {demand.batch_size}, {bytes_text(needs.caches)} caches); give them "
+            "more, or lower traffic.batch_size"
+        )
+    # What a worker keeps for itself grows with its memory: where more is needed, so is more of that.
+    share = -(-sum(table.num_bytes for table in demand.tables) // num_workers)
+    own_bytes = needs.total
+    for _ in range(4):
+        own_bytes = max(own_bytes, _needs(demand, share + own_bytes).total)
+    capacities = [worker_memory - needs.total] * num_workers
+    return needs, place_tables(demand.tables, capacities, cuts, own_bytes=own_bytes)
+
+
+def _needs(demand: Demand, worker_memory: int) -> WorkerNeeds:
+    return WorkerNeeds.of(
         worker_memory,
         dense_bytes=demand.dense_bytes,
         hot_bytes=hot_bytes({table.name: (table.num_rows, table.dim) for table in demand.tables}),
@@ -86,14 +104,6 @@ def place(
         values=sum(table.bags * table.dim for table in demand.tables),
         precisions=demand.num_low + 1,
     )
-    if needs.total >= worker_memory:
-        raise ConfigError(
-            f"workers of {bytes_text(worker_memory)} have no room for tables: they need {bytes_text(needs.total)} for "
-            f"themselves ({bytes_text(needs.process)} process, {bytes_text(needs.dense)} dense part, "
-            f"{bytes_text(needs.batch)} batches of {demand.batch_size}, {bytes_text(needs.caches)} caches); give them "
-            "more, or lower traffic.batch_size"
-        )
-    return needs, place_tables(demand.tables, [worker_memory - needs.total] * num_workers, cuts)
 
 
 def describe_placement(demand: Demand, machines: Machines) -> dict[str, Any]:

@@ -182,16 +182,19 @@ class Placement:
         return tuple(found)
 
 
-def place_tables(tables: Sequence[TableLoad], capacities: Sequence[int], cuts: Cuts | None = None) -> Placement:
+def place_tables(
+    tables: Sequence[TableLoad], capacities: Sequence[int], cuts: Cuts | None = None, *, own_bytes: int = 0
+) -> Placement:
     """Place tables on workers that have `capacities` bytes for them; the same arguments give the same placement.
 
-    cuts: cut tables there and nowhere else. Raises `ConfigError` where they do not fit, with what would be enough.
+    cuts: cut tables there and nowhere else. own_bytes: what a worker needs beside them, for advice. Raises
+    `ConfigError` where they do not fit, with what would be enough.
     """
     if not capacities:
         raise ConfigError("no workers to place tables on")
     if len({table.name for table in tables}) < len(tables):
         raise ConfigError("tables must have different names")
-    _check_fit(tables, capacities)
+    _check_fit(tables, capacities, own_bytes)
     replicated = _replicated(tables, capacities)
     if cuts is None:
         return _placed(tables, capacities, replicated, None)
@@ -215,7 +218,7 @@ def _placed(
     )
 
 
-def _check_fit(tables: Sequence[TableLoad], capacities: Sequence[int]) -> None:
+def _check_fit(tables: Sequence[TableLoad], capacities: Sequence[int], own_bytes: int) -> None:
     needed = sum(table.num_bytes for table in tables)
     held = sum(max(0, capacity) for capacity in capacities)
     widest = max((table.row_bytes for table in tables), default=0)
@@ -225,8 +228,16 @@ def _check_fit(tables: Sequence[TableLoad], capacities: Sequence[int]) -> None:
     more = f"{math.ceil(needed / average)} workers like these" if average > widest else "workers with more memory"
     raise ConfigError(
         f"tables of {bytes_text(needed)} do not fit on {len(capacities)} workers that have {bytes_text(held)} for "
-        f"them; use {more}, or {bytes_text(needed / len(capacities))} for tables at each"
+        f"them; use {more}, or give each {_rounded_up(needed / len(capacities) + widest + own_bytes)}"
+        + (f" ({bytes_text(own_bytes)} of it for itself)" if own_bytes else "")
     )
+
+
+def _rounded_up(size: float) -> str:
+    """A size that is no smaller, as people give it."""
+    unit = 10 ** max(0, 3 * ((len(str(int(size))) - 1) // 3))
+    digits = 100 if size / unit < 10 else 10 if size / unit < 100 else 1
+    return bytes_text(math.ceil(size / unit * digits) / digits * unit)
 
 
 def _replicated(tables: Sequence[TableLoad], capacities: Sequence[int]) -> frozenset[str]:

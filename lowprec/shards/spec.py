@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -67,10 +68,25 @@ def read_tables_spec(path: Path, *, row_overhead: int) -> TablesSpec:
     except json.JSONDecodeError as error:
         raise ConfigError(f"tables {path}: is not JSON: {error}") from None
     except ValidationError as error:
+        problems = error.errors()
+        # Where an item of a list is wrong, pydantic also complains of the list being too short without it.
+        items = {e["loc"][:-2] for e in problems if len(e["loc"]) > 2}
         sentences = [
-            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
+            f"{'.'.join(map(str, e['loc'])) or 'the file'}: "
+            + ("must not be empty" if e["type"] == "too_short" else f"{e['msg'][0].lower()}{e['msg'][1:]}")
+            for e in problems
+            if not (e["type"] == "too_short" and e["loc"] in items)
         ]
         more = f"; and {len(sentences) - 3} more" if len(sentences) > 3 else ""
         raise ConfigError(f"tables {path}: {'; '.join(sentences[:3])}{more}") from None
     tables = tuple(load for entry in document.tables for load in entry.loads(row_overhead))
+    repeated = sorted(name for name, count in Counter(table.name for table in tables).items() if count > 1)
+    if repeated:
+        raise ConfigError(f"tables {path}: tables need names of their own; repeated: {', '.join(repeated[:3])}")
+    idle = [entry.name for entry in document.tables if entry.lookups and not sum(entry.lookups)]
+    if idle:
+        raise ConfigError(
+            f"tables {path}: the lookups of {', '.join(idle[:3])} are all 0; give weights above 0, or leave them out "
+            "where lookups are even"
+        )
     return TablesSpec(tables, document.dense_bytes, document.batch_size, document.num_examples)

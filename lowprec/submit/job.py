@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from lowprec.errors import first_line
-from lowprec.exit_codes import ERROR, INTERRUPTED, USAGE, VERDICTS
+from lowprec.exit_codes import ERROR, INTERRUPTED, TERMINATED, USAGE, VERDICTS
 
 __all__ = ["SIGNALS", "JobLog", "SubmittedJob", "run_in_log"]
 
@@ -60,7 +60,7 @@ class SubmittedJob:
             return f"failed: {why}" if self.state == "failed" else self.state
         if code in _VERDICT_OF:
             return _VERDICT_OF[code]
-        known = {ERROR: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted"}
+        known = {ERROR: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted", TERMINATED: "terminated"}
         if code > SIGNALS and code not in known:
             return f"killed by signal {code - SIGNALS}, most often for want of memory on the cluster's head node"
         return known.get(code, f"exit code {code}")

@@ -1,5 +1,6 @@
 """`lowprec doctor` says what is there, and what to do about what is not."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lowprec.errors import WorkerError
 
 NAMES = ["python", "cpu", "kernels", "fbgemm", "libraries", "threads", "memory", "gpu", "ray"]
 
@@ -47,6 +50,15 @@ def test_what_is_broken_is_said_and_the_rest_is_still_looked_at(lowprec, monkeyp
     assert "LOWPREC_CPU_PATH: this CPU has" in found["kernels"]["summary"]
     assert found["ray"]["state"] == "broken" and "127.0.0.1:9: cannot be reached" in found["ray"]["summary"]
     assert found["memory"]["state"] == "ok"
+
+
+def test_a_cluster_that_was_killed_and_left_its_address_is_not_waited_for(monkeypatch):
+    connect = importlib.import_module("lowprec.evaluation.cluster.connect")
+    monkeypatch.setattr(connect, "get_ray_address_from_environment", lambda *_: "127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="cannot be reached"):
+        connect.cluster_resources("auto")
+    assert time.monotonic() - began < 30
 
 
 @pytest.fixture

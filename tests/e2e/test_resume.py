@@ -181,16 +181,20 @@ def test_a_run_is_resumed_with_its_own_config_only(lowprec, config_file, one_sen
     one_sentence(lowprec("search", config, "--resume", "20200101-000000-abcdef"), 64, ["no such run", run])
 
 
-def test_an_interrupt_says_how_to_go_on(lowprec, config_file, tmp_path):
-    config = config_file(results__root=str(tmp_path / "runs2"), search__max_trials=4000)
+@pytest.mark.parametrize("number, code, workers", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)])
+def test_an_interrupt_says_how_to_go_on(lowprec, config_file, tmp_path, number, code, workers):
+    """By Ctrl-C, or as `timeout`, systemd and Kubernetes end what they run; Ray has a handler of its own for that."""
+    config = config_file(
+        evaluation__num_workers=workers, results__root=str(tmp_path / "runs2"), search__max_trials=4000
+    )
     command = [str(Path(sys.executable).with_name("lowprec")), "search", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "runs2" / "trials").exists():
         time.sleep(0.1)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert process.returncode == code and "--resume" in err and "Traceback" not in err
     frame = package.query("SELECT run_id, status FROM runs", root=str(tmp_path / "runs2"))
     assert list(frame.status) == ["stopped"]
     # Who resumes with another limit is told, and one of speed as well.

@@ -148,7 +148,7 @@ def test_thousands_of_tables_are_balanced():
             [100 * GB] * 2,
             r"tables of 256 GB do not fit on 2 workers that have 200 GB for them; use 3 workers like ",
         ),
-        ([100 * GB] * 2, r"or 128 GB for tables at each"),
+        ([100 * GB] * 2, r"or give each 129 GB$"),
         ([-5, 200], "use workers with more memory"),
     ],
 )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 
 from lowprec.errors import WorkerError
 
@@ -34,8 +39,10 @@ def cluster_resources(address: str) -> dict[str, Any]:
         ray.shutdown()
 
 
-def init_ray(num_cpus: int, address: str | None) -> None:
+def init_ray(num_cpus: int, address: str | None) -> bool:
     """Join the cluster at `address`; without one that of the Ray job that this is, else start Ray on this machine.
+
+    Returns whether Ray was started here: then what it has is what this machine has.
 
     Raises `WorkerError` where that cannot be done.
     """
@@ -44,12 +51,14 @@ def init_ray(num_cpus: int, address: str | None) -> None:
     if address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         address = "auto"  # a Ray job runs on its own cluster: a Ray beside that would not find the job's files
     try:
-        if address is None:
-            # "local" never joins a cluster that an old address file points to.
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-        else:
-            _check_reachable(address)
-            ray.init(address=address, **quiet)
+        with _own_termination():
+            if address is None:
+                # "local" never joins a cluster that an old address file points to.
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+            else:
+                _check_reachable(address)
+                ray.init(address=address, **quiet)
+        return address is None
     except (OSError, RuntimeError, ValueError) as error:
         # Ray sends no token to an address that it was given, and a cluster that wants one does not say so.
         asks_token = address is not None and "RAY_AUTH_MODE" not in os.environ and "Failed to connect" in str(error)
@@ -65,8 +74,24 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())[:500].rstrip(".")
 
 
+@contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep what this process does when it is asked to end: Ray would end it on the spot, with code 1."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _check_reachable(address: str) -> None:
-    """Ray itself waits without end for a head node that is not there."""
+    """Ray itself waits without end for a head node that is not there, or no longer."""
+    if address == "auto":
+        # The cluster of this machine: one that was killed has left its address behind.
+        address = get_ray_address_from_environment(address, None) or address
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if separator and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()

@@ -18,6 +18,8 @@ __all__ = ["Timeouts", "Watch", "memory_hint"]
 PULSE_EVERY_S = 5.0
 # A worker that is being started is asked more often: work waits for it.
 START_PULSE_EVERY_S = 0.2
+# After so long one is told what is waited for.
+START_SAID_AFTER_S = 10.0
 # A worker that was lost so often without finishing anything is given up: it would be for ever.
 MAX_LOSSES_IN_A_ROW = 3
 
@@ -102,14 +104,21 @@ class Watch:
         needs: what each of them needs, in words. Raises `WorkerError` where the cluster has no room for all.
         """
         began = time.monotonic()
+        is_said = False
         while len(self.started) < len(self._seen):
-            if time.monotonic() - began > self._timeouts.start_s:
-                free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-                left = f"{free.get('CPU', 0):g} CPU and {free.get('memory', 0) / 1e9:.1f} GB"
+            waited = time.monotonic() - began
+            state = f"{len(self.started)} of {len(self._seen)} workers in {waited:.0f} s, each on {needs}"
+            if waited > self._timeouts.start_s:
                 raise WorkerError(
-                    f"Ray started {len(self.started)} of {len(self._seen)} workers in {self._timeouts.start_s:g} s "
-                    f"(evaluation.start_timeout_s), each on {needs}, and has {left} left; lower evaluation.num_workers "
-                    "or make the cluster larger"
+                    f"Ray started {state}, and has {_left()} left; lower evaluation.num_workers or what a worker takes "
+                    "(evaluation.worker_memory, evaluation.threads_per_worker), or make the cluster larger "
+                    "(evaluation.start_timeout_s is how long to wait for it)"
+                )
+            if waited > START_SAID_AFTER_S and not is_said:
+                is_said = True
+                self._note(
+                    f"Ray has started {state}, and has {_left()} left; waiting for up to {self._timeouts.start_s:g} s "
+                    "(evaluation.start_timeout_s)"
                 )
             self.look()
             ray.wait(self.references, timeout=START_PULSE_EVERY_S)
@@ -238,3 +247,8 @@ def memory_hint(pulse: Pulse | None) -> str:
         "their containers) or put fewer of them on a machine, and resume; or begin a new run with a lower "
         "traffic.batch_size"
     )
+
+
+def _left() -> str:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return f"{free.get('CPU', 0):g} CPU and {free.get('memory', 0) / 1e9:.1f} GB"

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from lowprec.errors import LowprecError, PoisonedWorkError
+from lowprec.errors import LowprecError, PoisonedWorkError, WorkerError
 from lowprec.evaluation.cluster.actor import start_actor
 from lowprec.evaluation.cluster.connect import init_ray
 from lowprec.evaluation.cluster.dispatch import Dispatch
@@ -55,7 +55,9 @@ class RayWorkers:
         self._note, self._timeouts = note, timeouts
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            init_ray(num_workers * spec.threads, address)
+            is_here = init_ray(num_workers * spec.threads, address)
+            if is_here and spec.memory_bytes:
+                _check_memory(num_workers, spec.memory_bytes)
         self._actors: tuple[Any, ...] = ()
         memory = f" and {spec.memory_bytes / 1e9:.1f} GB" if spec.memory_bytes else ""
         try:
@@ -111,6 +113,21 @@ class RayWorkers:
     ) -> Iterator[Any]:
         work = _Work(self._actors, self._watch, pieces, send, describe)
         return work.results(self._timeouts.task_s, self._note)
+
+
+def _check_memory(num_workers: int, memory_bytes: int) -> None:
+    """Refuse workers that this machine can never have at once, instead of waiting for them."""
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if total.get("memory", 0) < num_workers * memory_bytes:
+        ray.shutdown()
+        needed, there = (
+            f"{num_workers} workers of {memory_bytes / 1e9:.1f} GB",
+            f"{total.get('memory', 0) / 1e9:.1f} GB",
+        )
+        raise WorkerError(
+            f"{needed} need more than the {there} that Ray gives workers on this machine; "
+            "lower evaluation.worker_memory or evaluation.num_workers, or name a cluster in evaluation.address"
+        )
 
 
 class _Work(Generic[P]):
