@@ -276,27 +276,25 @@ as_job(verify)
 as_job(monitor, leave_out=("every",))
 
 
-class _Terminated(KeyboardInterrupt):
-    """This process was asked to end (SIGTERM): it does what it does when it is interrupted."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `lowprec` command, with the arguments of this process unless some are given; ends the process."""
+    asked: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        """End as if interrupted, and with a code of its own."""
+        asked.append(number)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     try:
         code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = exit_codes.USAGE
-    except (KeyboardInterrupt, click.Abort) as error:
-        is_asked = isinstance(error.__cause__, _Terminated) or isinstance(error.__context__, _Terminated)
-        click.echo("terminated" if is_asked else "interrupted", err=True)
-        code = exit_codes.TERMINATED if is_asked else exit_codes.INTERRUPTED
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("terminated" if asked else "interrupted", err=True)
+        code = exit_codes.TERMINATED if asked else exit_codes.INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
