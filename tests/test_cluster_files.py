@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 import lowprec
 from lowprec.cli import cli
 from lowprec.config import EvaluationConfig, load_config
+from lowprec.exit_codes import STATES
 from lowprec.sizes import parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -133,8 +134,6 @@ def test_every_command_line_is_one_that_lowprec_takes() -> None:
     for line in lines:
         command: click.Command = cli
         name, rest = "lowprec", line
-        if line[0] == "monitor" and "monitor" not in cli.commands:
-            continue  # comes with a later version, as the file says
         while isinstance(command, click.Group) and rest:
             name, *rest = rest
             assert name in command.commands, line
@@ -207,3 +206,33 @@ def test_a_verdict_is_not_tried_again_and_nothing_is_left_behind() -> None:
     (rule,) = MONITOR["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == MONITOR_POD["containers"][0]["name"]
     assert rule["onExitCodes"]["values"] == [1, 2, 4, 64]
+
+
+SCHEDULED = ROOT / "configs" / "monitor"
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("crontab", r"\.venv/bin/lowprec (monitor .*?) > monitor\.json"),
+        ("lowprec-monitor.service", r"ExecStart=\S+/lowprec (monitor .*)"),
+        ("airflow_dag.py", r'bash_command="\S+/lowprec (monitor .*)"'),
+    ],
+)
+def test_schedulers_run_the_monitor_as_it_is(name: str, line: str) -> None:
+    (found,) = re.findall(line, (SCHEDULED / name).read_text())
+    command, *rest = shlex.split(found)
+    context = cli.commands[command].make_context(command, rest)
+    assert str(context.params["plan"]) == "plan.json"
+
+
+def test_schedulers_know_the_exit_codes_of_the_monitor() -> None:
+    answers = {STATES["warn"], STATES["breach"], STATES["insufficient_data"]}
+    service = (SCHEDULED / "lowprec-monitor.service").read_text()
+    (codes,) = re.findall(r"^SuccessExitStatus=(.*)$", service, re.MULTILINE)
+    assert {int(code) for code in codes.split()} == answers
+    dag = (SCHEDULED / "airflow_dag.py").read_text()
+    compile(dag, "airflow_dag.py", "exec")
+    assert re.findall(r"skip_on_exit_code=\[(.*)\]", dag) == [f"{STATES['warn']}, {STATES['insufficient_data']}"]
+    timer = (SCHEDULED / "lowprec-monitor.timer").read_text()
+    assert "OnCalendar=" in timer and "Persistent=true" in timer

@@ -269,7 +269,7 @@ class _Monitor:
             raised_at=datetime.now(UTC),
             message=message,
             proposed_plan=plan_path,
-            document={k: document.get(k) for k in ("gap", "kl_gap", "running", "units", "proposal")},
+            document={k: v for k, v in document.items() if k not in ("window", "state", "version")},
         )
         self._record.add_alert(alert)
         if state == "breach" and event == "opened":

@@ -91,7 +91,13 @@ def bits(chunks):
 @contextmanager
 def on_ray(spec, num_workers, address=None, **options):
     told: list[str] = []
-    workers = RayWorkers(spec, num_workers=num_workers, address=address, note=told.append, **options)
+
+    def note(line: str) -> None:
+        # On a busy machine workers take long to start, and that is said.
+        if not line.startswith("Ray has started"):
+            told.append(line)
+
+    workers = RayWorkers(spec, num_workers=num_workers, address=address, note=note, **options)
     try:
         yield workers, told
     finally:
