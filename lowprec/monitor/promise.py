@@ -24,6 +24,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lowprec.evaluation.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments, ratio_interval
@@ -33,14 +34,14 @@ __all__ = ["Evidence", "Promise", "Standing"]
 Float = NDArray[np.float64]
 
 # A change has the same chance to begin in each of about so many first windows, and ever less later.
-TYPICAL_LIFE = 32
+TYPICAL_LIFE = 100
 # Before windows have said how much they vary among each other, they are taken to vary as if this many of them had been
 # seen to have this factor of variance. With less, days that are correlated at the budget alarm too often in the
 # first weeks (make bench NAME=alarms).
-PRIOR_OVERDISPERSION, PRIOR_WINDOWS = 4.0, 10
+PRIOR_OVERDISPERSION, PRIOR_WINDOWS = 3.0, 6
 MIN_WINDOWS = 4
 # Standard errors that are added to what is estimated of it.
-OVERDISPERSION_ERRORS = 2.0
+OVERDISPERSION_ERRORS = 1.0
 # Starts of a change that are all kept; older ones are thinned out, which costs a little power and no validity.
 RECENT_STARTS, THINNED = 512, 32
 # Changes that are looked for, over one that doubles the gap from the budget: small windows can only show large ones.
@@ -222,7 +223,11 @@ class _Test:
             for times in CHANGES:
                 rho = (phi * of_unit / (times * wanted)) ** 2
                 z = d / np.sqrt(v + rho)
-                scaled.append(0.5 * np.log(4 * rho / (v + rho)) + 0.5 * z * z + _log_normal_cdf(z))
+                scaled.append(
+                    0.5 * np.log(4 * rho / (v + rho))
+                    + 0.5 * z * z
+                    + torch.special.log_ndtr(torch.from_numpy(z)).numpy()
+                )
             log_e = np.logaddexp.reduce(scaled, axis=0) - math.log(len(CHANGES))
         # Sums of few units, or of few that carry the change, are not normal: they may speak for the promise only.
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -272,17 +277,3 @@ class _Test:
 
 def _added(a: RatioMoments, b: RatioMoments) -> RatioMoments:
     return RatioMoments(**{name: getattr(a, name) + getattr(b, name) for name in vars(a)})
-
-
-def _log_normal_cdf(z: Float) -> Float:
-    """The logarithm of Phi(z), far below zero too, where Phi is 0 (by the first terms of its asymptotic series)."""
-    far = z < -10
-    near = np.where(far, 0.0, z)
-    # log(erfc(-z / sqrt 2) / 2)
-    inside = np.log(0.5 * _erfc(-near / math.sqrt(2)))
-    w = np.where(far, z, -10.0)
-    outside = -0.5 * w * w - np.log(-w * math.sqrt(2 * math.pi)) + np.log1p(-1 / w**2 + 3 / w**4)
-    return np.where(far, outside, inside)
-
-
-_erfc = np.vectorize(math.erfc, otypes=[np.float64])
