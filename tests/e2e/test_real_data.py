@@ -1,28 +1,23 @@
 """The main job on real click logs, with the configs of the project as they stand."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from real_logs import real_log
 
 PROJECT = Path(__file__).parents[2]
-DATA = {
-    "movielens": PROJECT.parent / "shared" / "data" / "movielens_latest_small_2015_2018.parquet",
-    "criteo": PROJECT.parent / "shared" / "data" / "criteo_kaggle_head10k.parquet",
-}
+DATA = {"movielens": "movielens_latest_small_2015_2018.parquet", "criteo": "criteo_kaggle_head10k.parquet"}
 
 
 @pytest.fixture(scope="module", params=DATA)
 def job(request, lowprec, tmp_path_factory):
     """Name, config arguments and folder of a job whose model was trained by the command."""
     name = request.param
-    if not DATA[name].exists():
-        message = f"{DATA[name]} is not there; its licence keeps it out of the project"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    log = real_log(DATA[name])
     folder = tmp_path_factory.mktemp(name)
     settings = {
-        "traffic.path": DATA[name],
+        "traffic.path": log,
         "model.checkpoint": folder / "m.safetensors",
         "results.root": folder / "runs",
     }
