@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -180,16 +181,25 @@ def block_test(before: Int, after: Int) -> float:
     scaled = shares[:, used] / np.sqrt(shares[:, used].mean(axis=0))
     scaled -= scaled.mean(axis=0)
     gram = scaled @ scaled.T
-    contrast = np.concatenate([np.full(len(before), -1 / len(before)), np.full(len(after), 1 / len(after))])
-    statistic = float(contrast @ gram @ contrast)
-    permuted = rng.permuted(np.tile(contrast, (NUM_PERMUTATIONS, 1)), axis=1)
-    drawn = np.einsum("pi,pi->p", permuted @ gram, permuted)
+    contrasts = _contrasts(len(before), len(after))
+    statistic, *others = np.einsum("pi,pi->p", contrasts @ gram, contrasts).tolist()
+    drawn = np.array(others)
     beyond = int((drawn >= statistic * (1 - 1e-12)).sum())
     counted = (beyond + 1) / (NUM_PERMUTATIONS + 1)
     if beyond >= MIN_EXCEEDANCES:
         return counted
     # No test of few blocks can say more than how many ways there are to choose them.
     return max(min(counted, _gamma_tail(statistic, drawn)), 1 / math.comb(len(counts), len(after)))
+
+
+@cache
+def _contrasts(num_before: int, num_after: int) -> Float:
+    """What takes the mean of blocks before from that of blocks after, float64[1 + NUM_PERMUTATIONS, blocks]: of the
+    blocks as they are, then permuted; the same permutations for every feature.
+    """
+    contrast = np.concatenate([np.full(num_before, -1 / num_before), np.full(num_after, 1 / num_after)])
+    permuted = np.random.default_rng(1).permuted(np.tile(contrast, (NUM_PERMUTATIONS, 1)), axis=1)
+    return np.concatenate([contrast[None], permuted])
 
 
 def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
