@@ -11,17 +11,13 @@ from lowprec.monitor.observe import WindowObservation
 
 __all__ = ["UnitShare", "ranked", "unit_shares"]
 
-# What labels say beside it counts where it changed by so many standard errors: else it is label noise.
-NUM_ERRORS = 4.0
-
 
 @dataclass(frozen=True)
 class UnitShare:
     """A unit's share of a window's gap, in percent of the reference loss.
 
     kl_pct: of the label-free gap, which the shares of all units add up to (to second order). first_pct: what labels say
-    beside it, with its standard error. growth_pct: by how much kl_pct grew since the certified window, and first_pct
-    where that changed by more than noise.
+    beside it, with its standard error. growth_pct: by how much kl_pct grew since the certified window.
     """
 
     unit: str
@@ -56,15 +52,12 @@ def unit_shares(observation: WindowObservation, precisions: Mapping[str, str]) -
 
 
 def ranked(now: Sequence[UnitShare], certified: Sequence[UnitShare]) -> list[UnitShare]:
-    """The shares of a window, those that grew most first."""
-    before = {share.unit: share for share in certified}
-    grown = [replace(share, growth_pct=_growth(share, before.get(share.unit))) for share in now]
+    """The shares of a window, those that grew most first.
+
+    By the label-free gap alone: where traffic moves, the reference is wrong in new ways, and the first-order share of
+    a unit says by chance whether its errors go along with that or against it. A unit that began to hurt would be named
+    last where they help (`make bench NAME=attribution`).
+    """
+    before = {share.unit: share.kl_pct for share in certified}
+    grown = [replace(share, growth_pct=share.kl_pct - before.get(share.unit, 0.0)) for share in now]
     return sorted(grown, key=lambda share: -share.growth_pct if math.isfinite(share.growth_pct) else math.inf)
-
-
-def _growth(now: UnitShare, before: UnitShare | None) -> float:
-    if before is None:
-        return now.kl_pct
-    change = now.first_pct - before.first_pct
-    is_known = abs(change) > NUM_ERRORS * math.hypot(now.first_error_pct, before.first_error_pct)
-    return now.kl_pct - before.kl_pct + (change if is_known else 0.0)
