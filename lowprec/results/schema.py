@@ -45,6 +45,8 @@ def _table(name: str, columns: Mapping[str, pa.DataType], **visible: str) -> Tab
 
 
 _INTERVALS = {f"{gap}_{end}": pa.float64() for gap in ("gap", "kl") for end in ("pct", "lower_pct", "upper_pct")}
+_QUALITY_NAMES = ("ne_ref", "ne_plan", "auc_ref", "auc_plan", "auc_error", "calibration_ref", "calibration_plan")
+_QUALITY = dict.fromkeys(_QUALITY_NAMES, pa.float64())
 
 TABLES: Mapping[str, TableSchema] = {
     table.name: table
@@ -90,13 +92,7 @@ TABLES: Mapping[str, TableSchema] = {
                 **_INTERVALS,
                 "budget_pct": pa.float64(),  # the tightest budget that the verdict is good for, else the loosest
                 "verdict": pa.string(),
-                "ne_ref": pa.float64(),
-                "ne_plan": pa.float64(),
-                "auc_ref": pa.float64(),
-                "auc_plan": pa.float64(),
-                "auc_error": pa.float64(),
-                "calibration_ref": pa.float64(),
-                "calibration_plan": pa.float64(),
+                **_QUALITY,
                 "num_examples": pa.int64(),
                 "num_exact": pa.int64(),  # of these, evaluated exactly; the profile predicts the rest
                 "num_units": pa.int64(),  # units of evidence: examples, or groups of them
@@ -150,13 +146,7 @@ TABLES: Mapping[str, TableSchema] = {
                 "log_threshold": pa.float64(),
                 "overdispersion": pa.float64(),
                 "epoch": pa.int64(),
-                "ne_ref": pa.float64(),
-                "ne_plan": pa.float64(),
-                "auc_ref": pa.float64(),
-                "auc_plan": pa.float64(),
-                "auc_error": pa.float64(),
-                "calibration_ref": pa.float64(),
-                "calibration_plan": pa.float64(),
+                **_QUALITY,
                 "num_rows": pa.int64(),  # as they are logged, bad ones included
                 "num_labelled": pa.int64(),
                 "num_bad": pa.int64(),
