@@ -79,7 +79,7 @@ class _Monitor:
         self._life.breaches |= {
             row["window_start"]
             for row in self._record.alerts()
-            if row["state"] == "breach" and row["event"] == "opened"
+            if row["state"] == "breach" and row["event"] == "opened" and row["window_start"] in self._judged
         }
         self._documents: list[dict[str, Any]] = []
         self._notes: list[str] = []
@@ -223,7 +223,7 @@ class _Monitor:
         proposal: Proposal | None,
         live: LiveModel | None,
     ) -> None:
-        """Commit the window and its alert."""
+        """Commit the window's alert and then the window: who is killed between them judges it again."""
         start = window.start or 0
         before = self._judged.get(start)
         version = before.version + 1 if before else 0
@@ -243,19 +243,21 @@ class _Monitor:
             )
             write_plan(file, path)
             plan_path = str(path)
+        document = window_document(row, version, judgement, proposal, plan_path)
+        if start >= max(self._judged, default=start):
+            self._alert(window, judgement.state, judgement.message, document, plan_path)
         self._record.add_window(window, version, row)
         self._judged[start] = JudgedWindow(window, version, judgement.state, judgement.message, evidence)
-        document = window_document(row, version, judgement, proposal, plan_path)
         self._documents.append(document)
-        if start == max(self._judged):
-            self._alert(window, judgement.state, judgement.message, document, plan_path)
 
     def _alert(
         self, window: Window, state: State, message: str, document: dict[str, Any], plan_path: str | None
     ) -> None:
         """Commit what people should know of the newest window: that something is wrong, still is, or no longer is."""
         start = window.start or 0
-        belongs = next_event(self._record.alerts(), state, new_incident=f"{self._deployment.key}/{start}")
+        # Those of later windows are of somebody who runs beside; one of this window, of somebody who was killed.
+        before = [row for row in self._record.alerts() if row["window_start"] < start]
+        belongs = next_event(before, state, new_incident=f"{self._deployment.key}/{start}")
         if belongs is None:
             return
         incident, event = belongs

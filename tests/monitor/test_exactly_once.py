@@ -1,5 +1,6 @@
 """One row and at most one alert for each window, whatever is killed and whoever runs beside."""
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lowprec.monitor.record import MonitorRecord
 from lowprec.plan import Precision
 from lowprec.results import ResultsStore
 from lowprec.results.schema import table_schema
@@ -74,6 +76,32 @@ def test_kills_at_ten_random_moments_lose_and_repeat_nothing(job, tmp_path):
     assert kills == 10
     for table in ("monitor_windows", "alerts"):
         assert written(root, table) == written(undisturbed, table)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", ["add_alert", "add_window"])
+def test_a_kill_beside_a_commit_loses_and_repeats_nothing(deployed, monitored, tmp_path, monkeypatch, what, when):
+    config, plan = deployed("monitor.window=12h", precision=Precision.INT2, budget=0.3, longer=True)
+    monitored(config, plan)
+    commit = getattr(MonitorRecord, what)
+
+    def killed(*args, **kwargs):
+        if when == "after":
+            commit(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    # Every run is killed at its first commit, so that windows are judged by as many runs.
+    root = tmp_path / "killed"
+    again = config.model_copy(update={"results": config.results.model_copy(update={"root": str(root)})})
+    with monkeypatch.context() as patch:
+        patch.setattr(MonitorRecord, what, killed)
+        for _ in range(12):
+            with contextlib.suppress(KeyboardInterrupt):
+                monitored(again, plan)
+    monitored(again, plan)
+    for table in ("monitor_windows", "alerts"):
+        assert len(written(root, table)) > 3
+        assert written(root, table) == written(config.results.root, table)
 
 
 def test_two_at_once_keep_one_row_and_one_alert_for_each_window(job, tmp_path):
