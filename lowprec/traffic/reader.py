@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ class TrafficWindow:
         self.batch_size = batch_size
         self.time_range = selection.times
         self._dataset = dataset
-        self._columns = tuple(dataset.layout.types)
+        self._rows = _RowsInWindow(dataset, schema, window, max(batch_size, _READ_ROWS))
         self._spans = selection.spans
         self._starts = np.concatenate([[0], np.cumsum([span.num_rows for span in selection.spans])]).astype(np.int64)
         self._parked: _Cursor | None = None
@@ -197,24 +198,10 @@ class TrafficWindow:
         parked, self._parked = self._parked, None
         if parked is not None and self._starts[span] <= parked.row <= row:
             return parked
-        return _Cursor(self._pieces(span), int(self._starts[span]))
+        return _Cursor(self._rows.of_all(self._spans[span:]), int(self._starts[span]))
 
     def _span_of(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
-
-    def _pieces(self, first_span: int) -> Iterator[Rows]:
-        for span in self._spans[first_span:]:
-            yield from self._span_pieces(span)
-
-    def _span_pieces(self, span: Span) -> Iterator[Rows]:
-        found = 0
-        for rows in self._dataset.stream(span.group, self._columns, max(self.batch_size, _READ_ROWS)):
-            inside = rows if span.is_whole else rows_in_window(rows, self.schema.time, self.window)
-            found += len(inside.positions)
-            yield inside
-        if found != span.num_rows:
-            file, _ = self._dataset.place(span.group.position)
-            raise TrafficError(f"traffic file {file}: was replaced while it was read; start again")
 
     def _cached_rows(self, k: int, cache: _Cache) -> Rows | None:
         """The rows of batch k by way of whole decoded row groups; None when one of them is too large for that."""
@@ -227,13 +214,41 @@ class TrafficWindow:
         for span in spans:
             rows = cache.get(span)
             if rows is None:
-                rows = cache.put(span, _joined(list(self._span_pieces(self._spans[span]))))
+                rows = cache.put(span, _joined(list(self._rows.of(self._spans[span]))))
             begin = int(self._starts[span])
             parts.append(rows.part(max(start - begin, 0), min(stop - begin, self._spans[span].num_rows)))
         return _joined(parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parked": None}
+
+
+@dataclass(frozen=True)
+class _RowsInWindow:
+    """Streams the rows of row groups that lie in a window.
+
+    Apart from the window, whose parked cursor holds the stream: one that knew the window would keep both, with all that
+    is decoded, until the garbage collector comes by.
+    """
+
+    dataset: Dataset
+    schema: Schema
+    window: Window
+    piece_rows: int
+
+    def of_all(self, spans: Sequence[Span]) -> Iterator[Rows]:
+        for span in spans:
+            yield from self.of(span)
+
+    def of(self, span: Span) -> Iterator[Rows]:
+        found = 0
+        for rows in self.dataset.stream(span.group, tuple(self.dataset.layout.types), self.piece_rows):
+            inside = rows if span.is_whole else rows_in_window(rows, self.schema.time, self.window)
+            found += len(inside.positions)
+            yield inside
+        if found != span.num_rows:
+            file, _ = self.dataset.place(span.group.position)
+            raise TrafficError(f"traffic file {file}: was replaced while it was read; start again")
 
 
 class _Cursor:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from lowprec.traffic import Schema, Window, open_traffic
 
 READ = """
 import json, sys
@@ -65,3 +71,19 @@ def test_ten_million_rows_are_read_in_constant_memory(tmp_path: Path, group_rows
     assert measured["num_rows"] == 10_000_000 - 10_000_000 // group_rows
     # The promise is 500 MB; one row group of a million rows would take 60 MB decoded, all of them 600 MB.
     assert measured["sequential_mb"] < 500 and measured["random_mb"] < 500
+
+
+def test_what_a_window_decoded_goes_with_it_without_the_garbage_collector(
+    columns: Callable[..., dict[str, Any]], write: Callable[..., str], schema: Schema
+) -> None:
+    window = open_traffic(write(columns(2000), row_group_size=500), schema, batch_size=8).window(Window())
+    gc.collect()
+    gc.disable()
+    try:
+        for k in (0, 100, window.num_batches - 1):
+            window.batch(k)
+        gone = weakref.ref(window)
+        del window
+        assert gone() is None
+    finally:
+        gc.enable()
