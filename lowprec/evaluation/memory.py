@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-__all__ = ["MemoryUse", "give_back_freed", "memory_use"]
+__all__ = ["MemoryUse", "give_back_freed", "give_back_now", "memory_use"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS = Path("/proc/self")
@@ -58,6 +58,17 @@ def give_back_freed() -> None:
     for option, value in ((_M_ARENA_MAX, 2), (_M_MMAP_THRESHOLD, 1 << 20), (_M_TRIM_THRESHOLD, 1 << 20)):
         if mallopt is not None:
             mallopt(option, value)
+
+
+def give_back_now() -> None:
+    """Return all that was freed so far to the system, for a process that goes on: a millisecond, not for every batch.
+
+    Blocks of a batch lie between those that stay, so that glibc keeps them, and ever more as work goes on
+    (`make bench NAME=cost`). Where the C library is another one, it does as it does.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _containers(cgroups: str) -> list[Path]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, Verdict, ratio_interval, verdict
 from lowprec.evaluation.second_moment import mixed
+from lowprec.models.quality import softplus
 
 __all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "group_sums", "sums_of_batch"]
 
@@ -254,11 +255,11 @@ def sums_of_batch(
         groups = None if groups is None else groups[labelled]
     w = np.ones(len(labels)) if weights is None else weights
     logits = np.concatenate([reference[None], plans])
-    softplus = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))
-    loss = w * (softplus - labels * logits)
-    prediction = np.exp(logits - softplus)
+    positive = softplus(logits)
+    loss = w * (positive - labels * logits)
+    prediction = np.exp(logits - positive)
     # KL(p_ref || p_plan) of two Bernoulli laws, from logits.
-    kl = w * (softplus[1:] - softplus[0] - prediction[0] * (logits[1:] - logits[0]))
+    kl = w * (positive[1:] - positive[0] - prediction[0] * (logits[1:] - logits[0]))
     y, x = loss[0], loss[1:] - loss[0]
     return Sums(
         num_rows=len(labels),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, ratio_interval
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
+from lowprec.models.quality import softplus
 from lowprec.plan import Plan, Precision, Unit
 from lowprec.traffic.batch import Batch
 
@@ -229,10 +230,10 @@ class ProfileTask:
             s, logits = s[:, rows], logits[rows]
         z = logits.astype(np.float64)
         w = np.ones(len(z)) if batch.weights is None else batch.weights[rows]
-        softplus = np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
-        p = np.exp(z - softplus)
+        positive = softplus(z)
+        p = np.exp(z - positive)
         y = p if self.label_free else batch.labels[rows].astype(np.float64)
-        loss, residual, curvature = w * (softplus - y * z), w * (p - y), w * p * (1 - p)
+        loss, residual, curvature = w * (positive - y * z), w * (p - y), w * p * (1 - p)
         directions = np.empty((len(s) + NUM_CALIBRATION_DIRECTIONS + 1, len(y)), dtype=np.float32)
         directions[: len(s)], directions[len(s)], directions[len(s) + 1] = s, 1.0, logits
         moved = directions[:-1]

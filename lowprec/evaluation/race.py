@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.evaluation.profile import Column, swaps
+from lowprec.models.quality import softplus
 from lowprec.plan import Plan
 from lowprec.traffic.batch import Batch
 
@@ -132,10 +132,10 @@ class RaceTask:
         # Plan by plan, and not as one matrix product: its last bits would depend on the company.
         chosen = [[k for k, (unit, p) in enumerate(self.columns) if plan[unit] is p] for plan in self.plans]
         moved = np.stack([s[found][:, rows].sum(axis=0) for found in chosen]).astype(np.float64)
-        softplus, softplus_changed = _softplus(z), _softplus(changed)
-        p = np.exp(z - softplus)
-        loss = w * (softplus - y * z)
-        rise = softplus_changed - softplus
+        positive = softplus(z)
+        p = np.exp(z - positive)
+        loss = w * (positive - y * z)
+        rise = softplus(changed) - positive
         change = w * (rise - y * (changed - z))
         divergence = w * (rise - p * (changed - z))
         linear, curved = w * (p - y) * moved, 0.5 * w * p * (1 - p) * moved**2
@@ -150,10 +150,6 @@ class RaceTask:
             changed=np.square(change).sum(axis=1),
             predicted=np.square(linear).sum(axis=1),
         )
-
-
-def _softplus(z: Any) -> Any:
-    return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
 
 
 def _num_bytes(array: NDArray[np.float32]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Quality", "auc", "calibration", "cross_entropy", "normalized_entropy", "quality"]
+__all__ = ["Quality", "auc", "calibration", "cross_entropy", "normalized_entropy", "quality", "softplus"]
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
@@ -32,13 +32,19 @@ def quality(logits: Floats, labels: Floats, weights: Floats | None = None) -> Qu
     )
 
 
+def softplus(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log(1 + exp(z)) of every logit, of any shape; stable for any finite one."""
+    positive: NDArray[np.float64] = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))
+    return positive
+
+
 def cross_entropy(logits: Floats, labels: Floats) -> NDArray[np.float64]:
     """The loss of each example in nats, float64[n]; stable for any finite logit.
 
     logits: float[n], log odds; labels: float[n], 0 or 1.
     """
     z = np.asarray(logits, dtype=np.float64)
-    return np.maximum(z, 0.0) - z * labels + np.log1p(np.exp(-np.abs(z)))
+    return softplus(z) - z * labels
 
 
 def normalized_entropy(logits: Floats, labels: Floats, weights: Floats | None = None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -98,8 +99,6 @@ class Certified:
             return None
         try:
             with path.open() as opened:
-                import io
-
                 arrays = dict(np.load(io.BytesIO(opened.read())).items())
             inputs = Inputs(schema, NUM_BLOCKS)
             inputs.fill(arrays)

@@ -11,8 +11,7 @@ from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.worker import Workers
 from lowprec.monitor.certified import Certified, CertifiedCounts
 from lowprec.monitor.deployment import Deployment
-from lowprec.monitor.measure import precisions_of
-from lowprec.monitor.observe import observe
+from lowprec.monitor.measure import observe_window, precisions_of
 from lowprec.monitor.saturation import RangeGrowth, grown_ranges
 from lowprec.monitor.schedule import Schedule, certified_window
 from lowprec.monitor.snapshots import Snapshots
@@ -130,14 +129,15 @@ class LiveModels:
             ) from None
         counts = CertifiedCounts(window.schema)
         self._progress.stage("certified", window.num_batches)
-        observation = observe(
+        observation = observe_window(
+            live.job,
             live.workers,
-            window,
             live.plan,
+            window,
             on_inputs=counts.add,
-            max_bad_fraction=self._config.traffic.max_bad_fraction,
+            quarantine=self._artifacts / "quarantine",
+            name="certified",
             on_progress=self._progress.advance,
         )
-        live.job.judge_rows("certified", observation.rows, observation.bad_rows, self._artifacts / "quarantine")
         text = format_window(self._certified_window, self._schedule.unit)
         return Certified.of(counts, observation, precisions_of(live.plan), text)

@@ -27,7 +27,7 @@ from lowprec.search import Job
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["MeasuredWindow", "measure_window", "precisions_of", "standing_columns"]
+__all__ = ["MeasuredWindow", "measure_window", "observe_window", "precisions_of", "standing_columns"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,30 @@ def precisions_of(plan: Plan) -> dict[str, str]:
     return {unit: str(plan[unit]) for unit in low_units(plan)}
 
 
+def observe_window(
+    job: Job,
+    workers: Workers,
+    plan: Plan,
+    window: TrafficWindow,
+    *,
+    on_inputs: Callable[[int, InputCounts], None],
+    quarantine: Location,
+    name: str,
+    on_progress: Callable[[int], None] | None = None,
+) -> WindowObservation:
+    """Observe a plan over a window, and set its bad rows aside; raises `TrafficError` where there are too many."""
+    observation = observe(
+        workers,
+        window,
+        plan,
+        on_inputs=on_inputs,
+        max_bad_fraction=job.config.traffic.max_bad_fraction,
+        on_progress=on_progress,
+    )
+    job.judge_rows(name, observation.rows, observation.bad_rows, quarantine)
+    return observation
+
+
 def measure_window(
     job: Job,
     workers: Workers,
@@ -114,15 +138,9 @@ def measure_window(
         inputs.add(block, counts)
         novelty.add(counts.sparse)
 
-    observation = observe(
-        workers,
-        window,
-        plan,
-        on_inputs=add,
-        max_bad_fraction=job.config.traffic.max_bad_fraction,
-        on_progress=on_progress,
+    observation = observe_window(
+        job, workers, plan, window, on_inputs=add, quarantine=quarantine, name=name, on_progress=on_progress
     )
-    job.judge_rows(name, observation.rows, observation.bad_rows, quarantine)
     confidence = job.config.search.confidence
     is_reference = set(plan.values()) == {Precision.FP32}
     metrics = _labelled(observation, confidence, is_reference)

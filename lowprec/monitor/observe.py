@@ -14,6 +14,7 @@ from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import GroupSums, Sums, group_sums, sums_of_batch
 from lowprec.evaluation.rows import RowAccount, RowCounter
 from lowprec.evaluation.worker import Workers
+from lowprec.models.quality import softplus
 from lowprec.monitor.inputs import InputCounts, counts_of
 from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
@@ -22,6 +23,11 @@ from lowprec.traffic.batch import Batch
 __all__ = ["LabelFreeSums", "Observation", "ObservationPart", "UnitSums", "WindowObservation", "observe"]
 
 Float = NDArray[np.float64]
+
+# The changes by unit take a backward pass. Where a window has many batches, they are found on so many of them at least,
+# and on every fourth at most (`make bench NAME=cost`).
+_MIN_TRACED = 16
+_MAX_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,20 @@ class LabelFreeSums:
 
 @dataclass(frozen=True)
 class UnitSums:
-    """Where the change of a plan comes from: sums over examples for each of K units, float64[K] each.
+    """Where the change of a plan comes from: sums over the traced examples for each of K units, float64[K] each.
 
     With s the first-order change of a logit by a unit, S that of all units together, r = p - y and h = p (1 - p):
     `first` sums w r s over labelled examples and `first_squares` its square, `second` sums w h s S / 2 over all
     examples and `second_squares` its square. `second` adds up to the predicted KL divergence of the plan.
+    loss, entropy: float64[1], what the reference loses on the same labelled examples, and its entropy on all of them.
     """
 
     first: Float
     first_squares: Float
     second: Float
     second_squares: Float
+    loss: Float
+    entropy: Float
 
     def __add__(self, other: UnitSums) -> UnitSums:
         return UnitSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -95,35 +104,38 @@ class ObservationPart:
 
 @dataclass(frozen=True)
 class Observation:
-    """A task: one batch of a window, its rows in `num_stretches` for the counts of inputs."""
+    """A task: one batch of a window, its rows in `num_stretches` for the counts of inputs.
+
+    is_traced: whether the changes of each of `units` are found as well, or only that of the plan.
+    """
 
     plan: Plan
     units: tuple[str, ...]
     dense_names: tuple[str, ...]
+    is_traced: bool
     num_stretches: int
     batches: tuple[int, ...]
     keep: None = None
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ObservationPart:
         """What the batch adds."""
-        traced = evaluator.traced(batch, self.plan, self.units)
-        reference, plan = traced.reference.astype(np.float64), traced.plan.astype(np.float64)
-        labels = batch.labels.astype(np.float64)
-        weights = np.ones(len(reference)) if batch.weights is None else batch.weights
-        softplus = np.maximum(reference, 0) + np.log1p(np.exp(-np.abs(reference)))
-        p = np.exp(reference - softplus)
-        plan_softplus = np.maximum(plan, 0) + np.log1p(np.exp(-np.abs(plan)))
-        kl = weights * (plan_softplus - softplus - p * (plan - reference))
-        entropy = weights * (softplus - p * reference)
+        changes = None
+        if self.is_traced:
+            traced = evaluator.traced(batch, self.plan, self.units)
+            reference, plan, changes = traced.reference, traced.plan, traced.changes
+        else:
+            logits = evaluator.logits(batch, [self.plan])
+            reference, plan = logits.reference, logits.plans[0]
+        rows = _Rows.of(reference.astype(np.float64), plan.astype(np.float64), batch)
         parts = (
             [batch]
             if self.num_stretches == 1
             else [batch.part(k, self.num_stretches) for k in range(self.num_stretches)]
         )
         return ObservationPart(
-            exact=sums_of_batch(reference, plan[None], labels, batch.weights, batch.groups),
-            label_free=_label_free(kl, entropy, batch.groups),
-            units=_unit_sums(traced.changes, weights, p, labels),
+            exact=sums_of_batch(rows.reference, rows.plan[None], rows.labels, batch.weights, batch.groups),
+            label_free=_label_free(rows.kl, rows.entropy, batch.groups),
+            units=_no_unit_sums(len(self.units)) if changes is None else _unit_sums(changes, rows),
             inputs=tuple(counts_of(part, self.dense_names) for part in parts),
         )
 
@@ -176,7 +188,11 @@ def observe(
     """
     stretches = -(-NUM_BLOCKS // window.num_batches)
     schema = window.schema
-    tasks = [Observation(plan, low_units(plan), schema.dense, stretches, piece) for piece in pieces_of(window, None, 1)]
+    traced_every = min(max(window.num_batches // _MIN_TRACED, 1), _MAX_STRIDE)
+    tasks = [
+        Observation(plan, low_units(plan), schema.dense, k % traced_every == 0, stretches, piece)
+        for k, piece in enumerate(pieces_of(window, None, 1))
+    ]
     counter = RowCounter(window, max_bad_fraction)
     total: ObservationPart | None = None
     by_block = np.zeros((3, NUM_BLOCKS, 2))
@@ -212,6 +228,36 @@ def observe(
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of each row of a batch, float64[B] each: logits, labels (NaN where not known) and weights, the
+    prediction of the reference, the KL divergence of the plan from it, and its entropy.
+    """
+
+    reference: Float
+    plan: Float
+    labels: Float
+    weights: Float
+    p: Float
+    kl: Float
+    entropy: Float
+
+    @classmethod
+    def of(cls, reference: Float, plan: Float, batch: Batch) -> _Rows:
+        weights = np.ones(len(reference)) if batch.weights is None else batch.weights
+        positive, plan_positive = softplus(reference), softplus(plan)
+        p = np.exp(reference - positive)
+        return cls(
+            reference=reference,
+            plan=plan,
+            labels=batch.labels.astype(np.float64),
+            weights=weights,
+            p=p,
+            kl=weights * (plan_positive - positive - p * (plan - reference)),
+            entropy=weights * (positive - p * reference),
+        )
+
+
 def _label_free(kl: Float, entropy: Float, groups: NDArray[np.int64] | None) -> LabelFreeSums:
     if groups is not None:
         return LabelFreeSums(len(kl), np.zeros(6), group_sums(np.stack([kl, entropy]), groups))
@@ -220,9 +266,22 @@ def _label_free(kl: Float, entropy: Float, groups: NDArray[np.int64] | None) -> 
     return LabelFreeSums(len(kl), np.array([float(t.sum()) for t in terms]), None)
 
 
-def _unit_sums(changes: NDArray[np.float32], weights: Float, p: Float, labels: Float) -> UnitSums:
+def _unit_sums(changes: NDArray[np.float32], rows: _Rows) -> UnitSums:
     s = changes.astype(np.float64)
-    labelled = ~np.isnan(labels)
-    first = s[:, labelled] * (weights * (p - labels))[labelled]
-    second = s * (0.5 * weights * p * (1 - p) * s.sum(axis=0))
-    return UnitSums(first.sum(axis=1), np.square(first).sum(axis=1), second.sum(axis=1), np.square(second).sum(axis=1))
+    known = ~np.isnan(rows.labels)
+    weights, p, labels, z = (of[known] for of in (rows.weights, rows.p, rows.labels, rows.reference))
+    first = s[:, known] * (weights * (p - labels))
+    second = s * (0.5 * rows.weights * rows.p * (1 - rows.p) * s.sum(axis=0))
+    loss = (weights * (softplus(z) - labels * z)).sum()
+    return UnitSums(
+        first=first.sum(axis=1),
+        first_squares=np.square(first).sum(axis=1),
+        second=second.sum(axis=1),
+        second_squares=np.square(second).sum(axis=1),
+        loss=np.array([loss]),
+        entropy=np.array([rows.entropy.sum()]),
+    )
+
+
+def _no_unit_sums(num_units: int) -> UnitSums:
+    return UnitSums(*(np.zeros(size) for size in [num_units] * 4 + [1, 1]))

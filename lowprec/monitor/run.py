@@ -9,6 +9,7 @@ from typing import Any
 
 from lowprec.config import Config, TimeBound
 from lowprec.errors import ConfigError, LowprecError, ModelError, PlanError, TrafficError, WeightError
+from lowprec.evaluation.memory import give_back_now
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.drift import DriftRule
 from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge
@@ -105,6 +106,7 @@ class _Monitor:
                     if not isinstance(failure, _OF_ONE_WINDOW):
                         error = failure
                         break
+                give_back_now()
         outcome = self._outcome()
         told = tell(
             self._config,

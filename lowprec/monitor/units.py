@@ -41,11 +41,13 @@ class UnitShare:
 
 def unit_shares(observation: WindowObservation, precisions: Mapping[str, str]) -> list[UnitShare]:
     """The share of every low unit; `precisions` are theirs, in the order in which the observation has them."""
-    sums, loss = observation.units, float(observation.exact.loss[0])
-    entropy = float(observation.label_free.totals[1])
+    sums = observation.units
+    loss, entropy = float(sums.loss[0]), float(sums.entropy[0])
     found = []
     for k, (unit, precision) in enumerate(precisions.items()):
-        kl, kl_error = (float(100 * v / entropy) for v in (sums.second[k], sums.second_squares[k] ** 0.5))
+        kl, kl_error = (
+            float(100 * v / entropy) if entropy else math.nan for v in (sums.second[k], sums.second_squares[k] ** 0.5)
+        )
         first, error = (float(100 * v / loss) if loss else 0.0 for v in (sums.first[k], sums.first_squares[k] ** 0.5))
         found.append(UnitShare(unit, precision, kl, kl_error, first, error))
     return found
