@@ -2,34 +2,41 @@
 
 The demo model with 250,000 examples in its window, one thread, in process, and a plan of int4. Prints one JSON object
 as its last line: `passes`, the CPU time of measuring a window (everything that a window without a breach takes: plan
-beside reference, attribution, inputs, tests) over that of one fp32 pass, both reading it, in turn, median; `peak_mb`
-above the start of the process for a quarter of the window, all of it, and both in turn eight times; `proposal_passes`,
-what a breach takes beside that.
+beside reference, attribution, inputs, tests) over that of one fp32 pass, both reading it, in turn, median;
+`proposal_passes`, what a breach takes beside that; `peak_mb`, the peak memory of whole runs of the monitor, each in a
+process of its own that has judged an hour before, above what it has then: for one window of an hour (4,200 examples),
+72 of them, one of a day and one of five days (500,000 examples). Linux only.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import torch
 from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
 
 from lowprec.evaluation.evaluate import NUM_BLOCKS
+from lowprec.evaluation.memory import give_back_now
 from lowprec.evaluation.worker import LocalWorkers
+from lowprec.monitor import run_monitor
 from lowprec.monitor.certified import Certified, CertifiedCounts
 from lowprec.monitor.drift import DriftRule
 from lowprec.monitor.measure import MeasuredWindow, measure_window, precisions_of
 from lowprec.monitor.observe import observe
 from lowprec.monitor.proposal import propose
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Plan, PlanFile, Precision, write_plan
 from lowprec.search import Job, open_job
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow, Window
 
 REPEATS = 5
+LENGTHS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "5d": timedelta(days=5)}
+RUNS = [("1h", 1), ("1h", 72), ("1d", 1), ("5d", 1)]
 RULE = DriftRule(0.01, 0.1)
 
 
@@ -82,19 +89,52 @@ class Watched:
         assert found is not None and found.added_bytes > 0
 
 
-def peak_mb(shares: list[float]) -> float:
-    """Peak memory that windows of these shares take in a process of their own, above what it takes to begin."""
-    command = [sys.executable, __file__, *map(str, shares)]
+def peak_mb(length: str, num_windows: int) -> float:
+    """Peak memory of a run of the monitor over so many windows of that length, above what the process begins with."""
+    command = [sys.executable, __file__, length, str(num_windows)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def one_process(shares: list[float]) -> None:
-    watched = Watched()
-    watched.measure(0.05)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for share in shares:
-        watched.measure(share)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def one_run(length: str, num_windows: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = large_demo_config(
+            f"results.root={folder}",
+            "monitor.start=2026-01-02",
+            "monitor.certified={start: 2026-01-01, end: 2026-01-01T06:00}",
+        )
+        job = open_job(config)
+        plan = Plan.uniform(job.units, Precision.INT4)
+        path = Path(folder) / "plan.json"
+        file = PlanFile(
+            plan=plan,
+            model=config.model.factory,
+            checkpoint_sha256=job.checkpoint_sha256,
+            size_bytes=job.space.size_bytes(plan),
+            row_ranges=dict.fromkeys(plan, config.space.row_range),
+            evidence={"budget_pct": 5.0},
+        )
+        write_plan(file, path)
+        torch.set_num_threads(1)
+        since = datetime(2026, 1, 2, tzinfo=UTC)
+
+        def run(length: str, num_windows: int, until: datetime) -> None:
+            watched = config.model_copy(update={"monitor": config.monitor.model_copy(update={"window": length})})
+            outcome = run_monitor(
+                watched, path, since=since.isoformat(), until=until.isoformat(), now=datetime(2026, 2, 1, tzinfo=UTC)
+            )
+            assert len(outcome.windows) == num_windows and not outcome.notes, outcome
+
+        run("2h", 1, since + timedelta(hours=2))
+        give_back_now()
+        Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+        before = peak_kb()
+        run(length, num_windows, since + num_windows * LENGTHS[length])
+        print((peak_kb() - before) / 1024)
+
+
+def peak_kb() -> int:
+    """The most memory that this process had at once."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 
 def main() -> None:
@@ -110,7 +150,7 @@ def main() -> None:
             {"pass": one, "passes": cpu_seconds(watched.measure) / one, "proposal": cpu_seconds(watched.propose) / one}
         )
         print({k: round(v, 2) for k, v in rounds[-1].items()}, flush=True)
-    peaks = {"quarter": peak_mb([0.25]), "whole": peak_mb([1.0]), "eight_of_both": peak_mb([0.25, 1.0] * 8)}
+    peaks = {f"{count} of {length}": peak_mb(length, count) for length, count in RUNS}
     print(
         json.dumps(
             {
@@ -125,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    one_process([float(share) for share in sys.argv[1:]]) if sys.argv[1:] else main()
+    one_run(sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else main()
