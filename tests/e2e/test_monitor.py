@@ -1,12 +1,13 @@
 """The monitor as a command, on made-up and on real logs."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from real_logs import real_log
+from real_logs import PROJECT, arguments_of, real_log
 
 from lowprec.config import load_config
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
@@ -115,3 +116,38 @@ def test_two_hundred_clicks_are_not_enough_evidence(lowprec, tmp_path):
     done = lowprec("monitor", config, "--plan", plan, "--json")
     assert {window["state"] for window in done.document["windows"]} == {"insufficient_data"}, done.out
     assert done.code == 4 and all("not enough evidence" in w["reasons"][0] for w in done.document["windows"])
+
+
+def test_films_are_watched_quarter_by_quarter_as_the_readme_says(lowprec, tmp_path):
+    log = real_log("movielens_latest_small_2015_2018.parquet")
+    arguments = arguments_of("monitor-movielens", log, tmp_path)
+    assert lowprec("train", *arguments).code == 0
+    searched = lowprec("search", *arguments, "--json")
+    assert searched.code == 0 and searched.document["bytes_ratio"] < 0.2, searched.err
+    done = lowprec("monitor", *arguments, "--plan", searched.document["plan_path"], "--json")
+    # The last digits of a trained model are those of a machine; what holds everywhere is that the promise is not
+    # broken, and that inputs moved: hardly any user of 2014 rates films in later years.
+    assert done.code in (1, 4), done.err
+    windows = done.document["windows"]
+    assert len(windows) == 15 and {w["state"] for w in windows} <= {"ok", "warn", "insufficient_data"}
+    for window in windows:
+        assert window["gap_lower_pct"] < window["gap_pct"] < window["gap_upper_pct"]
+        assert 0 < window["kl_pct"] < 0.3
+        if window["kl_lower_pct"] is not None:  # few examples of a small quarter may carry most of it
+            assert window["kl_lower_pct"] < window["kl_pct"] < window["kl_upper_pct"]
+        assert window["running_lower_pct"] < window["running_pct"] < window["running_upper_pct"]
+        assert sum(u["kl_pct"] for u in window["units"]) == pytest.approx(window["kl_pct"], rel=0.3)
+        assert window["num_moved"] > 0 and window["inputs"][0]["feature"] == "cat_user"
+    readme = (PROJECT / "README.md").read_text()
+    (shown,) = (
+        json.loads(block) for block in re.findall(r"```json\n(.*?)```", readme, re.DOTALL) if "cat_user" in block
+    )
+    told = next(w for w in windows if w["window"] == shown["window"])
+    assert shown.keys() <= told.keys() and shown["units"][0].keys() <= told["units"][0].keys()
+    assert told["overdispersion"] > 5 and told["gap_pct"] == pytest.approx(shown["gap_pct"], abs=0.3)
+    sql = 'SELECT left("window", 11) AS quarter, num_rows, state FROM monitor_windows ORDER BY window_start'
+    rows = json.loads(lowprec("results", sql, "--root", tmp_path / "runs", "--format", "json").out)["rows"]
+    assert [row["state"] for row in rows] == [w["state"] for w in windows]
+    printed = re.findall(r"^    (\[\d{4}-\d\d-\d\d) +(\d+) +[-.\d]+ ", readme, re.MULTILINE)
+    assert len(printed) >= 5
+    assert set(printed) <= {(row["quarter"], str(row["num_rows"])) for row in rows}

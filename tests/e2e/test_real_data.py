@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from real_logs import real_log
+from real_logs import arguments_of, real_log
 
-PROJECT = Path(__file__).parents[2]
 DATA = {"movielens": "movielens_latest_small_2015_2018.parquet", "criteo": "criteo_kaggle_head10k.parquet"}
 
 
@@ -16,12 +15,7 @@ def job(request, lowprec, tmp_path_factory):
     name = request.param
     log = real_log(DATA[name])
     folder = tmp_path_factory.mktemp(name)
-    settings = {
-        "traffic.path": log,
-        "model.checkpoint": folder / "m.safetensors",
-        "results.root": folder / "runs",
-    }
-    arguments = [PROJECT / "configs" / f"{name}.yaml", *(a for k, v in settings.items() for a in ("--set", f"{k}={v}"))]
+    arguments = arguments_of(name, log, folder)
     done = lowprec("train", *arguments, "--json")
     assert done.code == 0, done.err
     return name, arguments, folder, done.document

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[3] / "shared" / "data"
+PROJECT = Path(__file__).parents[2]
+FOLDER = PROJECT.parent / "shared" / "data"
 
 
 def real_log(name: str) -> Path:
@@ -15,3 +16,10 @@ def real_log(name: str) -> Path:
         message = f"{path} is not there; its licence keeps it out of the project"
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
     return path
+
+
+def arguments_of(config: str, log: Path, folder: Path) -> list[str | Path]:
+    """A config of the project by its name, with that log, and a folder for everything that is written."""
+    settings = {"traffic.path": log, "model.checkpoint": folder / "m.safetensors", "results.root": folder / "runs"}
+    changes = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+    return [PROJECT / "configs" / f"{config}.yaml", *changes]
