@@ -15,7 +15,7 @@ from typing import Any
 
 from lowprec.errors import ConfigError, PlanError, ResultsError
 from lowprec.ops.timing import Grid, machine_facts, measure_lookups
-from lowprec.plan import Precision, Unit
+from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
 from lowprec.progress import Progress
 from lowprec.storage import Location
 from lowprec.storage.whole_file import whole_file
@@ -93,7 +93,7 @@ class Calibration:
     @cached_property
     def precisions(self) -> tuple[Precision, ...]:
         """The measured precisions, the most exact first."""
-        return tuple(p for p in Precision if any(point.precision is p for point in self.points))
+        return tuple(p for p in TABLE_PRECISIONS if any(point.precision is p for point in self.points))
 
     def ns_per_bag(self, precision: Precision, dim: int, rows: int, pooling: float) -> float:
         """Nanoseconds of a bag of `pooling` ids (on average): exact at measured points, else interpolated.

@@ -5,19 +5,24 @@ from __future__ import annotations
 import enum
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
+from lowprec.layer_form import Arithmetic, LayerForm
 from lowprec.storage import Location, Where
 
 __all__ = [
+    "LAYER_PRECISIONS",
+    "TABLE_PRECISIONS",
+    "Form",
     "Plan",
     "PlanFile",
     "Precision",
     "RowRange",
     "Unit",
+    "is_layer",
     "precision_counts",
     "read_plan",
     "rowwise_ranges",
@@ -28,32 +33,61 @@ PLAN_SCHEMA_VERSION = 1
 
 
 class Precision(enum.StrEnum):
-    """Storage format of a table, from the most to the least exact."""
+    """Format of a table's rows, or of a layer's weights and arithmetic, from the most to the least exact.
+
+    `TABLE_PRECISIONS` and `LAYER_PRECISIONS` are those of each.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
+    INT8_DYNAMIC = "int8_dynamic"
+    """A layer's weights int8, its inputs int8 by the range of each batch."""
+    INT8_STATIC = "int8_static"
+    """A layer's weights int8, its inputs int8 by a range that was calibrated."""
+    EMULATED = "emulated"
+    """A layer in the arithmetic of an accelerator, as `space.arithmetic` describes it."""
     INT8 = "int8"
     INT4 = "int4"
     INT2 = "int2"
 
     @property
     def bits(self) -> int:
-        """Bits of one stored value."""
+        """Bits of one stored value of a table."""
         return int(self.value.lstrip("fpint"))
 
     @property
     def is_rowwise(self) -> bool:
-        """Whether a row carries its own fp16 scale and bias."""
-        return self.value.startswith("int")
+        """Whether a table's row carries its own fp16 scale and bias."""
+        return self in (Precision.INT8, Precision.INT4, Precision.INT2)
 
     @classmethod
-    def parse(cls, text: str, *, where: str) -> Precision:
-        """The precision called `text`; raises `PlanError` naming `where`."""
-        try:
-            return cls(text)
-        except ValueError:
-            allowed = ", ".join(cls)
-            raise PlanError(f'{where}: precision must be one of {allowed}; got "{text}"') from None
+    def parse(cls, text: str, *, where: str, among: Sequence[Precision] | None = None) -> Precision:
+        """The precision called `text`, one of a table or of those in `among`; raises `PlanError` naming `where`."""
+        allowed = TABLE_PRECISIONS if among is None else among
+        if text not in allowed:
+            raise PlanError(f'{where}: precision must be one of {", ".join(allowed)}; got "{text}"')
+        return cls(text)
+
+
+TABLE_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2)
+LAYER_PRECISIONS = (
+    Precision.FP32,
+    Precision.FP16,
+    Precision.BF16,
+    Precision.INT8_DYNAMIC,
+    Precision.INT8_STATIC,
+    Precision.EMULATED,
+)
+
+
+# What more a plan says of a layer at these precisions.
+Form = LayerForm | Arithmetic
+_FORM_OF: dict[Precision, type[LayerForm] | type[Arithmetic]] = {
+    Precision.INT8_DYNAMIC: LayerForm,
+    Precision.INT8_STATIC: LayerForm,
+    Precision.EMULATED: Arithmetic,
+}
 
 
 class RowRange(enum.StrEnum):
@@ -77,7 +111,8 @@ class RowRange(enum.StrEnum):
 class Unit:
     """Something with rows or weights that gets a precision of its own.
 
-    `name` begins with its kind: `table:user_id`. A table has `num_rows` rows of `dim` fp32 values.
+    `name` begins with its kind: `table:user_id`, `layer:top.0`. A table has `num_rows` rows of `dim` fp32 values; the
+    rows of a layer are its output channels, its dim is the number of inputs.
     """
 
     name: str
@@ -90,6 +125,16 @@ class Unit:
             raise PlanError(f'unit "{self.name}": a unit is called table:NAME or layer:NAME')
         if self.num_rows <= 0 or self.dim <= 0:
             raise PlanError(f'unit "{self.name}": rows and dim must be positive; got {self.num_rows} x {self.dim}')
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is an FC layer, and no table."""
+        return is_layer(self.name)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Those that a unit of its kind can have, from the most to the least exact."""
+        return LAYER_PRECISIONS if self.is_layer else TABLE_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -139,7 +184,8 @@ class Plan(Mapping[str, Precision]):
 class PlanFile:
     """What `plan.json` holds: a plan, the checkpoint it was made for, its bytes and its evidence.
 
-    row_ranges: by unit, for row-wise precisions; minmax for one left out.
+    row_ranges: by table, for row-wise precisions; minmax for one left out. layer_forms: of the layers whose precision
+    leaves a choice, by name.
     """
 
     plan: Plan
@@ -149,24 +195,26 @@ class PlanFile:
     row_alignment: int = 1
     row_ranges: Mapping[str, RowRange] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    layer_forms: Mapping[str, Form] = field(default_factory=dict)
 
     def row_range(self, unit: str) -> RowRange:
         """How the rows of a unit choose their range."""
         return self.row_ranges.get(unit, RowRange.MINMAX)
 
 
+def is_layer(unit: str) -> bool:
+    """Whether a unit of that name is an FC layer, and no table."""
+    return unit.startswith("layer:")
+
+
 def write_plan(file: PlanFile, path: Where) -> None:
     """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
-    ranges = rowwise_ranges(file.plan, file.row_ranges)
     document = {
         "schema_version": PLAN_SCHEMA_VERSION,
         "model": file.model,
         "checkpoint_sha256": file.checkpoint_sha256,
         "row_alignment": file.row_alignment,
-        "units": {
-            name: {"precision": str(p), **({"range": ranges[name]} if name in ranges else {})}
-            for name, p in file.plan.items()
-        },
+        "units": {name: {"precision": str(p), **_details(file, name, p)} for name, p in file.plan.items()},
         "bytes": file.size_bytes,
         "evidence": dict(file.evidence),
     }
@@ -204,12 +252,17 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
             f"plan {path}: was made for checkpoint {made_for[:12]}, the model's is {checkpoint_sha256[:12]}; "
             "search again, or point model.checkpoint at the file that the plan was made for"
         )
-    precisions = {name: _unit_precision(name, entry, path) for name, entry in document["units"].items()}
-    row_ranges = {
-        name: RowRange.parse(str(entry["range"]), where=f'plan {path}: unit "{name}"')
-        for name, entry in document["units"].items()
-        if "range" in entry
-    }
+    precisions: dict[str, Precision] = {}
+    row_ranges: dict[str, RowRange] = {}
+    layer_forms: dict[str, Form] = {}
+    for name, entry in document["units"].items():
+        where = f'plan {path}: unit "{name}"'
+        precisions[name] = precision = _unit_precision(name, entry, where)
+        if precision.is_rowwise:
+            row_ranges[name] = RowRange.parse(str(entry["range"]), where=where)
+        elif precision in _FORM_OF:
+            flat = {k: v for k, v in entry.items() if k != "precision"}
+            layer_forms[name] = _FORM_OF[precision].from_dict(flat, where=where)
     try:
         plan = Plan(precisions) if units is None else Plan.of(units, precisions)
     except PlanError as error:
@@ -221,6 +274,7 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         size_bytes=document["bytes"],
         row_alignment=document["row_alignment"],
         row_ranges=row_ranges,
+        layer_forms=layer_forms,
         evidence=document.get("evidence", {}),
     )
 
@@ -236,11 +290,20 @@ def precision_counts(precisions: Iterable[str]) -> str:
     return " ".join(f"{precision}:{count}" for precision, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
 
 
-def _unit_precision(name: str, entry: Any, path: Where) -> Precision:
-    where = f'plan {path}: unit "{name}"'
+def _details(file: PlanFile, unit: str, precision: Precision) -> dict[str, Any]:
+    """What an entry says beside the precision."""
+    if precision.is_rowwise:
+        return {"range": str(file.row_range(unit))}
+    return file.layer_forms[unit].to_dict() if precision in _FORM_OF else {}
+
+
+def _unit_precision(name: str, entry: Any, where: str) -> Precision:
     if not isinstance(entry, dict) or "precision" not in entry:
         raise PlanError(f'{where} needs {{"precision": ...}}; got {entry!r}')
-    precision = Precision.parse(str(entry["precision"]), where=where)
+    among = LAYER_PRECISIONS if is_layer(name) else TABLE_PRECISIONS
+    precision = Precision.parse(str(entry["precision"]), where=where, among=among)
+    if precision in _FORM_OF:
+        return precision
     wanted = {"precision", "range"} if precision.is_rowwise else {"precision"}
     if entry.keys() - wanted or wanted - entry.keys():
         raise PlanError(f"{where} at {precision} has {' and '.join(sorted(wanted))}; got {', '.join(sorted(entry))}")

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lowprec"
 # From the bottom up: a part imports parts of lower layers and of its own; a part is a file or a folder of lowprec/.
 LAYERS = (
     {"errors", "exit_codes", "progress", "sizes", "storage", "timeouts"},
-    {"plan", "console", "render"},
+    {"layer_form", "plan", "console", "render"},
     {"ops"},
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},

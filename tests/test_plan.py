@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lowprec.errors import PlanError
+from lowprec.layer_form import Arithmetic, ClipRange, LayerForm, WeightScale
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, Unit, precision_counts, read_plan, write_plan
 
 UNITS = (Unit("table:a", 10, 4), Unit("table:b", 20, 8))
@@ -30,6 +31,59 @@ def test_round_trip(plan_path):
     assert file == PlanFile(PLAN, "m:f", "ab" * 32, 123, 16, {"table:a": RowRange.MSE}, {"gap_pct": 0.01})
     assert json.loads(plan_path.read_text())["units"]["table:a"] == {"precision": "int4", "range": "mse"}
     assert not list(plan_path.parent.glob("*.partial"))
+
+
+LAYERS = (Unit("layer:top.0", 8, 4), Unit("layer:top.2", 1, 8), Unit("layer:over", 1, 1), Unit("table:a", 10, 4))
+FORMS = {
+    "layer:top.0": LayerForm(WeightScale.TENSOR, ClipRange.MSE, 0.01, 7, 0.125, 3),
+    "layer:top.2": LayerForm(),
+    "layer:over": Arithmetic(block=4),
+}
+LAYER_PLAN = Plan(
+    dict(
+        zip(
+            (unit.name for unit in LAYERS),
+            (Precision.INT8_STATIC, Precision.INT8_DYNAMIC, Precision.EMULATED, Precision.FP16),
+            strict=True,
+        )
+    )
+)
+
+
+@pytest.fixture
+def layer_path(tmp_path):
+    path = tmp_path / "layers.json"
+    write_plan(PlanFile(LAYER_PLAN, "m:f", "ab" * 32, 123, layer_forms=FORMS), path)
+    return path
+
+
+def test_round_trip_of_layers_with_their_forms(layer_path):
+    file = read_plan(layer_path, units=LAYERS, checkpoint_sha256=None)
+    assert (file.plan, file.layer_forms) == (LAYER_PLAN, FORMS)
+    entry = json.loads(layer_path.read_text())["units"]["layer:top.2"]
+    assert entry == {
+        "precision": "int8_dynamic",
+        "weights": "channel",
+        "range": "minmax",
+        "outliers": 0.0,
+        "input_bits": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("unit", "key", "value", "said"),
+    [
+        ("layer:top.0", "precision", "int4", 'int8_static, emulated; got "int4"'),
+        ("table:a", "precision", "bf16", 'fp32, fp16, int8, int4, int2; got "bf16"'),
+        ("layer:top.0", "weights", "row", 'unit "layer:top.0": is not the form of an int8 layer'),
+        ("layer:top.0", "colour", "red", 'unit "layer:top.0": is not the form of an int8 layer'),
+        ("layer:over", "accumulate", "fp12", 'unit "layer:over": does not describe an arithmetic'),
+    ],
+)
+def test_a_layer_that_makes_no_sense_is_refused(layer_path, unit, key, value, said):
+    changed = rewritten(layer_path, lambda d: d["units"][unit].update({key: value}))
+    with pytest.raises(PlanError, match=said):
+        read_plan(changed, units=LAYERS, checkpoint_sha256=None)
 
 
 def test_a_plan_lists_every_unit_in_the_order_of_the_model():

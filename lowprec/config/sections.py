@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
@@ -167,7 +167,7 @@ class UnitRule(Section):
 class SpaceConfig(Section):
     """The plans that a search may choose from, and how row-wise precisions choose the range of a row."""
 
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = tuple(Precision)
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = TABLE_PRECISIONS
     row_range: RowRange = RowRange.MSE
     row_alignment: Annotated[int, Field(gt=0)] = 1
     units: tuple[UnitRule, ...] = ()

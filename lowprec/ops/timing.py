@@ -19,7 +19,7 @@ import numpy as np
 from lowprec.errors import ConfigError
 from lowprec.ops.fbgemm import unchecked_lookup
 from lowprec.ops.layout import row_bytes
-from lowprec.plan import Precision
+from lowprec.plan import TABLE_PRECISIONS, Precision
 from lowprec.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Grid:
     poolings: Sequence[int]
     num_repeats: int
     memory_limit_bytes: int
-    precisions: Sequence[Precision] = tuple(Precision)
+    precisions: Sequence[Precision] = TABLE_PRECISIONS
     num_bags: int = 2048
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
         latency = {}
         for unit in space.units:
             used = use.get(unit.name, TableUse(0.0, 0.0))
-            for precision in Precision:
+            for precision in unit.precisions:
                 latency[unit.name, precision] = unit_latency_ns(
                     calibration,
                     unit,
@@ -85,7 +85,7 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
         notes = _outside(calibration, space.units, use)
     return Costs(
         minimize=config.minimize,
-        size_bytes={(u.name, p): unit_bytes(u, p, space.row_alignment) for u in space.units for p in Precision},
+        size_bytes={(u.name, p): unit_bytes(u, p, space.row_alignment) for u in space.units for p in u.precisions},
         latency_ns=latency,
         max_bytes=config.max_bytes,
         max_latency_ns=config.max_latency_ns,

@@ -8,7 +8,6 @@ from typing import Any
 from lowprec.cost import unit_bytes
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
-from lowprec.plan import Precision
 from lowprec.search.job import Job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
@@ -31,7 +30,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             "features": features.get(unit.name, []),
             "group": decision_of[unit.name].name if decision_of[unit.name].name != unit.name else None,
             "precisions": [str(p) for p in decision_of[unit.name].choices],
-            "bytes": {str(p): unit_bytes(unit, p, space.row_alignment) for p in Precision},
+            "bytes": {str(p): unit_bytes(unit, p, space.row_alignment) for p in unit.precisions},
         }
         for unit in space.units
     ]

@@ -11,7 +11,7 @@ from lowprec.calibration import Calibration, read_calibration
 from lowprec.errors import ConfigError
 from lowprec.evaluation.loads import measure_loads, row_overhead
 from lowprec.models.adapter import ModelAdapter
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 from lowprec.shards import hot_bytes
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
 from lowprec.shards.planner import Cuts, Placement, TableLoad, place_tables
@@ -23,7 +23,7 @@ __all__ = ["Demand", "Machines", "demand_of", "describe_placement", "place", "pl
 
 # What workers do beside an fp32 lookup, in such lookups (of cold tables, `make bench NAME=kernels`).
 _SCORES_OVER_LOOKUP, _LOW_OVER_LOOKUP = 1.6, 1.4
-_LOW = tuple(p for p in Precision if p is not Precision.FP32)
+_LOW = tuple(p for p in TABLE_PRECISIONS if p is not Precision.FP32)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lowprec.evaluation.worker import LocalWorkers
 from lowprec.models.adapter import inputs_of
 from lowprec.models.dlrm import DLRM
 from lowprec.ops import quantize
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import Job
 from lowprec.traffic.batch import Batch
 
@@ -100,7 +100,7 @@ class HandModel:
         stored = {
             (name, p): quantize(weight.numpy(), p).reshape(-1)
             for name, weight in job.adapter.weights.items()
-            for p in Precision
+            for p in TABLE_PRECISIONS
         }
         starts = np.cumsum([0, *(rows.size for rows in stored.values())])[:-1]
         self._starts = dict(zip(stored, starts.tolist(), strict=True))
@@ -215,8 +215,8 @@ def fp32_pass_seconds(job: Job, *, num_batches: int | None = None, repeats: int 
 
 def check_agreement(model: HandModel) -> None:
     """Assert that a mixed plan has the gap and the KL gap here that lowprec's exact evaluation gives it."""
-    picks = np.random.default_rng(0).integers(0, len(Precision), len(model.units))
-    plan = Plan({unit.name: list(Precision)[k] for unit, k in zip(model.units, picks, strict=True)})
+    picks = np.random.default_rng(0).integers(0, len(TABLE_PRECISIONS), len(model.units))
+    plan = Plan({unit.name: TABLE_PRECISIONS[k] for unit, k in zip(model.units, picks, strict=True)})
     workers = LocalWorkers(model.job.spec, model.job.adapter)
     window, batches = model.job.window(model.window), range(len(model.batches))
     try:
@@ -241,10 +241,10 @@ def optuna_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers = {"tpe": optuna.samplers.TPESampler, "nsga2": optuna.samplers.NSGAIISampler}
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=samplers[sampler](seed=seed))
-    for precision in Precision:
+    for precision in TABLE_PRECISIONS:
         study.enqueue_trial({unit.name: str(precision) for unit in model.units})
 
-    names = [str(p) for p in Precision]
+    names = [str(p) for p in TABLE_PRECISIONS]
     known: dict[Plan, float] = {}
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
@@ -273,7 +273,7 @@ def greedy_revert(model: HandModel, *, measure: Literal["gap", "kl"], num_plans:
         alone = fp32.replace({unit.name: Precision.INT2})
         measured = (model.gap_pct if measure == "gap" else model.kl_pct)(alone, model.sample)
         sensitivity = max(measured, 0.0)
-        sizes = {p: model.size_bytes(fp32.replace({unit.name: p})) for p in Precision}
+        sizes = {p: model.size_bytes(fp32.replace({unit.name: p})) for p in TABLE_PRECISIONS}
         for low, high in itertools.pairwise(reversed(Precision)):
             gain = sensitivity * NUM_STEPS[Precision.INT2] ** 2 * (NUM_STEPS[low] ** -2 - NUM_STEPS[high] ** -2)
             steps.append((gain / (sizes[high] - sizes[low]), unit.name, high))
@@ -291,9 +291,11 @@ def integer_program(model: HandModel, *, score: Literal["absolute", "squared"], 
     scores = gradient_scores(model, score=score)
     fp32 = Plan.uniform(model.units, Precision.FP32)
     full = model.size_bytes(fp32)
-    saved = np.array([[full - model.size_bytes(fp32.replace({u.name: p})) for p in Precision] for u in model.units])
+    saved = np.array(
+        [[full - model.size_bytes(fp32.replace({u.name: p})) for p in TABLE_PRECISIONS] for u in model.units]
+    )
     cheapest = model.size_bytes(Plan.uniform(model.units, Precision.INT2))
-    one_each = np.kron(np.eye(len(model.units)), np.ones(len(Precision)))
+    one_each = np.kron(np.eye(len(model.units)), np.ones(len(TABLE_PRECISIONS)))
     plans = []
     for budget in np.geomspace(cheapest, full, num_plans).round():
         solved = milp(
@@ -307,7 +309,7 @@ def integer_program(model: HandModel, *, score: Literal["absolute", "squared"], 
         )
         assert solved.success, solved.message
         picks = solved.x.reshape(scores.shape).argmax(axis=1)
-        plans.append(Plan({u.name: list(Precision)[k] for u, k in zip(model.units, picks, strict=True)}))
+        plans.append(Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(model.units, picks, strict=True)}))
     return model.evaluated(plans, began=began)
 
 
@@ -317,10 +319,10 @@ def gradient_scores(model: HandModel, *, score: Literal["absolute", "squared"]) 
     With s = g . (pooled_p - pooled_fp32), the first-order change of an example's logit: the mean of |dl/dlogit s|
     ("absolute", the Taylor score), or of d2l/dlogit2 s^2 / 2 ("squared", the diagonal of the Hessian).
     """
-    totals = torch.zeros(len(Precision), len(model.units), dtype=torch.float64)
+    totals = torch.zeros(len(TABLE_PRECISIONS), len(model.units), dtype=torch.float64)
     for batch in model.sample:
         with torch.no_grad():
-            pooled = [model.lookup(batch, Plan.uniform(model.units, p)) for p in Precision]
+            pooled = [model.lookup(batch, Plan.uniform(model.units, p)) for p in TABLE_PRECISIONS]
         leaf = pooled[0].requires_grad_()
         (gradient,) = torch.autograd.grad(model.dense(batch.bottom, leaf).sum(), leaf)
         predicted = torch.sigmoid(batch.reference)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lowprec.evaluation.exact import BatchLogits
 from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask, swaps
 from lowprec.evaluation.worker import evaluator_of, load_adapter
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import Job
 from lowprec.traffic import SyntheticSpec
 from lowprec.traffic.batch import Batch
@@ -140,7 +140,7 @@ def mixed_plans(
 ) -> list[Plan]:
     """Random plans with a KL gap of about `kl_pct`: each draws shares of precisions, then its tables by them."""
     found: list[Plan] = []
-    precisions = list(Precision)
+    precisions = list(TABLE_PRECISIONS)
     for _ in range(200):
         if len(found) >= count:
             break

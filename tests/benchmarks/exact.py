@@ -16,7 +16,7 @@ from demo_model import demo_config
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers, evaluator_of
 from lowprec.models.adapter import inputs_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import Job, open_job
 
 NUM_PLANS, REPEATS = 32, 3
@@ -39,7 +39,7 @@ def dense_seconds(job: Job, plans: list[Plan]) -> float:
     for batch in job.window("search").batches():
         inputs = inputs_of(batch)
         reference = job.adapter.reference(inputs)
-        pooled = evaluator.tables.pooled(reference.calls, [list(Precision)] * len(reference.calls))
+        pooled = evaluator.tables.pooled(reference.calls, [list(TABLE_PRECISIONS)] * len(reference.calls))
         outputs = [[p[plan[c.table]] for p, c in zip(pooled, reference.calls, strict=True)] for plan in plans]
         began = time.perf_counter()
         for chosen in outputs:
@@ -53,7 +53,7 @@ def main() -> None:
     job = open_job(config)
     rng = np.random.default_rng(0)
     plans = [
-        Plan({u.name: list(Precision)[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
+        Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
         for _ in range(NUM_PLANS)
     ]
     workers = LocalWorkers(job.spec, job.adapter)

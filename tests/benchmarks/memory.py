@@ -30,7 +30,7 @@ from ray.cluster_utils import Cluster
 
 from lowprec.config import Config, load_config
 from lowprec.models.factory import build_model, without_table_init
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.job import open_job, open_workers
 
 GB = 10**9
@@ -215,7 +215,7 @@ def run(folder: Path, cap_bytes: int) -> dict:
             plans = [
                 Plan(
                     {
-                        u.name: list(Precision)[k]
+                        u.name: TABLE_PRECISIONS[k]
                         for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)
                     }
                 )

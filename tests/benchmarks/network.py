@@ -23,7 +23,7 @@ from demo_model import demo_config
 from ray.cluster_utils import Cluster
 
 from lowprec.evaluation.cluster import RayWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.shards.estimate import network_load
 from lowprec.shards.planner import Placement, Shard, place_tables
@@ -61,8 +61,8 @@ def main() -> None:
     placement = with_cuts(place_tables(demand.tables, [capacity] * NUM_WORKERS))
     assert any(len(shards) > 1 for shards in placement.shards_of.values()), "no table is cut"
     window = job.window("search")
-    plans = [Plan({u.name: list(Precision)[(k + n) % 5] for n, u in enumerate(job.units)}) for k in range(8)]
-    predicted = network_load(placement, profile_precisions=demand.num_low, exact_precisions=len(Precision))
+    plans = [Plan({u.name: TABLE_PRECISIONS[(k + n) % 5] for n, u in enumerate(job.units)}) for k in range(8)]
+    predicted = network_load(placement, profile_precisions=demand.num_low, exact_precisions=len(TABLE_PRECISIONS))
     expected = {"profile": predicted.profile_bytes, "exact": predicted.exact_bytes}
     cluster = Cluster()
     try:

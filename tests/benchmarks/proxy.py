@@ -17,7 +17,7 @@ from passes import cpu_seconds, fp32_pass
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.worker import LocalWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.search.proxy import build_proxy
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     rng = np.random.default_rng(0)
     plans = [
-        Plan({u.name: list(Precision)[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
+        Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
         for _ in range(NUM_PLANS)
     ]
     exact_gap, exact_kl = [], []

@@ -13,7 +13,7 @@ from demo_model import demo_config
 from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers, Workers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 
 REPEATS = 5
@@ -23,7 +23,7 @@ def main() -> None:
     # The train window is the one of 200,000 examples; nothing here depends on which it is.
     config = demo_config("windows.search={end: 2026-01-06}", "windows.train=null", "windows.validation=null")
     job = open_job(config)
-    plans = [Plan.uniform(job.units, p) for p in Precision]
+    plans = [Plan.uniform(job.units, p) for p in TABLE_PRECISIONS]
     window = job.window("search")
 
     def evaluate(workers: Workers):

@@ -22,7 +22,7 @@ from lowprec.demo import DEMO_CONFIG, generate_traffic
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers, evaluator_of
 from lowprec.models.train import train
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.progress import Silent
 from lowprec.search import Job, open_job, run_search
 
@@ -90,7 +90,7 @@ def main() -> None:
     job = open_job(config)
     plans = [
         Plan({u.name: p for u, p in zip(job.units, row, strict=True)})
-        for row in itertools.product(Precision, repeat=len(job.units))
+        for row in itertools.product(TABLE_PRECISIONS, repeat=len(job.units))
     ]
     began = time.perf_counter()
     gaps, kls = exact_gaps(job, plans)

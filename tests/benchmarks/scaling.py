@@ -22,7 +22,7 @@ from demo_model import large_demo_config
 from ray.cluster_utils import Cluster
 
 from lowprec.evaluation.cluster import RayWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.shards.planner import place_tables
 
@@ -36,7 +36,7 @@ def main() -> None:
     placement = place_tables(demand.tables, [int(0.51 * sum(table.num_bytes for table in demand.tables))] * 2)
     rng = np.random.default_rng(0)
     plans = [
-        Plan({u.name: list(Precision)[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
+        Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
         for _ in range(NUM_PLANS)
     ]
     window = job.window("search")

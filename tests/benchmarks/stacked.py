@@ -19,7 +19,7 @@ from lowprec.evaluation.dense import STACKED_ROWS, DensePasses
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
-from lowprec.plan import Precision
+from lowprec.plan import TABLE_PRECISIONS
 from lowprec.search import open_job
 
 NUM_PLANS, REPEATS = 16, 41
@@ -43,9 +43,10 @@ def compared(adapter: ModelAdapter, evaluator: ExactEvaluator, inputs: ModelInpu
     """Both ways on one batch, in turn."""
     reference = adapter.reference(inputs)
     num_rows = len(reference.logits)
-    pooled = evaluator.tables.pooled(reference.calls, [list(Precision)] * len(reference.calls))
+    pooled = evaluator.tables.pooled(reference.calls, [list(TABLE_PRECISIONS)] * len(reference.calls))
     outputs = [
-        [p[list(Precision)[(k + plan) % len(Precision)]] for k, p in enumerate(pooled)] for plan in range(NUM_PLANS)
+        [p[TABLE_PRECISIONS[(k + plan) % len(TABLE_PRECISIONS)]] for k, p in enumerate(pooled)]
+        for plan in range(NUM_PLANS)
     ]
     passes = DensePasses(adapter)
 

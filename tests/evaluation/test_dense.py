@@ -8,7 +8,7 @@ from torch import nn
 from lowprec.evaluation.dense import DensePasses
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search.job import open_job
 from lowprec.shards import LocalTables
 
@@ -20,7 +20,7 @@ def job(small_config):
 
 def plans_of(units, count):
     rng = np.random.default_rng(1)
-    return [Plan({u.name: Precision(rng.choice(list(Precision))) for u in units}) for _ in range(count)]
+    return [Plan({u.name: Precision(rng.choice(TABLE_PRECISIONS)) for u in units}) for _ in range(count)]
 
 
 def counted(adapter, monkeypatch):
@@ -84,8 +84,8 @@ def test_a_model_that_cannot_share_them_does_not(how, num_passes, monkeypatch):
     inputs = ModelInputs(torch.randn(20, 1), {"c": (torch.randint(0, 50, (num_ids,)), offsets, torch.rand(num_ids))})
     reference = adapter.reference(inputs)
     tables = LocalTables(adapter.weights, {})
-    (pooled,) = tables.pooled(reference.calls, [list(Precision)])
-    outputs = [[pooled[precision]] for precision in (*Precision, Precision.INT8)]
+    (pooled,) = tables.pooled(reference.calls, [list(TABLE_PRECISIONS)])
+    outputs = [[pooled[precision]] for precision in (*TABLE_PRECISIONS, Precision.INT8)]
     alone = [adapter.substituted(inputs, reference, of_plan).numpy() for of_plan in outputs]
     passes = DensePasses(adapter)
     np.testing.assert_array_equal(passes.logits(inputs, reference, outputs), alone)

@@ -10,7 +10,7 @@ from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.race import RaceSums, RaceTask, Residuals
 from lowprec.evaluation.worker import LocalWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job
 from lowprec.search.racing import laps
 from lowprec.search.shrinkage import shrunk_first_order
@@ -111,7 +111,7 @@ def small(small_config):
     return job, workers, window, profile, lap
 
 
-def random_plans(job, count, precisions=tuple(Precision), seed=0):
+def random_plans(job, count, precisions=TABLE_PRECISIONS, seed=0):
     picks = np.random.default_rng(seed).integers(0, len(precisions), (count, len(job.units)))
     return [Plan({u.name: precisions[k] for u, k in zip(job.units, row, strict=True)}) for row in picks]
 

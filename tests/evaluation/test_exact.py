@@ -10,7 +10,7 @@ from lowprec import ops
 from lowprec.errors import ModelError, WeightError
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job
 
 
@@ -27,7 +27,7 @@ def batch(job):
 def random_plans(units, count, seed=0):
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, 5, (count, len(units)))
-    return [Plan({u.name: list(Precision)[k] for u, k in zip(units, row, strict=True)}) for row in picks]
+    return [Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(units, row, strict=True)}) for row in picks]
 
 
 def test_logits_are_those_of_a_model_with_dequantized_tables(job, batch):

@@ -8,7 +8,7 @@ import pytest
 from lowprec.evaluation.measure import NUM_BLOCKS, measure_profile
 from lowprec.evaluation.profile import ProfileTask, swaps
 from lowprec.evaluation.worker import LocalWorkers, Worker, evaluator_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 
 PLANS = 40
@@ -51,7 +51,7 @@ def arrays(profile):
     return found
 
 
-def random_plans(job, precisions=tuple(Precision)):
+def random_plans(job, precisions=TABLE_PRECISIONS):
     picks = np.random.default_rng(0).integers(0, len(precisions), (PLANS, len(job.units)))
     return [Plan({u.name: precisions[k] for u, k in zip(job.units, row, strict=True)}) for row in picks]
 

@@ -8,7 +8,7 @@ import pytest
 
 from lowprec.evaluation.profile import Profile, ProfilePart, ProfileTask, columns_of, swaps
 from lowprec.evaluation.worker import evaluator_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job
 
 
@@ -24,7 +24,7 @@ def evaluator(job):
 
 @pytest.fixture
 def columns(job):
-    return columns_of(job.units, Precision)
+    return columns_of(job.units, TABLE_PRECISIONS)
 
 
 def part_of(evaluator, columns, batch, num_blocks=20):
@@ -58,7 +58,7 @@ def test_columns_leave_fp32_out(job):
 
 def test_selected_says_which_columns_a_plan_takes_and_never_shifts_or_scales(job, columns):
     profile = profile_of(columns, [ProfilePart.zero(len(columns), 20, by_group=False)])
-    plans = [Plan.uniform(job.units, Precision.FP32), *random_plans(job.units, 5, list(Precision))]
+    plans = [Plan.uniform(job.units, Precision.FP32), *random_plans(job.units, 5, list(TABLE_PRECISIONS))]
     z = profile.selected(plans)
     assert z.shape == (6, len(columns) + 2) and not z[:, -2:].any() and not z[0].any()
     for row, plan in zip(z, plans, strict=True):
@@ -72,7 +72,7 @@ def test_gaps_of_random_plans_are_predicted(job, evaluator, columns, cheapest, c
     """Small changes are predicted to a thousandth; int2 on these rough tables moves logits by 1 and more."""
     batches = list(job.window("search").batches())
     profile = profile_of(columns, [part_of(evaluator, columns, b) for b in batches])
-    plans = random_plans(job.units, 40, list(Precision)[: list(Precision).index(cheapest) + 1])
+    plans = random_plans(job.units, 40, TABLE_PRECISIONS[: list(TABLE_PRECISIONS).index(cheapest) + 1])
     exact = evaluator.sums(batches[0], plans)
     for batch in batches[1:]:
         exact = exact + evaluator.sums(batch, plans)
@@ -120,7 +120,7 @@ def test_moments_are_those_of_the_predicted_change_and_the_loss(job, evaluator, 
     """The same numbers that one would sum up example by example."""
     batch = job.window("search").batch(0)
     profile = profile_of(columns, [part_of(evaluator, columns, batch)])
-    (plan,) = random_plans(job.units, 1, list(Precision))
+    (plan,) = random_plans(job.units, 1, list(TABLE_PRECISIONS))
     z = profile.selected([plan])
     v, p = directions(evaluator, batch, columns)
     y = batch.labels.astype(float)
@@ -154,7 +154,7 @@ def test_blocks_merge_in_any_order_and_equal_one_pass(job, evaluator, columns, k
     a = profile_of(columns, [parts[0], parts[1], empty])
     b = profile_of(columns, [parts[2], empty, parts[3]])
     c = profile_of(columns, [empty, parts[3], parts[0]])
-    z = a.selected(random_plans(job.units, 6, list(Precision)))
+    z = a.selected(random_plans(job.units, 6, list(TABLE_PRECISIONS)))
     pairs = [((a + b) + c, a + (b + c)), (a + b, b + a)]
     pairs.append((a + b, profile_of(columns, [parts[0] + parts[2], parts[1] + empty, parts[3]])))
     for left, right in pairs:
@@ -225,7 +225,7 @@ def test_groups_are_the_units_of_evidence(job, evaluator, columns):
     paired = [replace(batch, groups=batch.times), replace(batch, groups=batch.times)]
     twice = profile_of(columns, [part_of(evaluator, columns, b) for b in paired])
     single = profile_of(columns, [part_of(evaluator, columns, paired[0])])
-    z = profile.selected(random_plans(job.units, 8, list(Precision)))
+    z = profile.selected(random_plans(job.units, 8, list(TABLE_PRECISIONS)))
     for one, two in zip(single.moments(z), twice.moments(z), strict=True):
         assert two.xx == pytest.approx(4 * one.xx, rel=1e-9)
 

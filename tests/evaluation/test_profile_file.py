@@ -11,7 +11,7 @@ from lowprec.errors import ConfigError, ResultsError
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.profile_file import FORMAT_VERSION, read_profile, write_profile
 from lowprec.evaluation.worker import LocalWorkers
-from lowprec.plan import Plan, Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, RowRange
 from lowprec.search import open_job
 
 KINDS = ["dense", "sketch", "groups"]
@@ -65,7 +65,7 @@ def test_a_profile_comes_back_bit_for_bit(made, kind):
     assert [type(b.second) for b in back.profile.blocks] == [type(b.second) for b in measured.profile.blocks]
     assert type(back.profile.evidence) is type(measured.profile.evidence)
     assert (back.rows, back.use) == (measured.rows, measured.use)
-    z = measured.profile.selected([Plan.uniform(job.units, p) for p in Precision])
+    z = measured.profile.selected([Plan.uniform(job.units, p) for p in TABLE_PRECISIONS])
     assert back.profile.gaps_pct(z)[0].tolist() == measured.profile.gaps_pct(z)[0].tolist()
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half written is left
 

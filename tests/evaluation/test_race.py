@@ -11,7 +11,7 @@ from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.profile import swaps
 from lowprec.evaluation.race import RaceTask, Residuals
 from lowprec.evaluation.worker import LocalWorkers, evaluator_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job
 
 
@@ -22,7 +22,7 @@ def job(small_config):
 
 def random_plans(units, count, seed=0):
     picks = np.random.default_rng(seed).integers(0, 5, (count, len(units)))
-    return [Plan({u.name: list(Precision)[k] for u, k in zip(units, row, strict=True)}) for row in picks]
+    return [Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(units, row, strict=True)}) for row in picks]
 
 
 def lap(job, plans, batches, parts, num_parts, *, workers=None):

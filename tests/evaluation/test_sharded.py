@@ -17,7 +17,7 @@ from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.profile import swaps
 from lowprec.evaluation.worker import ExactTask, LocalWorkers, ShardLoader, Worker, evaluator_of
-from lowprec.plan import Plan, Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, RowRange
 from lowprec.search.job import open_job
 from lowprec.shards.planner import Placement, Shard, TableLoad, place_tables
 from lowprec.shards.server import ShardServer
@@ -56,7 +56,7 @@ def placed(job, cuts=()):
 
 def some_plans(job):
     rng = np.random.default_rng(0)
-    return [Plan({u.name: Precision(rng.choice(list(Precision))) for u in job.units}) for _ in range(3)]
+    return [Plan({u.name: Precision(rng.choice(TABLE_PRECISIONS)) for u in job.units}) for _ in range(3)]
 
 
 def test_whole_tables_give_the_same_bits(job):

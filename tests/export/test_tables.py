@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lowprec import ops
 from lowprec.errors import CheckpointError, ExportError, PlanError, WeightError
 from lowprec.export import write_table
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 
 Floats = NDArray[np.float32]
 NAME = "tables.user.weight"
@@ -53,7 +53,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Fl
 
 
 @pytest.mark.parametrize("row_range", RowRange)
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", TABLE_PRECISIONS)
 def test_a_file_holds_the_stored_rows(
     checkpoint: tuple[Path, Floats], tmp_path: Path, precision: Precision, row_range: RowRange
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_bad_row_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
     assert out.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("precision", [p for p in Precision if p is not Precision.FP32])
+@pytest.mark.parametrize("precision", [p for p in TABLE_PRECISIONS if p is not Precision.FP32])
 def test_a_row_beyond_fp16_is_named(tmp_path: Path, precision: Precision) -> None:
     rows = some_rows()
     rows[500] = 1e8

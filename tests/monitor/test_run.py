@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pytest
 
 from lowprec.errors import CheckpointError, ConfigError, PlanError
-from lowprec.plan import Precision, read_plan
+from lowprec.plan import TABLE_PRECISIONS, Precision, read_plan
 from lowprec.results import ResultsStore
 from lowprec.search import open_job
 
@@ -97,7 +97,7 @@ def test_a_broken_promise_is_told_with_a_plan_that_would_keep_it(deployed, monit
     job = open_job(config)
     proposed = read_plan(proposal["plan"], units=job.units, checkpoint_sha256=job.checkpoint_sha256)
     deployed_plan = read_plan(plan, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
-    order = list(Precision)
+    order = list(TABLE_PRECISIONS)
     assert all(order.index(p) <= order.index(deployed_plan.plan[u]) for u, p in proposed.plan.items())
     assert {u for u, p in proposed.plan.items() if p != deployed_plan.plan[u]} == set(proposal["changes"])
     from lowprec.search.verify import verify_plan

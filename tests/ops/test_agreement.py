@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from lowprec import ops
 from lowprec.ops import reference
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 
 PATHS = ops.cpu_paths()
-ROWWISE = [p for p in Precision if p.is_rowwise]
+ROWWISE = [p for p in TABLE_PRECISIONS if p.is_rowwise]
 SCALES = (1e-42, 1e-9, 1e-7, 1e-5, 1e-3, 1.0, 1e3, 6e4, 1e6, 1e30)
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lowprec import ops
 from lowprec.errors import ModelError, TrafficError
-from lowprec.plan import Precision
+from lowprec.plan import TABLE_PRECISIONS, Precision
 
-EVERY = list(Precision)
+EVERY = list(TABLE_PRECISIONS)
 NUM_ROWS = 50
 
 

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from lowprec import ops
 from lowprec.ops import reference
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 
 Floats = NDArray[np.float32]
-ROWWISE = [p for p in Precision if p.is_rowwise]
+ROWWISE = [p for p in TABLE_PRECISIONS if p.is_rowwise]
 KINDS = ("normal", "uniform", "laplace", "t3", "far", "outlier")
 
 

@@ -9,7 +9,7 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.choice import LADDER, LATER_TRIES, confidence_of_try
 from lowprec.search.confirm import confirm
 from lowprec.search.trial import Trial
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 def plan_of(number):
     """A plan for every number."""
-    return Plan({f"table:{k}": list(Precision)[number // 5**k % 5] for k in range(4)})
+    return Plan({f"table:{k}": TABLE_PRECISIONS[number // 5**k % 5] for k in range(4)})
 
 
 def metrics(gap, lower, upper, confidence=CONFIDENCE):

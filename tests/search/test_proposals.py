@@ -9,7 +9,7 @@ from lowprec.config import SpaceConfig
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
-from lowprec.plan import Precision, Unit
+from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended
 from lowprec.search.sensitivity import single_swaps
 from lowprec.search.space import build_space
@@ -18,7 +18,7 @@ from lowprec.search.trial import Trial, pareto_front
 
 UNITS = tuple(Unit(f"table:{k}", 100 * (k + 1), 16) for k in range(6))
 SPACE = build_space(UNITS, SpaceConfig())
-ERROR = dict(zip(Precision, (0.0, 1e-6, 1e-4, 1e-2, 0.3), strict=True))
+ERROR = dict(zip(TABLE_PRECISIONS, (0.0, 1e-6, 1e-4, 1e-2, 0.3), strict=True))
 FRAGILITY = {u.name: 10.0 ** (k % 3) for k, u in enumerate(UNITS)}
 
 
@@ -50,7 +50,7 @@ def known(plans, space=SPACE):
 
 
 def test_uniform_plans_come_first_and_once():
-    assert [set(p.values()) for p in SPACE.uniform_plans()] == [{p} for p in Precision]
+    assert [set(p.values()) for p in SPACE.uniform_plans()] == [{p} for p in TABLE_PRECISIONS]
     fixed = build_space(UNITS, SpaceConfig.model_validate({"precisions": ["int8"]}))
     assert len(fixed.uniform_plans()) == 1
 

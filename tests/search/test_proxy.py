@@ -8,7 +8,7 @@ import lowprec.search.proxy as proxy_module
 import lowprec.search.sweep as sweep_module
 from lowprec.config import SpaceConfig
 from lowprec.errors import ConfigError
-from lowprec.plan import Plan, Precision, Unit
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, Unit
 from lowprec.search.bound import cost_bounds
 from lowprec.search.proxy import Limit, build_proxy
 from lowprec.search.space import build_space
@@ -22,7 +22,7 @@ def parts(num_units, seed, dtype=np.float64, **space):
     """Tables of random sizes whose errors are random vectors of growing length, correlated between tables."""
     rng = np.random.default_rng(seed)
     units = tuple(Unit(f"table:{k}", int(n), 16) for k, n in enumerate(rng.integers(10, 10_000, num_units)))
-    columns = tuple((unit.name, p) for unit in units for p in Precision if p is not Precision.FP32)
+    columns = tuple((unit.name, p) for unit in units for p in TABLE_PRECISIONS if p is not Precision.FP32)
     length = np.array([LENGTH[p] for _, p in columns]) * np.exp(rng.normal(0, 1, len(columns)))
     s = length[:, None] * (rng.normal(size=(len(columns), 300)) + 0.5 * rng.normal(size=(1, 300)))
     first, second = s @ rng.normal(0, 0.2, 300), (0.15 * s @ s.T).astype(dtype)
@@ -40,8 +40,8 @@ def problem(num_units, seed, limits=(), **space):
 def latency(num_units, seed, fraction, name="latency"):
     """A limit that has nothing to do with bytes, at a fraction of the way from the least to the most of it."""
     rng = np.random.default_rng([seed, 99])
-    of = {(f"table:{k}", p): float(rng.uniform(0.3, 3)) for k in range(num_units) for p in Precision}
-    ends = [sum(end(of[f"table:{k}", p] for p in Precision) for k in range(num_units)) for end in (min, max)]
+    of = {(f"table:{k}", p): float(rng.uniform(0.3, 3)) for k in range(num_units) for p in TABLE_PRECISIONS}
+    ends = [sum(end(of[f"table:{k}", p] for p in TABLE_PRECISIONS) for k in range(num_units)) for end in (min, max)]
     return Limit(name, lambda unit, p: of[unit, p], ends[0] + fraction * (ends[1] - ends[0]))
 
 

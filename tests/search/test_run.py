@@ -13,7 +13,7 @@ from lowprec.calibration import Calibration, LatencyPoint, write_calibration
 from lowprec.errors import ConfigError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job, run_search
 
 
@@ -211,7 +211,7 @@ def test_a_profile_is_used_again_and_refused_for_anything_else(small_config, sma
 def calibrated(tmp_path, ns):
     points = tuple(
         LatencyPoint(p, dim, rows, pooling, ns[p] * pooling, 0.1)
-        for p in Precision
+        for p in TABLE_PRECISIONS
         for dim in (8, 16)
         for rows in (10, 10_000)
         for pooling in (1, 4)
@@ -223,7 +223,7 @@ def calibrated(tmp_path, ns):
 
 def test_latency_is_minimised_and_limited(small_config, tmp_path):
     """A machine on which int8 is fastest and int2 slowest: by latency int2 is never worth its gap."""
-    ns = dict(zip(Precision, (100.0, 80.0, 40.0, 60.0, 120.0), strict=True))
+    ns = dict(zip(TABLE_PRECISIONS, (100.0, 80.0, 40.0, 60.0, 120.0), strict=True))
     calibration = calibrated(tmp_path, ns)
     config = small_config(calibration, "cost.minimize=latency", "search.budget=5")
     plan = run_search(config).recommendations[0].best.choice.trial

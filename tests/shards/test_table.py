@@ -122,13 +122,13 @@ def test_nothing_is_kept_for_a_row_but_the_range_that_is_costly_to_find():
 import resource, sys
 import numpy as np, torch
 from lowprec.ops.bags import BagCall
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 from lowprec.shards import TableShard
 torch.set_num_threads(1)
 rows, dim = 200_000, 256
 weight = torch.ones(rows, dim)
 shard = TableShard("table:t", weight, row_range=RowRange(sys.argv[1]))
-low = [p for p in Precision if p is not Precision.FP32]
+low = [p for p in TABLE_PRECISIONS if p is not Precision.FP32]
 def lookup(first, num):
     ids = torch.arange(first, first + num)
     shard.pooled(BagCall("table:t", ids, torch.tensor([0, num]), None, "sum", torch.zeros(1, dim)), low)
