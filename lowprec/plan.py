@@ -17,6 +17,7 @@ __all__ = [
     "LAYER_PRECISIONS",
     "TABLE_PRECISIONS",
     "Form",
+    "Forms",
     "Plan",
     "PlanFile",
     "Precision",
@@ -83,6 +84,8 @@ LAYER_PRECISIONS = (
 
 # What more a plan says of a layer at these precisions.
 Form = LayerForm | Arithmetic
+# Those of every layer and precision of a run.
+Forms = Mapping[tuple[str, Precision], Form]
 _FORM_OF: dict[Precision, type[LayerForm] | type[Arithmetic]] = {
     Precision.INT8_DYNAMIC: LayerForm,
     Precision.INT8_STATIC: LayerForm,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowprec.errors import LowprecError
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass
+from lowprec.models.layers import LayerAt
 
 __all__ = ["STACKED_ROWS", "DensePasses"]
 
@@ -34,10 +35,20 @@ class DensePasses:
         self._can_share: dict[tuple[int, int], bool] = {}
 
     def logits(
-        self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Sequence[Tensor]]
+        self,
+        inputs: ModelInputs,
+        reference: ReferencePass,
+        outputs: Sequence[Sequence[Tensor]],
+        layers: Sequence[LayerAt] | None = None,
     ) -> NDArray[np.float32]:
-        """Logits float32[P, B] when call k of the reference pass gives `outputs[p][k]`, float32[B, dim], to plan p."""
+        """Logits float32[P, B] when call k of the reference pass gives `outputs[p][k]`, float32[B, dim], to plan p.
+
+        layers: those of each plan that are not fp32; where one has such, no plan shares a pass.
+        """
         num_rows = len(reference.logits)
+        if layers is not None and any(layers):
+            pairs = zip(outputs, layers, strict=True)
+            return np.stack([self._adapter.substituted(inputs, reference, o, at).numpy() for o, at in pairs])
         size = STACKED_ROWS // num_rows if num_rows <= STACKED_ROWS // MIN_PLANS else 1
         found = np.empty((len(outputs), num_rows), dtype=np.float32)
         shared: dict[int, ModelInputs] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,9 +16,10 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.dense import DensePasses
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
-from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.models.layers import LayerAt
 from lowprec.ops.bags import BagCall
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Forms, Plan, Precision, is_layer
 from lowprec.shards import LocalTables, Tables
 from lowprec.shards.estimate import MAX_KEPT_BYTES
 from lowprec.traffic.batch import Batch
@@ -37,7 +39,7 @@ class BatchLogits:
 class TracedBatch:
     """Logits of the reference and of one plan on one batch, float32[B], and where the difference comes from.
 
-    changes: float32[K, B], the change of every logit to first order in the outputs of each of K tables.
+    changes: float32[K, B], the change of every logit to first order in the outputs of each of K units.
     """
 
     reference: NDArray[np.float32]
@@ -65,8 +67,25 @@ class ExactEvaluator:
         self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         # For tasks that come back to the same batches.
         self.kept = Kept(kept_bytes)
+        # How layers are stored and computed at precisions that leave a choice.
+        self.forms: Forms = {}
         self._passes = DensePasses(adapter)
         self._is_checked = False
+        self._called_layers: frozenset[str] | None = None
+
+    @contextmanager
+    def using(self, forms: Forms) -> Iterator[None]:
+        """Layers have these forms while the context lasts."""
+        before, self.forms = self.forms, forms
+        try:
+            yield
+        finally:
+            self.forms = before
+
+    def layers_at(self, plan: Plan) -> LayerAt:
+        """The layers of a plan that are not fp32, with their forms."""
+        low = ((unit, p) for unit, p in plan.items() if is_layer(unit) and p is not Precision.FP32)
+        return tuple((unit, p, self.forms.get((unit, p))) for unit, p in low)
 
     def sums(self, batch: Batch, plans: Sequence[Plan]) -> Sums:
         """The sums of the reference and of `plans` over the batch."""
@@ -100,52 +119,81 @@ class ExactEvaluator:
             with torch.inference_mode():
                 pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
         outputs = [[pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)] for plan in plans]
-        return BatchLogits(reference.logits.numpy(), self._passes.logits(inputs, reference, outputs))
+        layers = [self.layers_at(plan) for plan in plans]
+        self._check_layers(inputs, reference, {unit for at in layers for unit, _, _ in at}, batch.index)
+        return BatchLogits(reference.logits.numpy(), self._passes.logits(inputs, reference, outputs, layers))
 
     def differentiated(
         self, batch: Batch, needed: Mapping[str, Collection[Precision]]
-    ) -> tuple[ReferencePass, tuple[Tensor, ...]]:
-        """The reference pass and the gradient of every call, checked as `logits` checks them.
+    ) -> tuple[ReferencePass, Gradients]:
+        """The reference pass with its calls of layers, and the gradient of every call, checked as `logits` checks them.
 
-        `needed` says which precisions of which tables the caller is going to look up.
+        `needed` says which precisions of which units the caller is going to ask for.
         """
         inputs = inputs_of(batch)
         calls = None
         if self.tables.are_remote:
             asked = self.adapter.asked(inputs)
             calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
-        reference, gradients = self.adapter.differentiated(inputs, calls)
+        layers = [unit for unit in needed if is_layer(unit)]
+        reference, gradients = self.adapter.differentiated(inputs, calls, layers)
         self._check(inputs, reference, needed, batch.index)
+        _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
         return reference, gradients
 
-    def traced(self, batch: Batch, plan: Plan, tables: Sequence[str]) -> TracedBatch:
-        """The reference and one plan on the batch, and what each of `tables` does by itself, to first order.
+    def layer_changes(
+        self, reference: ReferencePass, gradients: Gradients, wanted: Mapping[str, Sequence[Precision]]
+    ) -> Iterator[tuple[str, Precision, NDArray[np.float32]]]:
+        """What layers at precisions do to every logit, float32[B], to first order in the outputs of each call."""
+        num_rows = len(reference.logits)
+        for call, gradient in zip(reference.layer_calls, gradients.layers, strict=True):
+            flat = call.input.reshape(-1, call.input.shape[-1])
+            if len(flat) % num_rows:
+                raise ModelError(
+                    f'"{call.layer}" is called with an input of {list(call.input.shape)} for {num_rows} examples, so '
+                    "which example a row of it belongs to is not known; fix it to fp32 in space.units"
+                )
+            exact, slope = (t.reshape(len(flat), -1) for t in (call.output, gradient))
+            for precision in wanted.get(call.layer, ()):
+                low = self.adapter.layers.low(
+                    call.layer, call.position, precision, self.forms.get((call.layer, precision))
+                )
+                change = ((low(flat) - exact) * slope).reshape(num_rows, -1).sum(dim=1)
+                yield call.layer, precision, change.numpy()
+
+    def traced(self, batch: Batch, plan: Plan, units: Sequence[str]) -> TracedBatch:
+        """The reference and one plan on the batch, and what each of `units` does by itself, to first order.
 
         One forward and one backward pass, one low-precision lookup and one dense pass. Errors are those of `logits`.
         """
         if batch.num_rows == 0:  # every row was bad
             nothing = np.empty(0, np.float32)
-            return TracedBatch(nothing, nothing, np.empty((len(tables), 0), np.float32))
+            return TracedBatch(nothing, nothing, np.empty((len(units), 0), np.float32))
+        layers = [unit for unit in units if is_layer(unit)]
         needed = {name: {plan[name]} for name in self.tables.names}
         inputs = inputs_of(batch)
         if self.tables.are_remote:
             calls = self.adapter.asked(inputs)
             pooled = self.tables.pooled(calls, [needed[call.table] | {Precision.FP32} for call in calls])
-            reference, gradients = self.adapter.differentiated(inputs, _with_outputs(calls, pooled))
+            reference, gradients = self.adapter.differentiated(inputs, _with_outputs(calls, pooled), layers)
             self._check(inputs, reference, needed, batch.index)
         else:
-            reference, gradients = self.adapter.differentiated(inputs)
+            reference, gradients = self.adapter.differentiated(inputs, None, layers)
             self._check(inputs, reference, needed, batch.index)
             with torch.inference_mode():
                 pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
         outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
-        row = {name: k for k, name in enumerate(tables)}
-        changes = np.zeros((len(tables), batch.num_rows), dtype=np.float32)
+        row = {name: k for k, name in enumerate(units)}
+        changes = np.zeros((len(units), batch.num_rows), dtype=np.float32)
         with torch.inference_mode():
-            for call, output, gradient in zip(reference.calls, outputs, gradients, strict=True):
+            for call, output, gradient in zip(reference.calls, outputs, gradients.tables, strict=True):
                 if call.table in row:
                     changes[row[call.table]] += ((output - call.output) * gradient).sum(dim=1).numpy()
-        logits = self._passes.logits(inputs, reference, [outputs])[0]
+            for layer, _, change in self.layer_changes(reference, gradients, {u: [plan[u]] for u in layers}):
+                changes[row[layer]] += change
+        at = self.layers_at(plan)
+        self._check_layers(inputs, reference, {unit for unit, _, _ in at}, batch.index)
+        logits = self._passes.logits(inputs, reference, [outputs], [at])[0]
         return TracedBatch(reference.logits.numpy(), logits, changes)
 
     def _check(
@@ -172,6 +220,26 @@ class ExactEvaluator:
         for call in reference.calls:
             self.lookups[call.table] += len(call.indices)
             self.bags[call.table] += len(call.offsets) - 1
+
+    def _check_layers(self, inputs: ModelInputs, reference: ReferencePass, layers: set[str], index: int) -> None:
+        """Refuse low-precision layers that the model does not call through their modules, as the first batch shows."""
+        if not layers:
+            return
+        if self._called_layers is None:
+            every = [unit.name for unit in self.adapter.layers.units]
+            outputs = [call.output for call in reference.calls]
+            with self.adapter.layers.watched(every) as calls:
+                self.adapter.substituted(inputs, reference, outputs)
+            self._called_layers = frozenset(call.layer for call in calls)
+        _refuse_uncalled(layers - self._called_layers, index)
+
+
+def _refuse_uncalled(layers: set[str], index: int) -> None:
+    for layer in sorted(layers):
+        raise ModelError(
+            f'"{layer}" was to be low-precision, but the model did not call it on batch {index}, so what that does '
+            "cannot be measured; call it through its module, or fix it to fp32 in space.units"
+        )
 
 
 def _with_outputs(calls: Sequence[BagCall], pooled: Sequence[Mapping[Precision, Tensor]]) -> tuple[BagCall, ...]:

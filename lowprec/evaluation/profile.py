@@ -21,7 +21,7 @@ from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, ratio_
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.models.quality import softplus
-from lowprec.plan import Plan, Precision, Unit
+from lowprec.plan import Plan, Precision, Unit, is_layer
 from lowprec.traffic.batch import Batch
 
 __all__ = ["MAX_DENSE_COLUMNS", "BlockSums", "Column", "Profile", "ProfilePart", "ProfileTask", "columns_of", "swaps"]
@@ -276,10 +276,13 @@ def swaps(
     s = np.zeros((len(columns), batch.num_rows), dtype=np.float32)
     with torch.inference_mode():
         wanted = [rows.get(call.table, {}) for call in reference.calls]
-        found = evaluator.tables.scores(reference.calls, [list(columns_of) for columns_of in wanted], gradients)
+        found = evaluator.tables.scores(reference.calls, [list(columns_of) for columns_of in wanted], gradients.tables)
         for columns_of, changes in zip(wanted, found, strict=True):
             for precision, change in changes.items():
                 s[columns_of[precision]] += change
+        layers = {unit: list(found) for unit, found in rows.items() if is_layer(unit)}
+        for layer, precision, change in evaluator.layer_changes(reference, gradients, layers):
+            s[rows[layer][precision]] += change
     return reference.logits.numpy(), s
 
 

@@ -114,7 +114,7 @@ class RaceTask:
     def _slice(self, evaluator: ExactEvaluator, batch: Batch, place: tuple[int, int, int]) -> RaceSums:
         logits = evaluator.logits(batch, self.plans)
         s = evaluator.kept.get(
-            (self.keep, place, self.columns),
+            (self.keep, place, self.columns, frozenset(evaluator.forms.items())),
             lambda: swaps(evaluator, batch, self.columns)[1],
             _num_bytes,
         )

@@ -33,6 +33,7 @@ __all__ = [
     "RowCheck",
     "ShardLoader",
     "Summable",
+    "T",
     "Task",
     "Worker",
     "WorkerSpec",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowprec.errors import LowprecError, ModelError
+from lowprec.models.layers import LayerAt, LayerCall, LayerModules, replaced_forwards
 from lowprec.models.table_modules import (
     check_ids,
     check_not_shared,
@@ -30,7 +31,7 @@ from lowprec.plan import Unit
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.schema import Schema
 
-__all__ = ["ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
+__all__ = ["Gradients", "ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
 
 SparseInput = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -60,10 +61,19 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """The fp32 model's logits float32[B], and the calls that led to them in order."""
+    """The fp32 model's logits float32[B], and the calls that led to them in order: of tables, and of watched layers."""
 
     logits: Tensor
     calls: tuple[BagCall, ...]
+    layer_calls: tuple[LayerCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """d logit / d output of every call of a reference pass, in the shape of the outputs, row i of logit i alone."""
+
+    tables: tuple[Tensor, ...]
+    layers: tuple[Tensor, ...] = ()
 
 
 def inputs_of(batch: Batch) -> ModelInputs:
@@ -100,6 +110,7 @@ class ModelAdapter:
         check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
         names = short_names([found[0][0] for found in paths.values()])
         self._bags = {name: [bag for _, bag in found] for name, found in zip(names, paths.values(), strict=True)}
+        self.layers = LayerModules(model)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -175,9 +186,9 @@ class ModelAdapter:
         return ReferencePass(logits, tuple(calls))
 
     def differentiated(
-        self, inputs: ModelInputs, calls: Sequence[BagCall] | None = None
-    ) -> tuple[ReferencePass, tuple[Tensor, ...]]:
-        """The reference pass, and d logit / d output of every call: float32[B, dim] each, row i of logit i alone.
+        self, inputs: ModelInputs, calls: Sequence[BagCall] | None = None, layers: Sequence[str] = ()
+    ) -> tuple[ReferencePass, Gradients]:
+        """The reference pass with the calls of `layers`, and d logit / d output of every call.
 
         calls: what `asked` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each other
         inside the model, which holds for anything that serves one example at a time. A call that the logits do not
@@ -191,24 +202,35 @@ class ModelAdapter:
             return leaves[-1]
 
         with torch.enable_grad():
-            if calls is None:
-                with self._forwards(_recorder(recorded, watched)):
-                    logits = self._logits(inputs)
-            else:
-                logits = self._replayed(inputs, calls, leaves)
+            with self.layers.watched(layers, for_gradients=True) as layer_calls:
+                if calls is None:
+                    with self._forwards(_recorder(recorded, watched)):
+                        logits = self._logits(inputs)
+                else:
+                    logits = self._replayed(inputs, calls, leaves)
+            outputs = [*leaves, *(call.output for call in layer_calls)]
             try:
-                gradients = torch.autograd.grad(logits.sum(), leaves, allow_unused=True)
+                gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
             except RuntimeError as error:
                 raise ModelError(
                     f"model {type(self.model).__name__}: cannot be differentiated with respect to its pooled "
                     f"embeddings, which the profile needs: {' '.join(str(error).split())}"
                 ) from error
-        filled = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True))
-        return ReferencePass(logits.detach(), tuple(recorded)), tuple(filled)
+        filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(gradients, outputs, strict=True))
+        detached = tuple(replace(call, output=call.output.detach()) for call in layer_calls)
+        return (
+            ReferencePass(logits.detach(), tuple(recorded), detached),
+            Gradients(filled[: len(leaves)], filled[len(leaves) :]),
+        )
 
-    def substituted(self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor]) -> Tensor:
-        """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim])."""
-        with torch.inference_mode():
+    def substituted(
+        self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor], layers: LayerAt = ()
+    ) -> Tensor:
+        """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim]).
+
+        layers: those that are not fp32.
+        """
+        with torch.inference_mode(), self.layers.at(layers):
             return self._replayed(inputs, reference.calls, outputs)
 
     def _replayed(self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor]) -> Tensor:
@@ -310,19 +332,10 @@ class ModelAdapter:
     def _forwards(
         self, wrap: Callable[[str, nn.EmbeddingBag, Callable[..., Tensor]], Callable[..., Tensor]]
     ) -> Iterator[None]:
-        """Every bag's `forward` wrapped while the context lasts; an instance attribute, so no class changes."""
+        """Every bag's `forward` wrapped while the context lasts."""
         bags = [(name, bag) for name, found in self._bags.items() for bag in found]
-        before = [bag.__dict__.get("forward") for _, bag in bags]
-        try:
-            for name, bag in bags:
-                bag.__dict__["forward"] = wrap(name, bag, bag.forward)
+        with replaced_forwards({bag: wrap(name, bag, bag.forward) for name, bag in bags}):
             yield
-        finally:
-            for (_, bag), forward in zip(bags, before, strict=True):
-                if forward is None:
-                    bag.__dict__.pop("forward", None)
-                else:
-                    bag.__dict__["forward"] = forward
 
 
 def _recorder(

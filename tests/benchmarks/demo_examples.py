@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lowprec.evaluation.exact import BatchLogits
 from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask, swaps
 from lowprec.evaluation.worker import evaluator_of, load_adapter
+from lowprec.models.adapter import Gradients
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import Job
 from lowprec.traffic import SyntheticSpec
@@ -85,18 +86,23 @@ class Replay:
         self._rows = {column: k for k, column in enumerate(examples.columns)}
         self.tables = SimpleNamespace(scores=self._scores)
         self.kept = SimpleNamespace(get=_made)
+        self.forms: dict[Any, Any] = {}
 
     def logits(self, batch: Batch, plans: Sequence[Plan]) -> BatchLogits:
         """The logits of the reference and of the plans."""
         found = np.array([self._logits[plan][batch.times] for plan in plans], np.float32)
         return BatchLogits(self._examples.reference[batch.times], found.reshape(len(plans), batch.num_rows))
 
-    def differentiated(self, batch: Batch, needed: Mapping[str, Any]) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    def layer_changes(self, *_: object) -> Iterator[Any]:
+        """There are no layers."""
+        return iter(())
+
+    def differentiated(self, batch: Batch, needed: Mapping[str, Any]) -> tuple[Any, Gradients]:
         """A reference pass in which every unit has an output of one number, 0, whose gradient is 1."""
         zero = torch.zeros(batch.num_rows, 1)
         calls = [SimpleNamespace(table=unit, output=zero, rows=batch.times) for unit in needed]
         logits = torch.from_numpy(self._examples.reference[batch.times])
-        return SimpleNamespace(logits=logits, calls=calls), (zero + 1,) * len(calls)
+        return SimpleNamespace(logits=logits, calls=calls), Gradients((zero + 1,) * len(calls))
 
     def _scores(
         self, calls: Sequence[Any], precisions: Sequence[Sequence[Precision]], gradients: Sequence[torch.Tensor]

@@ -24,6 +24,7 @@ class Toy:
 
     num_columns: int
     batches: list[Batch] = field(default_factory=list)
+    forms: dict[object, object] = field(default_factory=dict)
 
     @property
     def columns(self):

@@ -229,7 +229,7 @@ def test_gradients_are_those_of_each_row(model, inputs):
     reference, gradients = adapter.differentiated(double)
     torch.testing.assert_close(reference.logits, adapter.reference(double).logits)
     outputs = [c.output for c in reference.calls]
-    for k, gradient in enumerate(gradients):
+    for k, gradient in enumerate(gradients.tables):
         step = 1e-6 * torch.randn_like(outputs[k])
         moved = [o + step if j == k else o for j, o in enumerate(outputs)]
         change = adapter.substituted(double, reference, moved) - reference.logits

@@ -1,0 +1,152 @@
+"""The FC layers inside any `nn.Module`: found, watched, and answered for at low precision; never rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.errors import ModelError
+from lowprec.models.table_modules import short_names
+from lowprec.ops.linear import LowLinear, low_linear
+from lowprec.plan import Form, Precision, Unit
+
+__all__ = ["LayerAt", "LayerCall", "LayerModules", "replaced_forwards"]
+
+# The precision and form of each layer that is not fp32, in the order of layers.
+LayerAt = tuple[tuple[str, Precision, Form | None], ...]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a layer in the reference: input float32[..., in], output float32[..., out], in whichever shape.
+
+    position: of the module among those that share the layer's weight.
+    """
+
+    layer: str
+    position: int
+    input: Tensor
+    output: Tensor
+
+
+class LayerModules:
+    """Every `nn.Linear` of a model. Modules that share a weight are one layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find them; raises nothing: what cannot be low-precision says so when it is to be."""
+        paths: dict[int, list[tuple[str, nn.Linear]]] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                paths.setdefault(id(module.weight), []).append((path, module))
+        names = short_names([found[0][0] for found in paths.values()])
+        self._modules = {
+            f"layer:{name}": [module for _, module in found] for name, found in zip(names, paths.values(), strict=True)
+        }
+        self._paths = {name: found[0][0] for name, found in zip(self._modules, paths.values(), strict=True)}
+        self._low: dict[tuple[str, int, Precision, Form | None], LowLinear] = {}
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The layers, in module order."""
+        return tuple(Unit(name, *map(int, found[0].weight.shape)) for name, found in self._modules.items())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weight [out, in] of every layer, by unit name; no copy."""
+        return {name: found[0].weight.detach() for name, found in self._modules.items()}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The module path of every layer, by unit name; of those that share a weight the first."""
+        return dict(self._paths)
+
+    def modules(self, layer: str) -> Sequence[nn.Linear]:
+        """The modules of a layer."""
+        return self._modules[layer]
+
+    def low(self, layer: str, position: int, precision: Precision, form: Form | None) -> LowLinear:
+        """A module of a layer at a precision; made once. Raises `ModelError` for one that is no plain fp32 layer."""
+        key = (layer, position, precision, form)
+        if key not in self._low:
+            module = self._modules[layer][position]
+            if type(module).forward is not nn.Linear.forward or module.weight.dtype != torch.float32:
+                raise ModelError(
+                    f'model: "{layer}" is a {type(module).__name__} of {module.weight.dtype} with a forward of its own '
+                    "or another type of weight; fix it to fp32 in space.units"
+                )
+            self._low[key] = low_linear(module.weight, module.bias, precision, form)
+        return self._low[key]
+
+    def forget(self) -> None:
+        """Drop what was made for low precisions."""
+        self._low.clear()
+
+    @contextmanager
+    def at(self, chosen: LayerAt) -> Iterator[None]:
+        """The model computes the chosen layers at their precisions while the context lasts."""
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        for layer, precision, form in chosen:
+            for position, module in enumerate(self._modules[layer]):
+                forwards[module] = _called(self.low(layer, position, precision, form))
+        with replaced_forwards(forwards):
+            yield
+
+    @contextmanager
+    def watched(self, layers: Sequence[str], *, for_gradients: bool = False) -> Iterator[list[LayerCall]]:
+        """The calls of some layers while the context lasts, in order.
+
+        for_gradients: their outputs are what the logits can be differentiated by, and their inputs are kept as they
+        were, whatever the model does to them afterwards.
+        """
+        calls: list[LayerCall] = []
+
+        def watch(layer: str, position: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def watched(input: Tensor) -> Tensor:
+                output = forward(input)
+                if not for_gradients:
+                    calls.append(LayerCall(layer, position, input, output))
+                    return output
+                if not output.requires_grad:
+                    output = output.detach().requires_grad_()
+                calls.append(LayerCall(layer, position, input.detach().clone(), output))
+                return output.clone()
+
+            return watched
+
+        wrapped: dict[nn.Module, Callable[..., Tensor]] = {
+            module: watch(layer, position, module.forward)
+            for layer in layers
+            for position, module in enumerate(self._modules[layer])
+        }
+        with replaced_forwards(wrapped):
+            yield calls
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Modules whose `forward` is another one while the context lasts; an instance attribute, so no class changes."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, old in before.items():
+            if old is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = old
+
+
+def _called(low: LowLinear) -> Callable[..., Tensor]:
+    """A forward that takes inputs of any number of dimensions."""
+
+    def forward(input: Tensor) -> Tensor:
+        flat = low(input.reshape(-1, input.shape[-1]).contiguous())
+        return flat.reshape(*input.shape[:-1], flat.shape[-1])
+
+    return forward
