@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from lowprec.ops.layout import row_bytes
 from lowprec.plan import Precision, Unit
 
-__all__ = ["DominatedChoice", "plan_bytes", "undominated", "unit_bytes"]
+__all__ = ["DominatedChoice", "LayerStorage", "plan_bytes", "undominated", "unit_bytes"]
+
+# The scale of an int8 output channel, and the zero point, scale and place of an outlier.
+_SCALE_BYTES, _OUTLIER_BYTES = 4, 8
+# Between these nothing is known of who is more exact before it is measured.
+_INCOMPARABLE = {Precision.INT8_DYNAMIC, Precision.INT8_STATIC, Precision.EMULATED}
 
 
 @dataclass(frozen=True)
@@ -22,19 +27,48 @@ class DominatedChoice:
     by_size_bytes: int
 
 
-def unit_bytes(unit: Unit, precision: Precision, row_alignment: int) -> int:
-    """Bytes of a table as FBGEMM allocates it: every row rounded up to `row_alignment` (1 on CPU, 16 on GPU)."""
+@dataclass(frozen=True)
+class LayerStorage:
+    """What decides the bytes of layers beside their precision.
+
+    outliers: the largest share of weights that an int8 layer may keep in fp32; every form of int8 counts as much.
+    emulated_bits: of a weight at `emulated`.
+    """
+
+    outliers: float = 0.0
+    emulated_bits: int = 16
+
+
+def unit_bytes(unit: Unit, precision: Precision, row_alignment: int, layers: LayerStorage = LayerStorage()) -> int:
+    """Bytes that serving allocates for a unit.
+
+    A table as FBGEMM has it: every row rounded up to `row_alignment` (1 on CPU, 16 on GPU). A layer: its weights, with
+    a scale for each output channel and the outliers of int8; its bias stays fp32 and is not counted.
+    """
+    if unit.is_layer:
+        num_weights = unit.num_rows * unit.dim
+        if precision in (Precision.INT8_DYNAMIC, Precision.INT8_STATIC):
+            num_outliers = max(1, round(layers.outliers * num_weights)) if layers.outliers else 0
+            return num_weights + unit.num_rows * _SCALE_BYTES + num_outliers * _OUTLIER_BYTES
+        bits = layers.emulated_bits if precision is Precision.EMULATED else precision.bits
+        return num_weights * bits // 8
     unaligned = row_bytes(unit.dim, precision)
     return unit.num_rows * (-(-unaligned // row_alignment) * row_alignment)
 
 
-def plan_bytes(units: Iterable[Unit], plan: Mapping[str, Precision], row_alignment: int) -> int:
+def plan_bytes(
+    units: Iterable[Unit], plan: Mapping[str, Precision], row_alignment: int, layers: LayerStorage = LayerStorage()
+) -> int:
     """Bytes of all units under a plan."""
-    return sum(unit_bytes(unit, plan[unit.name], row_alignment) for unit in units)
+    return sum(unit_bytes(unit, plan[unit.name], row_alignment, layers) for unit in units)
 
 
 def undominated(
-    name: str, units: Sequence[Unit], precisions: Iterable[Precision], row_alignment: int
+    name: str,
+    units: Sequence[Unit],
+    precisions: Iterable[Precision],
+    row_alignment: int,
+    layers: LayerStorage = LayerStorage(),
 ) -> tuple[tuple[Precision, ...], tuple[DominatedChoice, ...]]:
     """The precisions worth trying for units that share one, most exact first, and those that are not, with the reason.
 
@@ -44,8 +78,9 @@ def undominated(
     kept: list[tuple[Precision, int]] = []
     dominated: list[DominatedChoice] = []
     for precision in sorted(set(precisions), key=list(Precision).index):
-        size = sum(unit_bytes(unit, precision, row_alignment) for unit in units)
-        better = next(((p, s) for p, s in reversed(kept) if s <= size), None)
+        size = sum(unit_bytes(unit, precision, row_alignment, layers) for unit in units)
+        known = [(p, s) for p, s in kept if not {p, precision} <= _INCOMPARABLE]
+        better = next(((p, s) for p, s in reversed(known) if s <= size), None)
         if better is None:
             kept.append((precision, size))
         else:

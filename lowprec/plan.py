@@ -54,8 +54,8 @@ class Precision(enum.StrEnum):
 
     @property
     def bits(self) -> int:
-        """Bits of one stored value of a table."""
-        return int(self.value.lstrip("fpint"))
+        """Bits of one stored value; of an emulated one its arithmetic decides."""
+        return int(self.value.partition("_")[0].lstrip("bfpint"))
 
     @property
     def is_rowwise(self) -> bool:

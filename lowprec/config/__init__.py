@@ -8,21 +8,22 @@ from lowprec.config.sections import (
     ModelConfig,
     ResultsConfig,
     SearchConfig,
-    SpaceConfig,
     SparseConfig,
     TimeBound,
     TrafficConfig,
     TrainConfig,
-    UnitRule,
     WindowConfig,
     WindowsConfig,
 )
+from lowprec.config.space import ArithmeticConfig, LayersConfig, SpaceConfig, UnitRule
 
 __all__ = [
+    "ArithmeticConfig",
     "Config",
     "CostConfig",
     "DriftConfig",
     "EvaluationConfig",
+    "LayersConfig",
     "ModelConfig",
     "MonitorConfig",
     "ResultsConfig",

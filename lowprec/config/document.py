@@ -17,11 +17,11 @@ from lowprec.config.sections import (
     ResultsConfig,
     SearchConfig,
     Section,
-    SpaceConfig,
     TrafficConfig,
     TrainConfig,
     WindowsConfig,
 )
+from lowprec.config.space import SpaceConfig
 from lowprec.errors import ConfigError
 
 __all__ = ["Config", "load_config"]

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
@@ -19,12 +18,10 @@ __all__ = [
     "ResultsConfig",
     "SearchConfig",
     "Section",
-    "SpaceConfig",
     "SparseConfig",
     "TimeBound",
     "TrafficConfig",
     "TrainConfig",
-    "UnitRule",
     "WindowConfig",
     "WindowsConfig",
 ]
@@ -146,32 +143,6 @@ class TrainConfig(Section):
     patience: Annotated[int, Field(gt=0)] = 2
     evaluations_per_epoch: Annotated[int, Field(gt=0)] = 2
     seed: Annotated[int, Field(ge=0)] = 0
-
-
-class UnitRule(Section):
-    """What the units whose name matches the pattern may be. A later rule wins over an earlier one."""
-
-    match: str
-    precisions: tuple[Precision, ...] | None = None
-    fixed: Precision | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> UnitRule:
-        if (self.precisions is None) == (self.fixed is None):
-            raise ValueError("give either precisions or fixed")
-        if self.precisions is not None and not self.precisions:
-            raise ValueError("precisions must not be empty")
-        return self
-
-
-class SpaceConfig(Section):
-    """The plans that a search may choose from, and how row-wise precisions choose the range of a row."""
-
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)] = TABLE_PRECISIONS
-    row_range: RowRange = RowRange.MSE
-    row_alignment: Annotated[int, Field(gt=0)] = 1
-    units: tuple[UnitRule, ...] = ()
-    groups: tuple[tuple[str, ...], ...] = ()
 
 
 class CostConfig(Section):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lowprec.calibration import Calibration, read_calibration, unit_latency_ns
 from lowprec.config import CostConfig
-from lowprec.cost import unit_bytes
 from lowprec.evaluation.rows import TableUse
 from lowprec.plan import Plan, Precision, Unit
 from lowprec.search.proxy import Limit
@@ -85,7 +84,7 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
         notes = _outside(calibration, space.units, use)
     return Costs(
         minimize=config.minimize,
-        size_bytes={(u.name, p): unit_bytes(u, p, space.row_alignment) for u in space.units for p in u.precisions},
+        size_bytes={(u.name, p): space.unit_bytes(u, p) for u in space.units for p in u.precisions},
         latency_ns=latency,
         max_bytes=config.max_bytes,
         max_latency_ns=config.max_latency_ns,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lowprec.cost import unit_bytes
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
 from lowprec.search.job import Job
@@ -30,7 +29,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             "features": features.get(unit.name, []),
             "group": decision_of[unit.name].name if decision_of[unit.name].name != unit.name else None,
             "precisions": [str(p) for p in decision_of[unit.name].choices],
-            "bytes": {str(p): unit_bytes(unit, p, space.row_alignment) for p in unit.precisions},
+            "bytes": {str(p): space.unit_bytes(unit, p) for p in unit.precisions},
         }
         for unit in space.units
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lowprec.config import SpaceConfig
-from lowprec.cost import DominatedChoice, plan_bytes, undominated, unit_bytes
+from lowprec.cost import DominatedChoice, LayerStorage, plan_bytes, undominated, unit_bytes
 from lowprec.errors import ConfigError
+from lowprec.layer_form import FloatFormat
 from lowprec.plan import Plan, Precision, Unit
 
 __all__ = ["Decision", "SearchSpace", "build_space"]
@@ -33,6 +34,7 @@ class SearchSpace:
     decisions: tuple[Decision, ...]
     row_alignment: int
     dominated: tuple[DominatedChoice, ...] = ()
+    layers: LayerStorage = field(default_factory=LayerStorage)
 
     @property
     def num_plans(self) -> int:
@@ -93,11 +95,15 @@ class SearchSpace:
 
     def size_bytes(self, plan: Mapping[str, Precision]) -> int:
         """Bytes of a plan."""
-        return plan_bytes(self.units, plan, self.row_alignment)
+        return plan_bytes(self.units, plan, self.row_alignment, self.layers)
 
     def size_of(self, unit: str, precision: Precision) -> int:
+        """Bytes of one unit, by name, at a precision."""
+        return self.unit_bytes(next(u for u in self.units if u.name == unit), precision)
+
+    def unit_bytes(self, unit: Unit, precision: Precision) -> int:
         """Bytes of one unit at a precision."""
-        return unit_bytes(next(u for u in self.units if u.name == unit), precision, self.row_alignment)
+        return unit_bytes(unit, precision, self.row_alignment, self.layers)
 
     @property
     def fp32_bytes(self) -> int:
@@ -108,28 +114,48 @@ class SearchSpace:
 def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True) -> SearchSpace:
     """The search space over `units`; `prune` leaves out precisions that a more exact one equals or beats in bytes.
 
-    Raises `ConfigError` for patterns without units and for groups that contradict.
+    Raises `ConfigError` for patterns without units, for precisions that a unit cannot have, and for groups that
+    contradict.
     """
-    allowed = {unit.name: (config.precisions, False) for unit in units}
-    for position, rule in enumerate(config.units):
-        for name in _matching(rule.match, allowed, f"space.units[{position}].match"):
-            allowed[name] = ((rule.fixed,), True) if rule.fixed else (rule.precisions or (), False)
     by_name = {unit.name: unit for unit in units}
+    of_layers = config.layers.precisions if config.layers else ()
+    allowed = {unit.name: of_layers if unit.is_layer else config.precisions for unit in units}
+    for position, rule in enumerate(config.units):
+        wanted = (rule.fixed,) if rule.fixed else rule.precisions or ()
+        for name in _matching(rule.match, allowed, f"space.units[{position}].match"):
+            allowed[name] = tuple(p for p in wanted if p in by_name[name].precisions)
+            if not allowed[name]:
+                kind = "layer" if by_name[name].is_layer else "table"
+                raise ConfigError(
+                    f"space.units[{position}]: {name} cannot be {' or '.join(wanted)}; a {kind} can be "
+                    f"{', '.join(by_name[name].precisions)}"
+                )
+    storage = _storage(config)
     decisions: list[Decision] = []
     dominated: list[DominatedChoice] = []
     for name, members in _groups(by_name, config.groups):
-        common = [p for p in Precision if all(p in allowed[member][0] for member in members)]
+        common = [p for p in Precision if all(p in allowed[member] for member in members)]
         if not common:
             raise ConfigError(
                 f"space.groups: the units of {name} share a precision, but no precision is allowed for all of "
                 f"{', '.join(members)}; widen space.units or split the group"
             )
         kept, dropped = (
-            undominated(name, [by_name[m] for m in members], common, config.row_alignment) if prune else (common, ())
+            undominated(name, [by_name[m] for m in members], common, config.row_alignment, storage)
+            if prune
+            else (common, ())
         )
         decisions.append(Decision(name, members, tuple(kept)))
         dominated.extend(dropped)
-    return SearchSpace(tuple(units), tuple(decisions), config.row_alignment, tuple(dominated))
+    return SearchSpace(tuple(units), tuple(decisions), config.row_alignment, tuple(dominated), storage)
+
+
+def _storage(config: SpaceConfig) -> LayerStorage:
+    if config.layers is None:
+        return LayerStorage()
+    arithmetic = config.layers.arithmetic
+    bits = 32 if arithmetic is not None and arithmetic.weights is FloatFormat.FP32 else 16
+    return LayerStorage(max(config.layers.outliers), bits)
 
 
 def _groups(units: Mapping[str, Unit], groups: Sequence[Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:
