@@ -23,6 +23,7 @@ __all__ = [
     "Precision",
     "RowRange",
     "Unit",
+    "form_of",
     "is_layer",
     "precision_counts",
     "read_plan",
@@ -210,6 +211,11 @@ def is_layer(unit: str) -> bool:
     return unit.startswith("layer:")
 
 
+def form_of(precision: Precision, flat: Mapping[str, Any], *, where: str) -> Form:
+    """The form of a layer at a precision from its document; raises `PlanError` naming `where`."""
+    return _FORM_OF[precision].from_dict(flat, where=where)
+
+
 def write_plan(file: PlanFile, path: Where) -> None:
     """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
     document = {
@@ -265,7 +271,7 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
             row_ranges[name] = RowRange.parse(str(entry["range"]), where=where)
         elif precision in _FORM_OF:
             flat = {k: v for k, v in entry.items() if k != "precision"}
-            layer_forms[name] = _FORM_OF[precision].from_dict(flat, where=where)
+            layer_forms[name] = form_of(precision, flat, where=where)
     try:
         plan = Plan(precisions) if units is None else Plan.of(units, precisions)
     except PlanError as error:

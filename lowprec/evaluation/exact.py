@@ -141,6 +141,21 @@ class ExactEvaluator:
         _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
         return reference, gradients
 
+    def watched(self, batch: Batch, layers: Sequence[str]) -> ReferencePass:
+        """The reference pass with its calls of layers, checked as `logits` checks it."""
+        inputs = inputs_of(batch)
+        with self.adapter.layers.watched(layers) as calls:
+            if self.tables.are_remote:
+                asked = self.adapter.asked(inputs)
+                calls.clear()  # of a pass in which tables gave zeros
+                pooled = self.tables.pooled(asked, [{Precision.FP32}] * len(asked))
+                reference = self.adapter.answered(inputs, _with_outputs(asked, pooled))
+            else:
+                reference = self.adapter.reference(inputs)
+            found = tuple(calls)
+        self._check(inputs, reference, {}, batch.index)
+        return replace(reference, layer_calls=found)
+
     def layer_changes(
         self, reference: ReferencePass, gradients: Gradients, wanted: Mapping[str, Sequence[Precision]]
     ) -> Iterator[tuple[str, Precision, NDArray[np.float32]]]:

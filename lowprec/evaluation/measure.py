@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowprec.evaluation.evaluate import pieces_of
 from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
 from lowprec.evaluation.worker import Workers
+from lowprec.plan import Forms
 from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["NUM_BLOCKS", "MeasuredProfile", "measure_profile"]
@@ -19,13 +20,17 @@ NUM_BLOCKS = 20
 
 @dataclass(frozen=True)
 class MeasuredProfile:
-    """A profile, how its window uses the tables (by unit name), and what happened to the rows on the way."""
+    """A profile, how its window uses the tables (by unit name), and what happened to the rows on the way.
+
+    forms: of the layers that were profiled.
+    """
 
     profile: Profile
     use: Mapping[str, TableUse]
     rows: RowAccount
     bad_rows: tuple[BadRow, ...] = ()
     is_complete: bool = True
+    forms: Forms = field(default_factory=dict)
 
 
 def measure_profile(

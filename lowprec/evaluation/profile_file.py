@@ -15,7 +15,7 @@ from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile import BlockSums, Column, Profile
 from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.second_moment import DenseMoment, SecondMoment, SketchedMoment
-from lowprec.plan import Precision, RowRange
+from lowprec.plan import Precision, RowRange, form_of
 from lowprec.storage import Location, Where
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
@@ -69,6 +69,7 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Where)
         "row_range": str(origin.row_range),
         "columns": [[unit, str(precision)] for unit, precision in origin.columns],
         "rows": measured.rows.to_dict(),
+        "forms": [[unit, str(p), form.to_dict()] for (unit, p), form in measured.forms.items()],
         "use": {table: [use.bags_per_example, use.ids_per_bag] for table, use in measured.use.items()},
     }
     arrays = {
@@ -134,7 +135,11 @@ def _measured(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> MeasuredPro
     (evidence,) = _moments("evidence", arrays)
     profile = Profile(_origin(meta).columns, tuple(blocks), evidence)
     use = {table: TableUse(*numbers) for table, numbers in meta["use"].items()}
-    return MeasuredProfile(profile, use, RowAccount.from_dict(meta["rows"]))
+    forms = {
+        (unit, Precision(precision)): form_of(Precision(precision), flat, where=f"profile: {unit}")
+        for unit, precision, flat in meta.get("forms", ())
+    }
+    return MeasuredProfile(profile, use, RowAccount.from_dict(meta["rows"]), forms=forms)
 
 
 def _moment_arrays(name: str, moments: list[SecondMoment]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ModelError
+from lowprec.errors import ModelError, WeightError
 from lowprec.models.table_modules import short_names
 from lowprec.ops.linear import LowLinear, low_linear
 from lowprec.plan import Form, Precision, Unit
@@ -78,7 +78,10 @@ class LayerModules:
                     f'model: "{layer}" is a {type(module).__name__} of {module.weight.dtype} with a forward of its own '
                     "or another type of weight; fix it to fp32 in space.units"
                 )
-            self._low[key] = low_linear(module.weight, module.bias, precision, form)
+            try:
+                self._low[key] = low_linear(module.weight, module.bias, precision, form)
+            except WeightError as error:
+                raise WeightError(f'"{layer}": {error}; fix it to fp32 or bf16 in space.units') from None
         return self._low[key]
 
     def forget(self) -> None:
@@ -97,20 +100,16 @@ class LayerModules:
 
     @contextmanager
     def watched(self, layers: Sequence[str], *, for_gradients: bool = False) -> Iterator[list[LayerCall]]:
-        """The calls of some layers while the context lasts, in order.
+        """The calls of some layers while the context lasts, in order, kept as they were whatever the model does next.
 
-        for_gradients: their outputs are what the logits can be differentiated by, and their inputs are kept as they
-        were, whatever the model does to them afterwards.
+        for_gradients: the logits can be differentiated by their outputs.
         """
         calls: list[LayerCall] = []
 
         def watch(layer: str, position: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def watched(input: Tensor) -> Tensor:
                 output = forward(input)
-                if not for_gradients:
-                    calls.append(LayerCall(layer, position, input, output))
-                    return output
-                if not output.requires_grad:
+                if for_gradients and not output.requires_grad:
                     output = output.detach().requires_grad_()
                 calls.append(LayerCall(layer, position, input.detach().clone(), output))
                 return output.clone()

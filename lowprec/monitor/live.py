@@ -114,7 +114,7 @@ class LiveModels:
         job = open_job(self._config.model_copy(update={"model": model}))
         expected = None if self._config.monitor.checkpoint is not None else job.checkpoint_sha256
         file = read_plan(self._plan_path, units=job.units, checkpoint_sha256=expected)
-        job = job.with_row_ranges(file.row_ranges)
+        job = job.as_planned(file)
         workers = self._stack.enter_context(open_workers(job, self._progress.note))
         self._live = LiveModel(checkpoint, job, workers, file.plan)
         return self._live

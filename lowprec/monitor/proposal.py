@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.worker import Workers
-from lowprec.plan import Plan, PlanFile, Precision
+from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
 from lowprec.search.costs import open_costs
+from lowprec.search.layer_forms import forms_beside
 from lowprec.search.space import Decision, SearchSpace
 from lowprec.search.surrogate import build_surrogate
 from lowprec.traffic import TrafficWindow
@@ -32,6 +34,7 @@ class Proposal:
     added_bytes: int
     promised_pct: float
     promised_now_pct: float
+    forms: Forms
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -51,6 +54,7 @@ class Proposal:
             plan=self.plan,
             checkpoint_sha256=checkpoint_sha256,
             size_bytes=self.size_bytes,
+            layer_forms={unit: self.forms[unit, p] for unit, p in self.plan.items() if (unit, p) in self.forms},
             evidence={"kind": "proxy", "window": window, "budget_pct": budget_pct, "promised_pct": self.promised_pct},
         )
 
@@ -76,8 +80,9 @@ def propose(
     """
     space = _at_least_as_exact(job.space, plan)
     columns = tuple((u, p) for u, p in _columns(space) if p is not Precision.FP32)
+    forms = forms_beside(job.forms)
     measured = measure_profile(
-        workers,
+        FormedWorkers(workers, forms) if forms else workers,
         window,
         columns,
         by_group=job.config.traffic.group is not None,
@@ -101,6 +106,7 @@ def propose(
         added_bytes=size - space.size_bytes(plan),
         promised_pct=float(surrogate.promised_pct([point.plan])[0]) * worse,
         promised_now_pct=now * worse,
+        forms=forms,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lowprec.ops.clip import weight_bound
 from lowprec.ops.reference.linear import WEIGHT_CODES, emulated_linear, quantize_weights
 from lowprec.plan import Precision
 
-__all__ = ["LowLinear", "low_linear", "outlier_positions", "weight_scales"]
+__all__ = ["LowLinear", "low_linear", "outlier_positions", "safe_input_bits", "weight_scales"]
 
 # y = f(x): float32[B, in] to float32[B, out].
 LowLinear = Callable[[Tensor], Tensor]
@@ -55,6 +56,15 @@ def low_linear(
     return _int8(weight, bias, form)
 
 
+@cache
+def safe_input_bits() -> int:
+    """8 where this CPU adds products of int8 codes exactly, 7 where they overflow 16 bits on the way (no VNNI)."""
+    x, weight = torch.ones(1, 64), torch.ones(8, 64)
+    form = LayerForm(input_scale=1 / 255, input_zero_point=0)
+    found = low_linear(weight, None, Precision.INT8_STATIC, form)(x)
+    return 8 if bool((found - 64).abs().max() < 0.1) else 7
+
+
 def weight_scales(weight: Tensor, form: LayerForm) -> Tensor:
     """The scale of every output channel's codes, float32[out, 1]: those of a tensor are equal.
 
@@ -78,7 +88,7 @@ def outlier_positions(weight: Tensor, share: float) -> tuple[Tensor, Tensor]:
 def _fp16(weight: Tensor, bias: Tensor | None) -> LowLinear:
     largest = float(weight.abs().max())
     if largest > FP16_MAX:
-        raise WeightError(f"a weight of {largest:g} is beyond fp16 (65504); leave the layer more exact")
+        raise WeightError(f"a weight of {largest:g} is beyond fp16 (65504)")
     with _engine():
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     op = torch.ops.quantized.linear_dynamic_fp16.default

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lowprec.calibration import Calibration, read_calibration, unit_latency_ns
 from lowprec.config import CostConfig
+from lowprec.errors import ConfigError
 from lowprec.evaluation.rows import TableUse
 from lowprec.plan import Plan, Precision, Unit
 from lowprec.search.proxy import Limit
@@ -71,6 +72,11 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
     notes: list[str] = []
     if calibration is not None:
         latency = {}
+        layers = [unit.name for unit in space.units if unit.is_layer]
+        if layers:
+            raise ConfigError(
+                f"cost.calibration: has no times of layers ({layers[0]}); minimise bytes, or leave out space.layers"
+            )
         for unit in space.units:
             used = use.get(unit.name, TableUse(0.0, 0.0))
             for precision in unit.precisions:

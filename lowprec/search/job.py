@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from lowprec import ops
 from lowprec.config import Config, WindowConfig
 from lowprec.errors import ConfigError, TrafficError
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
+from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
 from lowprec.evaluation.profile import Column, columns_of
 from lowprec.evaluation.profile_file import ProfileOrigin
@@ -28,7 +29,7 @@ from lowprec.evaluation.worker import (
 )
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_mapped
-from lowprec.plan import Plan, Precision, RowRange, Unit
+from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
 from lowprec.shards.planner import Cuts, Placement
@@ -57,7 +58,7 @@ class Job:
     """A config with everything behind it checked and opened once.
 
     adapter: the model; without rows where workers alone are to have them.
-    placement: which worker holds which rows, where no worker can hold them all.
+    placement: which worker holds which rows, where no worker can hold them all. forms: of layers, once they are known.
     """
 
     config: Config
@@ -68,6 +69,7 @@ class Job:
     checkpoint_sha256: str
     features: dict[str, str]
     placement: Placement | None = None
+    forms: Forms = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -87,9 +89,10 @@ class Job:
         columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
         model = self.config.model.model_dump(exclude={"checkpoint"})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
+        forms = {f"{unit} {precision}": form.to_dict() for (unit, precision), form in self.forms.items()}
         # Bags of a table that is cut are added up piece by piece, which decides their last bits.
         cuts = self.placement.cuts if self.placement else {}
-        where = [cuts] if cuts else []
+        where = [part for part in (cuts, forms) if part]
         return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, *where, ranges]
 
     def demand(self) -> Demand:
@@ -104,8 +107,17 @@ class Job:
 
     def with_row_ranges(self, row_ranges: Mapping[str, RowRange]) -> Job:
         """The same job with other ranges of rows, by unit; minmax for one left out."""
-        whole = {unit.name: row_ranges.get(unit.name, RowRange.MINMAX) for unit in self.units}
+        whole = {u.name: row_ranges.get(u.name, RowRange.MINMAX) for u in self.units if not u.is_layer}
         return replace(self, spec=replace(self.spec, row_ranges=whole))
+
+    def with_forms(self, forms: Forms) -> Job:
+        """The same job with forms of layers."""
+        return replace(self, forms=dict(forms))
+
+    def as_planned(self, file: PlanFile) -> Job:
+        """The same job with the ranges of rows and the forms of layers that a plan was certified with."""
+        forms = {(unit, file.plan[unit]): form for unit, form in file.layer_forms.items()}
+        return self.with_row_ranges(file.row_ranges).with_forms(forms)
 
     def with_cuts(self, cuts: Cuts) -> Job:
         """The same job with tables cut into those pieces, for a run that goes on with other workers.
@@ -131,7 +143,7 @@ class Job:
 
     def profile_origin(self, name: str) -> ProfileOrigin:
         """What a profile of the window called `name` is of."""
-        window, *traffic, _ = self.evaluated_on(name, self.window(name))
+        window, *traffic, _ = self.with_forms({}).evaluated_on(name, self.window(name))
         return ProfileOrigin(
             checkpoint_sha256=self.checkpoint_sha256,
             window=str(window),
@@ -174,7 +186,7 @@ class Job:
         checks = []
         memory = self.spec.memory_bytes
         num_bytes = _CHECKED_BYTES if memory is None else min(_CHECKED_BYTES, int(memory * _CHECKED_SHARE))
-        for unit in self.units:
+        for unit in (unit for unit in self.units if not unit.is_layer):
             step = max(1, num_bytes // (4 * unit.dim))
             for first in range(0, unit.num_rows, step):
                 checks.append(RowCheck(unit.name, first, min(first + step, unit.num_rows), plan[unit.name]))
@@ -259,6 +271,9 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
         memory_bytes=config.evaluation.worker_memory,
     )
     adapter = load_adapter_without_rows(spec) if _is_for_workers_alone(config, spec) else load_adapter(spec)
+    layers = adapter.layers.units if config.space.layers else ()
+    if config.space.layers and not layers:
+        raise ConfigError("space.layers: the model has no nn.Linear, so there is nothing to choose for; leave it out")
     features = adapter.tables_of_features(columns)
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
@@ -268,7 +283,7 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
         reader=reader.with_schema(schema),
         adapter=adapter,
         # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
-        space=build_space(adapter.units, config.space, prune=config.cost.calibration is None),
+        space=build_space((*adapter.units, *layers), config.space, prune=config.cost.calibration is None),
         spec=replace(spec, row_ranges=row_ranges),
         checkpoint_sha256=checkpoint_sha256(checkpoint, stamp=spec.checkpoint_stamp),
         features=features,
@@ -313,7 +328,7 @@ def open_workers(job: Job, note: Callable[[str], None] = lambda _: None) -> Iter
             note=note,
         )
     try:
-        yield workers
+        yield FormedWorkers(workers, job.forms) if job.forms else workers
     finally:
         workers.close()
 

@@ -125,6 +125,7 @@ def plan_file(
         size_bytes=trial.size_bytes,
         row_alignment=job.space.row_alignment,
         row_ranges=job.spec.row_ranges,
+        layer_forms={unit: job.forms[unit, p] for unit, p in trial.plan.items() if (unit, p) in job.forms},
         evidence={
             "run_id": run_id,
             "kind": kind,

@@ -5,29 +5,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
 from lowprec.evaluation.confidence import Interval
+from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.profile_file import read_profile, write_profile
-from lowprec.evaluation.race import RaceSums, RaceTask
+from lowprec.evaluation.race import RaceSums
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Workers
-from lowprec.plan import Plan, write_plan
+from lowprec.plan import Forms, Plan, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.choice import Confirmed, finalists
 from lowprec.search.confirm import Recommendation, confirm
 from lowprec.search.costs import open_costs
 from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
+from lowprec.search.layer_forms import fitted_forms, num_passes
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.racing import race
 from lowprec.search.record import RunRecord
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
-from lowprec.search.slices import SLICE_EXAMPLES, slices_of
+from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
@@ -37,8 +40,6 @@ __all__ = ["run_search"]
 
 # Swaps raced together while sensitivities are sampled; more would only hold more logits in memory.
 SWAPS_AT_ONCE = 64
-# Slices that a worker does at once.
-SLICES_PER_TASK = 4
 
 
 def run_search(
@@ -89,6 +90,7 @@ class _Search:
         self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
 
     def run(self) -> SearchOutcome:
+        self._use(self._kept_forms())
         self._known_trials()  # a resumption on other traffic ends here, before anything is measured
         surrogate = self._surrogate()
         self._sensitivities(surrogate)
@@ -114,7 +116,7 @@ class _Search:
             fp32_bytes=self._job.space.fp32_bytes,
             rows=rows,
             plan_paths=tuple(self._save_recommended(r) for r in recommendations),
-            profile_path=self._record.artifacts / "profile.npz",
+            profile_path=self._profile_path,
             profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
             row_ranges=self._job.spec.row_ranges,
@@ -126,11 +128,11 @@ class _Search:
 
     def _surrogate(self) -> Surrogate:
         """The profile of the search window, measured or as the run has it, and its solved model."""
-        path = self._record.artifacts / "profile.npz"
-        origin = self._job.profile_origin("search")
+        path, origin = self._profile_path, self._job.profile_origin("search")
         if path.kind() == "file":
             measured = read_profile(path, origin)
         else:
+            self._use(self._fitted_forms())
             self._progress.stage("profile", self._window.num_batches)
             measured = self._job.measure_profile(
                 self._workers,
@@ -139,6 +141,7 @@ class _Search:
                 quarantine=self._record.artifacts / "quarantine",
                 on_progress=self._progress.advance,
             )
+            measured = replace(measured, forms=self._job.forms)
             write_profile(measured, origin, path)
         costs = open_costs(self._job.config.cost, self._job.space, measured.use)
         for note in costs.notes:
@@ -149,6 +152,38 @@ class _Search:
         if surrogate.front.infeasible:
             raise ConfigError(f"search: {surrogate.front.infeasible}")
         return surrogate
+
+    @property
+    def _profile_path(self) -> Location:
+        return self._record.artifacts / "profile.npz"
+
+    def _kept_forms(self) -> Forms:
+        """The forms of layers that the run's profile is of."""
+        if self._job.config.space.layers is None or self._profile_path.kind() != "file":
+            return {}
+        return read_profile(self._profile_path, self._job.profile_origin("search")).forms
+
+    def _fitted_forms(self) -> Forms:
+        """The forms of layers, calibrated on the search window."""
+        layers = self._job.config.space.layers
+        if layers is None:
+            return {}
+        space = self._job.space
+        self._progress.stage("layers", num_passes(self._window, space, layers))
+        return fitted_forms(
+            self._workers,
+            self._window,
+            space,
+            layers,
+            batches_per_task=self._job.config.evaluation.batches_per_task,
+            on_progress=self._progress.advance,
+        )
+
+    def _use(self, forms: Forms) -> None:
+        """From here on layers have these forms."""
+        if forms:
+            self._job = self._job.with_forms(forms)
+            self._workers = FormedWorkers(self._workers, forms)
 
     def _sensitivities(self, surrogate: Surrogate) -> None:
         """What every choice does by itself; for people, the search does not need it."""
@@ -267,23 +302,7 @@ class _Search:
     def _lap(self, surrogate: Surrogate, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
         """Plans on slices of the search window, counted in its order."""
         name = f"{self._job.window_text('search')} {self._window.fingerprint}"
-        order = sorted(slices)
-        tasks = []
-        for first in range(0, len(order), SLICES_PER_TASK):
-            parts: dict[tuple[int, int], list[int]] = {}
-            for k in order[first : first + SLICES_PER_TASK]:
-                batch, part, num_parts = self._slices[k]
-                parts.setdefault((batch, num_parts), []).append(part)
-            tasks.append(
-                RaceTask(
-                    plans=tuple(plans),
-                    columns=surrogate.profile.columns,
-                    batches=tuple(batch for batch, _ in parts),
-                    parts=tuple(tuple(found) for found in parts.values()),
-                    num_parts=tuple(num_parts for _, num_parts in parts),
-                    keep=name,
-                )
-            )
+        tasks = race_tasks(plans, surrogate.profile.columns, [self._slices[k] for k in sorted(slices)], keep=name)
         total: RaceSums | None = None
         for chunk in self._workers.run(self._window, tasks):
             total = chunk.sums if total is None else total + chunk.sums

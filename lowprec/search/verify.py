@@ -78,7 +78,7 @@ def verify_plan(
     listener = progress or Silent()
     job = open_job(config)
     file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
-    job = job.with_row_ranges(file.row_ranges)
+    job = job.as_planned(file)
     budget = _budget(config, file, budget_pct)
     size_bytes = job.space.size_bytes(file.plan)
     ranges = rowwise_ranges(file.plan, file.row_ranges)
