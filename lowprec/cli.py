@@ -276,25 +276,39 @@ as_job(verify)
 as_job(monitor, leave_out=("every",))
 
 
+# A signal that got lost on its way is sent again after so long.
+ASK_AGAIN_S = 1.0
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `lowprec` command, with the arguments of this process unless some are given; ends the process."""
     asked: list[int] = []
 
-    def terminate(number: int, _: object) -> None:
-        """End as if interrupted, and with a code of its own."""
+    def end(number: int, _: object) -> None:
+        """End as if interrupted; SIGTERM has a code of its own."""
         asked.append(number)
+        signal.setitimer(signal.ITIMER_REAL, ASK_AGAIN_S, ASK_AGAIN_S)
         raise KeyboardInterrupt
 
+    def ask_again(*_: object) -> None:
+        """Ask again where nobody is about to end: an exception inside a callback of a library is lost."""
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGALRM, ask_again)
     try:
         code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("terminated" if asked else "interrupted", err=True)
-        code = exit_codes.TERMINATED if asked else exit_codes.INTERRUPTED
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        is_term = signal.SIGTERM in asked
+        click.echo("terminated" if is_term else "interrupted", err=True)
+        code = exit_codes.TERMINATED if is_term else exit_codes.INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0

@@ -19,7 +19,7 @@ __all__ = ["as_job", "submit"]
 
 @click.group("submit")
 def submit() -> None:
-    """Run a search or a verification as a job of a Ray cluster, look after it, stop it.
+    """Run a search, a verification or the monitor as a job of a Ray cluster, look after it, stop it.
 
     What CONFIG names by path has to lie where the cluster's machines see it: at a URL, or on a shared file system.
     """

@@ -119,7 +119,7 @@ def judge(
         reason = f"not enough evidence yet: the {other}gap over {windows} is {running}, the budget {budget}"
         return Judgement("insufficient_data", (*ended, reason + _why_unknown(standing, evidence)), warnings)
     kept = (*ended, f"the {other}gap over {windows} is {running}, within {budget}")
-    return Judgement("warn" if moved or notes else "ok", kept, warnings)
+    return Judgement("warn" if warnings else "ok", kept, warnings)
 
 
 def _missing(metrics: PlanMetrics | None, num_unlabelled: int) -> str | None:

@@ -20,8 +20,8 @@ NUM_NAMED = 5
 class MonitorOutcome:
     """What one run did. `windows` has the documents of those that it judged, in time order.
 
-    state: the worst of these windows; where there was none, the state of the last one that was judged before.
-    told: what became of telling people.
+    state: the worst of these windows; where there was none, as `current_state`. message: why, of the newest window in
+    that state. current_state: of the deployment, which is that of its newest window. told: what became of telling.
     """
 
     deployment: str
@@ -29,6 +29,7 @@ class MonitorOutcome:
     plan: str
     state: State
     message: str
+    current_state: State
     budget_pct: float
     judged_by: str
     num_windows: int
@@ -44,6 +45,7 @@ class MonitorOutcome:
             "plan": self.plan,
             "state": self.state,
             "message": self.message,
+            "current_state": self.current_state,
             "budget_pct": self.budget_pct,
             "judged_by": self.judged_by,
             "num_windows": self.num_windows,
@@ -64,8 +66,12 @@ def window_document(
     judgement: Judgement,
     proposal: Proposal | None,
     proposed_plan: str | None,
+    verify_with: str | None = None,
 ) -> dict[str, Any]:
-    """The document of a window from its row, with what a person asks first."""
+    """The document of a window from its row, with what a person asks first.
+
+    verify_with: the arguments of `lowprec verify`, after the config, for the proposed plan.
+    """
     names = ("gap_pct", "gap_lower_pct", "gap_upper_pct", "kl_pct", "kl_lower_pct", "kl_upper_pct")
     running = ("running_pct", "running_lower_pct", "running_upper_pct", "overdispersion")
     models = ("ne_ref", "ne_plan", "auc_ref", "auc_plan", "calibration_ref", "calibration_plan")
@@ -85,5 +91,5 @@ def window_document(
         "num_moved": row["num_moved"],
         "untouched": dict(untouched[:NUM_NAMED]),
         "saturation": json.loads(row["saturation_json"] or "[]")[:NUM_NAMED],
-        "proposal": None if proposal is None else proposal.to_dict() | {"plan": proposed_plan},
+        "proposal": None if proposal is None else proposal.to_dict() | {"plan": proposed_plan, "verify": verify_with},
     }

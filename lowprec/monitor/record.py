@@ -66,7 +66,6 @@ class MonitorRecord:
 
     def judged(self) -> dict[int, JudgedWindow]:
         """Every window that was judged, as it was last, by its start."""
-        rows = self._store.read("monitor_windows", deployment=self._deployment.key).to_pylist()
         return {
             row["window_start"]: JudgedWindow(
                 window=Window(row["window_start"], row["window_end"]),
@@ -75,13 +74,12 @@ class MonitorRecord:
                 message=row["message"],
                 evidence=WindowEvidence.from_dict(json.loads(row["evidence_json"])) if row["evidence_json"] else None,
             )
-            for row in sorted(rows, key=lambda row: row["window_start"])
+            for row in sorted(self._windows(), key=lambda row: row["window_start"])
         }
 
     def last_window(self) -> dict[str, Any] | None:
         """The row of the newest window."""
-        rows: list[dict[str, Any]] = self._store.read("monitor_windows", deployment=self._deployment.key).to_pylist()
-        return max(rows, key=lambda row: row["window_start"], default=None)
+        return max(self._windows(), key=lambda row: row["window_start"], default=None)
 
     def add_window(self, window: Window, version: int, row: Mapping[str, Any]) -> bool:
         """Commit a judged window; False where somebody else did at the same time, whose row then counts."""
@@ -101,14 +99,60 @@ class MonitorRecord:
         }
         return self._store.append("monitor_windows", [row], exclusive=f"lowprec-{key}") > 0
 
-    def alerts(self) -> list[dict[str, Any]]:
-        """The alerts of the deployment, and what became of telling them, in the order of their windows."""
+    def alerts(self, *, of_runs: bool = False) -> list[dict[str, Any]]:
+        """The alerts of the deployment, and what became of telling them, in the order of their windows.
+
+        of_runs: also those of runs that could not begin.
+        """
         rows: list[dict[str, Any]] = self._store.read("alerts", deployment=self._deployment.key).to_pylist()
+        if not of_runs:
+            rows = [row for row in rows if not row["incident"].startswith(f"{self._deployment.key}/run/")]
         return sorted(rows, key=lambda row: (row["window_start"], row["raised_at"]))
 
     def add_alert(self, alert: Alert) -> None:
         """Commit an alert, unless its window has one."""
         self._store.append("alerts", [self._alert_row(alert, alert.event, "")], exclusive=f"lowprec-{alert.key}")
+
+    def add_failed_run(self, message: str, moment: datetime) -> None:
+        """Commit that a run could not even begin, as an incident of its own; once until a run begins again."""
+        if self._open_failure() is None:
+            number = sum(row["event"] == "resolved" for row in self._failures())
+            self.add_alert(self._run_alert(f"{number}", "opened", "error", message, moment))
+
+    def add_good_run(self, moment: datetime) -> None:
+        """Commit that runs begin again, where the last one did not."""
+        failed = self._open_failure()
+        if failed is not None:
+            number = failed["incident"].rpartition("/")[2]
+            self.add_alert(self._run_alert(number, "resolved", "ok", "the monitor runs again", moment))
+
+    def _failures(self) -> list[dict[str, Any]]:
+        found = [row for row in self.alerts(of_runs=True) if row["event"] in ("opened", "resolved")]
+        return [row for row in found if row["incident"].startswith(f"{self._deployment.key}/run/")]
+
+    def _open_failure(self) -> dict[str, Any] | None:
+        failures = self._failures()
+        resolved = {row["incident"] for row in failures if row["event"] == "resolved"}
+        return next((row for row in failures if row["incident"] not in resolved), None)
+
+    def _run_alert(self, number: str, event: str, state: State, message: str, moment: datetime) -> Alert:
+        incident = f"{self._deployment.key}/run/{number}"
+        return Alert(
+            key=f"{incident}/{event}",
+            incident=incident,
+            event=event,
+            state=state,
+            window_start=max((row["window_start"] for row in self._windows()), default=0),
+            window_text="",
+            raised_at=moment,
+            message=message,
+            proposed_plan=None,
+            document={},
+        )
+
+    def _windows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._store.read("monitor_windows", deployment=self._deployment.key).to_pylist()
+        return rows
 
     def add_telling(self, alert: Alert, failed: str | None) -> None:
         """Commit what became of telling an alert: that it arrived, or why not."""

@@ -21,12 +21,13 @@ from lowprec.monitor.promise import Standing
 from lowprec.monitor.proposal import Proposal, propose
 from lowprec.monitor.record import Alert, JudgedWindow, MonitorRecord, next_event
 from lowprec.monitor.schedule import Schedule
-from lowprec.monitor.tell import tell
+from lowprec.monitor.tell import tell, tell_failed_run
 from lowprec.plan import write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.results.schema import table_schema
-from lowprec.storage import Where
-from lowprec.traffic import TrafficReader, TrafficWindow, Window, format_window, open_traffic
+from lowprec.storage import Location, Where
+from lowprec.traffic import TrafficReader, TrafficWindow, Window, format_time, format_window, open_traffic
+from lowprec.traffic.window import time_text
 
 __all__ = ["run_monitor"]
 
@@ -55,14 +56,33 @@ def run_monitor(
     Raises a `LowprecError` where the windows that are due cannot be judged; that is a row of its own then, and judged
     again by the next run.
     """
-    return _Monitor(config, plan_path, now or datetime.now(UTC), progress or Silent()).run(since, until)
+    moment, listener = now or datetime.now(UTC), progress or Silent()
+    deployment = Deployment.of(config, plan_path)
+    record = MonitorRecord(config.results.root, deployment)
+    try:
+        monitor = _Monitor(config, plan_path, deployment, record, moment, listener)
+    except (ConfigError, PlanError):
+        raise
+    except LowprecError as error:
+        record.add_failed_run(str(error), moment)
+        tell_failed_run(config, record, deployment.budget_pct, note=listener.note)
+        raise
+    record.add_good_run(moment)
+    return monitor.run(since, until)
 
 
 class _Monitor:
-    def __init__(self, config: Config, plan_path: Where, now: datetime, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan_path: Where,
+        deployment: Deployment,
+        record: MonitorRecord,
+        now: datetime,
+        progress: Progress,
+    ) -> None:
         self._config, self._plan_path, self._now, self._progress = config, plan_path, now, progress
-        self._deployment = Deployment.of(config, plan_path)
-        self._record = MonitorRecord(config.results.root, self._deployment)
+        self._deployment, self._record = deployment, record
         schema = config.traffic.schema_of_columns()
         self._reader: TrafficReader = open_traffic(config.traffic.path, schema, batch_size=config.traffic.batch_size)
         self._schedule = Schedule.of(config, self._reader, now)
@@ -93,6 +113,14 @@ class _Monitor:
                 f"({self._now:%Y-%m-%dT%H:%M:%SZ}): one of the two clocks is wrong, and windows may be judged before "
                 "all of their rows are there"
             )
+        if self._schedule.first > self._schedule.asked_first:
+            asked = format_time(self._schedule.asked_first, self._schedule.unit)
+            self._note(
+                f"{asked} lies within a window; the first whole one begins at "
+                f"{format_time(self._schedule.first, self._schedule.unit)}, and what lies before it is not watched"
+            )
+        if due and self._judged and (due[0].start or 0) < max(self._judged):
+            self._note("windows before the newest one were judged now: what rows after them say was known without them")
         error: LowprecError | None = None
         with self._models:
             for number, window in enumerate(due):
@@ -125,7 +153,7 @@ class _Monitor:
         """What to judge, in time order: new windows, those that could not be judged, and those with more labels now."""
         latest = max(self._judged, default=None)
         begin = since if since is not None or latest is None else latest
-        new = [w for w in self._schedule.complete_windows(begin, until) if w.start not in self._judged]
+        new = self._schedule.due_windows(begin, until, judged=self._judged)
         again = [
             judged.window
             for judged in self._judged.values()
@@ -237,15 +265,16 @@ class _Monitor:
             "state": judgement.state,
             "message": judgement.message,
         }
-        plan_path = None
+        plan_path = verify_with = None
         if proposal is not None and live is not None:
             path = self._record.artifacts / f"proposed-{start}.json"
+            verify_with = self._verify_with(window, path)
             file = proposal.file(
                 self._deployment.plan, live.job.checkpoint_sha256, self._text(window), self._deployment.budget_pct
             )
             write_plan(file, path)
             plan_path = str(path)
-        document = window_document(row, version, judgement, proposal, plan_path)
+        document = window_document(row, version, judgement, proposal, plan_path, verify_with)
         if start >= max(self._judged, default=start):
             self._alert(window, judgement.state, judgement.message, document, plan_path)
         self._record.add_window(window, version, row)
@@ -283,28 +312,37 @@ class _Monitor:
         """What this run found. Labels that came late may break the promise in a window that was judged long ago: that
         is told with the newest window.
         """
+        found: list[tuple[State, str]] = [(d["state"], f"{d['window']}: {_reasons(d)}") for d in self._documents]
         newest = max(self._judged, default=None)
-        states: list[State] = [document["state"] for document in self._documents]
-        message = "; ".join(self._documents[-1]["reasons"]) if self._documents else "no window is due"
-        if newest is not None:
+        current: State = "insufficient_data"
+        if newest is None:
+            nothing = f"no window is complete yet: the first one is {self._text(self._schedule.first_window)}"
+            state, message = current, nothing
+        else:
             judged = self._judged[newest]
+            current = judged.state
             standing, _, number = self._life.after(newest)
-            if standing.in_breach and "breach" not in (*states, judged.state):
-                message = (
+            if standing.in_breach and "breach" not in (*(state for state, _ in found), current):
+                late = (
                     f"labels that came late show a gap above {self._deployment.budget_pct:g} %: "
                     f"{100 * standing.running_gap:+.4f} % over {number - standing.since + 1} windows"
                 )
-                self._note(message)
-                self._alert(judged.window, "breach", message, {}, None)
-                states.append("breach")
-            if not states:
-                states, message = [judged.state], f"no window is due; the last one: {judged.message}"
+                self._note(late)
+                self._alert(judged.window, "breach", late, {}, None)
+                found.append(("breach", late))
+                current = "breach"
+            state = worst([state for state, _ in found]) if found else current
+            message = next(
+                (text for known, text in reversed(found) if known == state),
+                f"no window is due; the last one, {self._text(judged.window)}: {judged.message}",
+            )
         return MonitorOutcome(
             deployment=self._deployment.key,
             name=self._deployment.name,
             plan=str(self._plan_path),
-            state=worst(states) if states else "ok",
+            state=state,
             message=message,
+            current_state=current,
             budget_pct=self._deployment.budget_pct,
             judged_by=self._deployment.judged_by,
             num_windows=len(self._judged),
@@ -314,6 +352,12 @@ class _Monitor:
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._progress.note(text)
+
+    def _verify_with(self, window: Window, path: Location) -> str:
+        """On the window that broke the promise: on the certified one the deployed plan would pass as well."""
+        start, end = (time_text(bound or 0, self._schedule.unit) for bound in (window.start, window.end))
+        bounds = f"'windows.confirm={{start: {start}, end: {end}}}'"
+        return f"--plan {path} --set {bounds} --budget {self._deployment.budget_pct:g}"
 
     def _text(self, window: Window) -> str:
         return format_window(window, self._schedule.unit)
@@ -331,3 +375,7 @@ class _Monitor:
             label_free=self._deployment.judged_by == "kl",
             on_progress=self._progress.advance,
         )
+
+
+def _reasons(document: dict[str, Any]) -> str:
+    return "; ".join(document["reasons"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -12,25 +12,29 @@ from lowprec.sizes import parse_seconds
 from lowprec.traffic import TrafficReader, Window, format_time, parse_window
 from lowprec.traffic.length import WindowLength
 from lowprec.traffic.schema import TimeUnit
-from lowprec.traffic.window import UNITS_PER_SECOND
+from lowprec.traffic.window import UNITS_PER_SECOND, parse_time
 
 __all__ = ["Schedule", "certified_window"]
 
 # Rows that are dated further ahead of this machine's clock than this are said.
 ALLOWED_SKEW_S = 60.0
+# A run that would judge more windows is asked for by mistake more often than not.
+MAX_WINDOWS_AT_ONCE = 5000
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The windows of a deployment, in the unit of the traffic's time.
 
-    first: the start of the first one. complete: windows that end by then are complete. open_for_labels: windows that
-    end after it may still get labels or rows. skew_s: how far the newest row is ahead of the clock, 0 where it is not.
+    first: the start of the first one. asked_first: where it was to begin. complete: windows that end by then are
+    complete. open_for_labels: windows that end after it may still get labels or rows. skew_s: how far the newest row is
+    ahead of the clock, 0 where it is not.
     """
 
     length: WindowLength
     unit: TimeUnit | None
     first: int
+    asked_first: int
     complete: int
     open_for_labels: int
     skew_s: float
@@ -69,7 +73,8 @@ class Schedule:
             complete = newest[1] if newest else first
             open_for_labels = complete
         end = _bound(watch.end, unit, "monitor.end")
-        return cls(length, unit, first, complete if end is None else min(complete, end), open_for_labels, skew)
+        complete = complete if end is None else min(complete, end)
+        return cls(length, unit, first, start, complete, open_for_labels, skew)
 
     def between(self, since: TimeBound, until: TimeBound) -> tuple[int | None, int | None]:
         """The bounds of a backfill, by `--since` and `--until`."""
@@ -79,7 +84,10 @@ class Schedule:
                 f"--since {since}: lies before the first window of this deployment, which begins at "
                 f"{format_time(self.first, self.unit)}; set monitor.start to watch earlier traffic"
             )
-        return start, _bound(until, self.unit, "--until")
+        end = _bound(until, self.unit, "--until")
+        if start is not None and end is not None and end <= start:
+            raise ConfigError(f"--until {until}: must lie after --since {since}")
+        return start, end
 
     def complete_windows(self, since: int | None = None, until: int | None = None) -> Iterator[Window]:
         """The complete windows, in order: those that begin at `since` or later and end by `until`."""
@@ -89,6 +97,26 @@ class Schedule:
         while (end := self.length.end_of(start, self.unit)) <= self.complete and (until is None or end <= until):
             yield Window(start, end)
             start = end
+
+    def due_windows(self, since: int | None, until: int | None, *, judged: Container[int | None]) -> list[Window]:
+        """Those of `complete_windows` that were not judged; raises `ConfigError` where there are absurdly many."""
+        found = []
+        for window in self.complete_windows(since, until):
+            if window.start not in judged:
+                found.append(window)
+            if len(found) > MAX_WINDOWS_AT_ONCE:
+                raise ConfigError(
+                    f"monitor: more than {MAX_WINDOWS_AT_ONCE} windows are due, from "
+                    f"{format_time(found[0].start or 0, self.unit)} on; if times are no {self.unit} since 1970, give "
+                    "monitor.window as an integer, or set traffic.time_unit; if traffic ended long ago, set "
+                    "monitor.end; else begin later (monitor.start) or go piece by piece (--until)"
+                )
+        return found
+
+    @property
+    def first_window(self) -> Window:
+        """The first one, complete or not."""
+        return Window(self.first, self.length.end_of(self.first, self.unit))
 
     def may_get_labels(self, window: Window) -> bool:
         """Whether labels and rows of a window are still waited for."""
@@ -112,4 +140,4 @@ def certified_window(config: Config, schedule: Schedule) -> Window:
 
 
 def _bound(bound: TimeBound, unit: TimeUnit | None, key: str) -> int | None:
-    return parse_window(bound, None, unit=unit, key=key).start
+    return parse_time(bound, unit, key=key)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lowprec.config import Config
 from lowprec.errors import LowprecError
+from lowprec.monitor.judge import State
 from lowprec.monitor.outcome import MonitorOutcome
 from lowprec.monitor.record import MonitorRecord, alert_of
 from lowprec.monitor.textfile import write_textfile
@@ -17,7 +18,7 @@ from lowprec.traffic.length import WindowLength
 from lowprec.traffic.schema import TimeUnit
 from lowprec.traffic.window import UNITS_PER_SECOND
 
-__all__ = ["tell"]
+__all__ = ["tell", "tell_failed_run"]
 
 
 def tell(
@@ -34,15 +35,23 @@ def tell(
 
     is_complete: all windows that were due are judged.
     """
-    return (*_textfile(config, record, outcome, now, is_complete, note), *_webhook(config, record, unit, note))
+    state, success = outcome.current_state, now if is_complete else None
+    textfile = _textfile(config, record, state, outcome.budget_pct, success, note)
+    return (*textfile, *_webhook(config, record, unit, note))
+
+
+def tell_failed_run(config: Config, record: MonitorRecord, budget_pct: float, *, note: Callable[[str], None]) -> None:
+    """Tell that a run could not even begin, with what is known from earlier ones."""
+    _textfile(config, record, "error", budget_pct, None, note)
+    _webhook(config, record, None, note)
 
 
 def _textfile(
     config: Config,
     record: MonitorRecord,
-    outcome: MonitorOutcome,
-    now: datetime,
-    is_complete: bool,
+    state: State,
+    budget_pct: float,
+    last_success: datetime | None,
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     path = config.monitor.textfile
@@ -53,10 +62,10 @@ def _textfile(
         write_textfile(
             path,
             name=config.name,
-            state=outcome.state,
-            budget_pct=outcome.budget_pct,
+            state=state,
+            budget_pct=budget_pct,
             window=record.last_window(),
-            last_success=now if is_complete else None,
+            last_success=last_success,
         )
     except OSError as error:
         failed = f"cannot be written: {error.strerror or error}"
@@ -73,12 +82,16 @@ def _webhook(
     is_of_clock = WindowLength.parse(config.monitor.window).is_of_clock
     ticks = UNITS_PER_SECOND[unit] if unit and is_of_clock else 0
     found: list[dict[str, Any]] = []
-    for row in due_alerts(record.alerts(), webhook.states, int(parse_seconds(webhook.cooldown, zero=True) * ticks)):
+    try:
+        url = webhook_url(webhook)
+    except LowprecError as error:
+        note(f"{error}: nobody is told of alerts until then")
+        return []
+    for row in due_alerts(
+        record.alerts(of_runs=True), webhook.states, int(parse_seconds(webhook.cooldown, zero=True) * ticks)
+    ):
         alert = alert_of(row)
-        try:
-            failed = post_alert(webhook, webhook_url(webhook), alert, config.name)
-        except LowprecError as error:
-            failed = str(error)
+        failed = post_alert(webhook, url, alert, config.name)
         if failed is not None:
             note(f"monitor.webhook: the alert of {alert.window_text} was not told: {failed}; the next run tries again")
         record.add_telling(alert, failed)

@@ -12,6 +12,7 @@ from urllib3.util import Retry
 
 from lowprec.config import WebhookConfig
 from lowprec.errors import ConfigError, first_line
+from lowprec.monitor.judge import SEVERITY
 from lowprec.monitor.record import Alert
 
 __all__ = ["due_alerts", "post_alert", "webhook_url"]
@@ -61,35 +62,43 @@ def post_alert(config: WebhookConfig, url: str, alert: Alert, name: str) -> str 
         except requests.RequestException as error:
             # The URL may be a secret: what requests says of it is left out.
             return f"{type(error).__name__} after {config.retries + 1} tries" + _reason(error)
-    return None if answer.ok else f"HTTP {answer.status_code} {answer.reason}"
+    # A redirection is not followed, and nobody was told: the URL is another one now.
+    return None if answer.status_code < 300 else f"HTTP {answer.status_code} {answer.reason}"
 
 
 def due_alerts(rows: Sequence[Mapping[str, Any]], states: Sequence[str], cooldown: int) -> list[Mapping[str, Any]]:
-    """The rows of `alerts` that should be told now, one for each incident at most: its latest.
+    """The rows of `alerts` that should be told now, in their order.
 
-    cooldown: in the unit of the traffic's time. An incident that nobody was told of needs no telling when it is over.
+    Of each incident the worst that nobody was told of yet, of equally bad ones the latest: also where it has passed
+    since, so that what happened while nobody could be told is told. One that was told before is told again where it got
+    worse, or after `cooldown`, which is in the unit of the traffic's time. Its end is told to who knows of it.
     """
-    told_at: dict[str, int] = {}
+    incidents: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["event"] == "told":
-            told_at[row["incident"]] = max(told_at.get(row["incident"], row["window_start"]), row["window_start"])
+        incidents.setdefault(row["incident"], []).append(row)
+    return [row for found in incidents.values() for row in _due(found, states, cooldown)]
+
+
+def _due(rows: Sequence[Mapping[str, Any]], states: Sequence[str], cooldown: int) -> list[Mapping[str, Any]]:
+    """Those of one incident."""
     told = {row["alert_key"] for row in rows if row["event"] == "told"}
-    latest: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if row["event"] in ("opened", "continues", "resolved"):
-            latest[row["incident"]] = row
-    due = []
-    for incident, row in latest.items():
-        before = told_at.get(incident)
-        if row["alert_key"] in told:
-            continue
-        if row["event"] == "resolved":
-            if before is not None:
-                due.append(row)
-        elif row["state"] in states and (
-            before is None or row["event"] == "opened" or row["window_start"] - before >= cooldown
-        ):
-            due.append({**row, "event": "opened"} if before is None else row)
+    alerts = [row for row in rows if row["event"] in ("opened", "continues", "resolved")]
+    last_told = max((k for k, row in enumerate(alerts) if row["alert_key"] in told), default=None)
+    untold = alerts if last_told is None else alerts[last_told + 1 :]
+    wanted = [row for row in untold if row["event"] != "resolved" and row["state"] in states]
+    due: list[Mapping[str, Any]] = []
+    if last_told is None:
+        if wanted:
+            worst = max(enumerate(wanted), key=lambda item: (SEVERITY.index(item[1]["state"]), item[0]))[1]
+            due.append({**worst, "event": "opened"})
+    else:
+        worse = [row for row in wanted if row["event"] == "opened"]
+        if worse:
+            due.append(worse[-1])
+        elif wanted and wanted[-1]["window_start"] - alerts[last_told]["window_start"] >= cooldown:
+            due.append(wanted[-1])
+    if untold and untold[-1]["event"] == "resolved" and (due or last_told is not None):
+        due.append(untold[-1])
     return due
 
 

@@ -25,14 +25,19 @@ def render_monitor(document: Mapping[str, Any]) -> None:
     if windows:
         _render_windows(document)
         _render_last(windows[-1])
+        proposed = next((w for w in reversed(windows) if w["proposal"]), None)
+        if proposed is not None:
+            _render_proposal(proposed)
     for told in document["told"]:
         where = told.get("to") or f"{told['event']} alert of {told['window']}"
         stdout.print(f"{told['channel']}: {where}" + (f": {told['failed']}" if told["failed"] else ""))
-    state = document["state"]
+    state, now = document["state"], document["current_state"]
     stdout.print(
         f"[{STATE_STYLE[state]}]{state}[/] against a budget of {document['budget_pct']:g} %: "
         + escape(document["message"])
     )
+    if now != state:
+        stdout.print(f"since then [{STATE_STYLE[now]}]{now}[/]: that is the state of the deployment now")
 
 
 def _render_windows(document: Mapping[str, Any]) -> None:
@@ -74,10 +79,13 @@ def _render_last(window: Mapping[str, Any]) -> None:
             f"moved: {feature['feature']}, distance {feature['distance']:.3f}, p {feature['p_value']:.2g}"
             + (f" ({', '.join(shares)})" if shares else "")
         )
+
+
+def _render_proposal(window: Mapping[str, Any]) -> None:
     proposal = window["proposal"]
-    if proposal:
-        changes = ", ".join(f"{unit} {before} to {after}" for unit, (before, after) in proposal["changes"].items())
-        stdout.print(
-            f"proposed: {changes}; {bytes_text(proposal['added_bytes'])} more, gap {proposal['promised_pct']:+.4f} % "
-            f"instead of {proposal['promised_now_pct']:+.4f} % (by the profile of this window): {proposal['plan']}"
-        )
+    changes = ", ".join(f"{unit} {before} to {after}" for unit, (before, after) in proposal["changes"].items())
+    stdout.print(
+        f"proposed: {changes}; {bytes_text(proposal['added_bytes'])} more, gap {proposal['promised_pct']:+.4f} % "
+        f"instead of {proposal['promised_now_pct']:+.4f} % (by the profile of {window['window']}). To try it there:"
+    )
+    stdout.print(f"  lowprec verify CONFIG {escape(proposal['verify'])}", soft_wrap=True)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from lowprec.errors import ConfigError
 from lowprec.traffic.schema import TimeUnit
 
-__all__ = ["Window", "format_time", "format_window", "parse_window"]
+__all__ = ["Window", "format_time", "format_window", "parse_time", "parse_window", "time_text"]
 
 UNITS_PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -38,8 +38,8 @@ def parse_window(start: int | str | None, end: int | str | None, *, unit: TimeUn
     A date alone is its midnight. Times finer than the unit round up, which keeps the window half-open as written.
     Raises `ConfigError` naming the key when a text is no date, or when start is not before end.
     """
-    window_start = _parse_bound(start, unit, f"{key}.start")
-    window_end = _parse_bound(end, unit, f"{key}.end")
+    window_start = parse_time(start, unit, key=f"{key}.start")
+    window_end = parse_time(end, unit, key=f"{key}.end")
     if window_start is not None and window_end is not None and window_start >= window_end:
         raise ConfigError(
             f"{key}: start must be before end (the window is half-open); got start {start!r} and end {end!r}"
@@ -53,6 +53,11 @@ def format_time(time: int, unit: TimeUnit | None) -> str:
         return f"row {time}"
     moment = _moment(time, unit)
     return f"{time} ({moment})" if moment else str(time)
+
+
+def time_text(time: int, unit: TimeUnit | None) -> str:
+    """The time as a config takes it: a date where it is one, else the integer."""
+    return (_moment(time, unit) if unit is not None else None) or str(time)
 
 
 def format_window(window: Window, unit: TimeUnit | None) -> str:
@@ -75,7 +80,8 @@ def _moment(time: int, unit: TimeUnit) -> str | None:
     return f"{moment:%Y-%m-%dT%H:%M:%S}{digits}Z"
 
 
-def _parse_bound(bound: int | str | None, unit: TimeUnit | None, key: str) -> int | None:
+def parse_time(bound: int | str | None, unit: TimeUnit | None, *, key: str) -> int | None:
+    """Read one bound of a window, of a config's or a command's `key`; otherwise as `parse_window`."""
     if bound is None or (isinstance(bound, int) and not isinstance(bound, bool)):
         return bound
     if not isinstance(bound, str):

@@ -348,3 +348,21 @@ def test_workers_change_no_bit(deployed, monitored, count):
         for c in (config, alone)
     )
     assert left == right
+
+
+def test_a_monitor_that_has_judged_nothing_is_not_ok(deployed, monitored):
+    config, plan = deployed("monitor.start=2030-01-01")
+    outcome = monitored(config, plan)
+    assert outcome.state == outcome.current_state == "insufficient_data"
+    assert outcome.message == (
+        "no window is complete yet: the first one is [2030-01-01T00:00:00Z, 2030-01-02T00:00:00Z)"
+    )
+
+
+def test_what_is_not_watched_and_what_is_judged_late_is_said(deployed, monitored):
+    config, plan = deployed("monitor.start=2026-01-09T05:30", longer=True)
+    (note,) = monitored(config, plan).notes
+    assert "2026-01-09T05:30:00Z) lies within a window" in note and "2026-01-10T00:00:00Z" in note
+    config, plan = deployed("name=again", longer=True)
+    assert monitored(config, plan, since="2026-01-08").notes == ()
+    assert monitored(config, plan, since="2026-01-06").notes[0].startswith("windows before the newest one")

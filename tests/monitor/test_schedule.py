@@ -54,6 +54,21 @@ def test_a_backfill_is_of_whole_windows(small_config):
         found.between("2026-01-01", None)
 
 
+def test_a_backfill_that_ends_before_it_begins_is_refused(small_config):
+    found = schedule(small_config(*CONFIRM))
+    with pytest.raises(ConfigError, match="--until 2026-01-10: must lie after --since 2026-01-12"):
+        found.between("2026-01-12", "2026-01-10")
+    with pytest.raises(ConfigError, match="--since: must be an ISO 8601 date"):
+        found.between("soon", None)
+
+
+def test_absurdly_many_windows_are_asked_about(small_config):
+    found = schedule(small_config(*CONFIRM, "monitor.window=1h"), now="2126-02-01")
+    with pytest.raises(ConfigError, match="more than 5000 windows are due.*set monitor.end.*--until"):
+        found.due_windows(None, None, judged=set())
+    assert days(found.due_windows(None, day(10), judged={day(9)}))[0] == 9
+
+
 def test_labels_are_waited_for_as_long_as_the_config_says(small_config):
     found = schedule(small_config(*CONFIRM, "monitor.labels_within=2d"), now="2026-01-12")
     assert not found.may_get_labels(Window(day(9), day(10)))

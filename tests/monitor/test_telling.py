@@ -1,19 +1,24 @@
 """Who is told, and what happens where that fails: it is said, and changes no verdict."""
 
 import json
+import shlex
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from lowprec.config import WebhookConfig
-from lowprec.errors import ConfigError
+from lowprec.config import WebhookConfig, WindowConfig
+from lowprec.errors import ConfigError, TrafficError
+from lowprec.monitor.life import Life
 from lowprec.monitor.webhook import due_alerts, webhook_url
 from lowprec.plan import Precision
 from lowprec.results import ResultsStore
+from lowprec.search import verify_plan
 
 
 @pytest.fixture
@@ -135,9 +140,18 @@ def alert(start, event, state="breach", incident="i", key=None):
         # One incident is told again after the cooldown, with its latest window.
         ([alert(0, "opened"), alert(0, "told"), alert(5, "continues")], []),
         ([alert(0, "opened"), alert(0, "told"), alert(5, "continues"), alert(12, "continues")], [(12, "continues")]),
-        # What nobody was told of is opened late, and needs no end.
+        # What nobody was told of is opened late, the worst of it, also where it has passed since.
         ([alert(0, "opened"), alert(5, "continues")], [(5, "opened")]),
-        ([alert(0, "opened"), alert(5, "resolved", "ok")], []),
+        ([alert(0, "opened"), alert(5, "continues"), alert(9, "continues", "warn")], [(5, "opened")]),
+        ([alert(0, "opened"), alert(5, "resolved", "ok")], [(0, "opened"), (5, "resolved")]),
+        ([alert(0, "opened", "error"), alert(5, "opened"), alert(9, "continues", "error")], [(5, "opened")]),
+        # What only warned, and nobody was told of, needs no end.
+        ([alert(0, "opened", "warn"), alert(5, "resolved", "ok")], []),
+        # It got worse between two runs, and was better again when they were over.
+        (
+            [alert(0, "opened", "error"), alert(0, "told"), alert(3, "opened"), alert(5, "continues", "error")],
+            [(3, "opened")],
+        ),
         ([alert(0, "opened"), alert(0, "told"), alert(5, "resolved", "ok")], [(5, "resolved")]),
         # A warning is not told where only breaches are, but a breach that follows it is.
         ([alert(0, "opened", "warn")], []),
@@ -184,3 +198,94 @@ def test_a_textfile_that_cannot_be_written_changes_no_verdict(deployed, monitore
     assert outcome.state == "ok"
     assert "cannot be written" in outcome.told[0]["failed"]
     assert any("monitor.textfile" in note and "the verdict is kept" in note for note in outcome.notes)
+
+
+def test_a_breach_that_has_passed_when_the_run_is_over_is_told_with_its_plan(deployed, monitored, hook, monkeypatch):
+    """Two days that break the promise and one that does not, judged by one run."""
+    config, plan = broken(deployed, f"monitor.webhook={{url: '{hook.url}'}}")
+    real, days = Life.after, []
+
+    def passing(self, start):
+        standing, kl, number = real(self, start)
+        days.append(start)
+        is_over = len(set(days)) > 4
+        return replace(standing, in_breach=standing.in_breach and not is_over, ended=is_over), kl, number
+
+    monkeypatch.setattr(Life, "after", passing)
+    outcome = monitored(config, plan)
+    assert outcome.state == "breach" != outcome.current_state
+    told = hook.seen[0]
+    assert (told["event"], told["state"]) == ("opened", "breach") and told["proposed_plan"]
+    # The run's message is that of a window in its state, not of the last one.
+    assert "is found to be above" in outcome.message or "was found to be above" in outcome.message
+
+
+def test_a_redirection_is_no_delivery(deployed, monitored, hook):
+    hook.answers = [302]
+    config, plan = broken(deployed, f"monitor.webhook={{url: '{hook.url}', retries: 0}}")
+    assert [t["failed"] for t in monitored(config, plan).told] == ["HTTP 302 Found"]
+    assert [t["failed"] for t in monitored(config, plan).told] == [None]
+
+
+def test_traffic_that_cannot_be_read_is_told_and_so_is_its_end(deployed, monitored, hook, traffic_copy, tmp_path):
+    folder = traffic_copy()
+    textfile = tmp_path / "lowprec.prom"
+    config, plan = deployed(
+        f"traffic.path={folder}", f"monitor.textfile={textfile}", f"monitor.webhook={{url: '{hook.url}'}}"
+    )
+    whole = (folder / "part.parquet").read_bytes()
+    (folder / "part.parquet").write_bytes(whole[:-100])
+    for _ in range(2):
+        with pytest.raises(TrafficError):
+            monitored(config, plan)
+    (told,) = hook.seen
+    assert (told["event"], told["state"]) == ("opened", "error") and "part.parquet" in told["message"]
+    assert 'state="error"} 1.0' in textfile.read_text()
+    (folder / "part.parquet").write_bytes(whole)
+    assert monitored(config, plan).state == "ok"
+    assert [t["event"] for t in hook.seen] == ["opened", "resolved"]
+    assert len({t["dedup_key"] for t in hook.seen}) == 1
+    # The next one is an incident of its own.
+    (folder / "part.parquet").write_bytes(whole[:-100])
+    with pytest.raises(TrafficError):
+        monitored(config, plan)
+    assert hook.seen[2]["event"] == "opened" and hook.seen[2]["dedup_key"] != told["dedup_key"]
+
+
+def test_the_textfile_has_the_state_of_the_deployment_and_not_of_the_run(deployed, monitored, tmp_path, monkeypatch):
+    textfile = tmp_path / "lowprec.prom"
+    config, plan = broken(deployed, f"monitor.textfile={textfile}")
+    first = monitored(config, plan)
+    text = textfile.read_text()
+    again = monitored(config, plan)
+    assert again.windows == () and again.state == again.current_state == first.current_state
+
+    def states(text):
+        return [line for line in text.splitlines() if line.startswith("lowprec_state{")]
+
+    assert states(textfile.read_text()) == states(text)
+
+
+def test_a_webhook_without_its_secret_is_said_before_there_is_anything_to_tell(deployed, monitored, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_HOOK", raising=False)
+    config, plan = deployed("monitor.webhook={url_env: NO_SUCH_HOOK}")
+    outcome = monitored(config, plan)
+    assert outcome.state == "ok" and any("NO_SUCH_HOOK" in note for note in outcome.notes)
+
+
+def test_the_proposed_plan_is_tried_on_the_window_that_asked_for_it(deployed, monitored):
+    config, plan = broken(deployed)
+    proposal = monitored(config, plan).windows[-1]["proposal"]
+    assert (
+        f"--plan {proposal['plan']} --set 'windows.confirm={{start: 2026-01-10T00:00:00Z, end: 2026-01-11T00:00:00Z}}'"
+        in (proposal["verify"])
+    )
+    assert proposal["verify"].endswith("--budget 0.3")
+    arguments = shlex.split(proposal["verify"])
+    override = arguments[arguments.index("--set") + 1]
+    changed = config.model_copy(update={"windows": config.windows.model_copy(update=confirm_of(override))})
+    assert verify_plan(changed, proposal["plan"], budget_pct=0.3).verdict in ("certified", "inconclusive")
+
+
+def confirm_of(override):
+    return {"confirm": WindowConfig(**yaml.safe_load(override.partition("=")[2]))}

@@ -81,10 +81,18 @@ def _own_termination() -> Iterator[None]:
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
+    ended: object = None
     try:
         yield
+    except SystemExit as error:
+        ended = error.code
+        if ended != signal.SIGTERM:
+            raise
     finally:
         signal.signal(signal.SIGTERM, before)
+    if ended == signal.SIGTERM:
+        # Asked while it began: by Ray's handler, which ends the process with the signal's number.
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _check_reachable(address: str) -> None:
