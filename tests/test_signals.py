@@ -17,8 +17,8 @@ import lowprec.doctor
 from lowprec.cli import main
 
 def look(*_args, **_kwargs):
-    print("ready", file=sys.stderr, flush=True)
     try:
+        print("ready", file=sys.stderr, flush=True)
         time.sleep(60)
     except BaseException:
         pass
