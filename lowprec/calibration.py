@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowprec.errors import ConfigError, PlanError, ResultsError
 from lowprec.ops.timing import Grid, machine_facts, measure_lookups
-from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
+from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, Unit
 from lowprec.progress import Progress
 from lowprec.storage import Location
 from lowprec.storage.whole_file import whole_file
@@ -23,15 +23,20 @@ from lowprec.storage.whole_file import whole_file
 __all__ = [
     "Calibration",
     "LatencyPoint",
+    "LayerGrid",
+    "LayerPoint",
     "calibrate",
     "calibration_document",
     "check_writable",
+    "layer_latency_ns",
     "read_calibration",
     "unit_latency_ns",
     "write_calibration",
 ]
 
 CALIBRATION_SCHEMA_VERSION = 1
+
+P = TypeVar("P", "LatencyPoint", "LayerPoint")
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,30 @@ class LatencyPoint:
 
 
 @dataclass(frozen=True)
+class LayerPoint:
+    """The time of a layer for one row of a batch of `batch_size`, as `LatencyPoint` has that of a bag."""
+
+    precision: Precision
+    num_out: int
+    num_in: int
+    batch_size: int
+    ns_per_row: float
+    spread: float
+
+    def __post_init__(self) -> None:
+        for name in ("num_out", "num_in", "batch_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be a whole number above 0; got {getattr(self, name)!r}")
+        for name in ("ns_per_row", "spread"):
+            value = getattr(self, name)
+            is_number = type(value) in (int, float) and math.isfinite(value)
+            if not is_number or value < 0 or (value == 0 and name != "spread"):
+                raise ConfigError(f"{name} must be a number {'from' if name == 'spread' else 'above'} 0; got {value!r}")
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Lookup times on a grid, and the machine that they hold for.
+    """Lookup times on a grid, times of layers by shape, and the machine that they hold for.
 
     Every precision has every dim, and every dim every pooling. The most rows may differ by precision and dim (a memory
     limit leaves out the largest tables), but none below the most is missing. Raises `ConfigError` otherwise.
@@ -71,11 +98,12 @@ class Calibration:
 
     points: tuple[LatencyPoint, ...]
     machine: Mapping[str, str | int]
+    layers: tuple[LayerPoint, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points:
             raise ConfigError("there are no points")
-        if len(self._times) < len(self.points):
+        if len(self._times) < len(self.points) or len(self._layer_times) < len(self.layers):
             raise ConfigError("a point stands there twice")
         rows = sorted({p.rows for p in self.points})
         holes = [
@@ -119,6 +147,16 @@ class Calibration:
 
         return _on_line(dim, self._dims, at_dim)
 
+    def ns_per_row(self, precision: Precision, num_out: int, num_in: int) -> float:
+        """Nanoseconds of a layer for one row; raises `ConfigError` for a shape or a precision that was not measured."""
+        found = self._layer_times.get((precision, num_out, num_in))
+        if found is None:
+            raise ConfigError(
+                f"the calibration has no time of a layer of {num_out} outputs and {num_in} inputs at {precision}; "
+                "run `lowprec calibrate --config CONFIG` to measure the layers of your model"
+            )
+        return found
+
     def outside(self, precision: Precision, dim: int, rows: int, pooling: float) -> str | None:
         """What of this lookup lies outside the measured grid, and what is made of it; None when nothing does."""
         self._require(precision)
@@ -146,6 +184,10 @@ class Calibration:
     @cached_property
     def _times(self) -> dict[tuple[Precision, float, float, float], float]:
         return {(p.precision, p.dim, p.rows, p.pooling): p.ns_per_bag for p in self.points}
+
+    @cached_property
+    def _layer_times(self) -> dict[tuple[Precision, int, int], float]:
+        return {(p.precision, p.num_out, p.num_in): p.ns_per_row for p in self.layers}
 
     @cached_property
     def _dims(self) -> tuple[int, ...]:
@@ -178,11 +220,46 @@ def unit_latency_ns(
     return bags_per_example * calibration.ns_per_bag(precision, unit.dim, unit.num_rows, ids_per_bag)
 
 
-def calibrate(grid: Grid, *, seed: int = 0, num_threads: int = 1, progress: Progress | None = None) -> Calibration:
-    """Measure a grid on this machine; see `lowprec.ops.timing.measure_lookups` for how, and for its errors."""
+def layer_latency_ns(calibration: Calibration, unit: Unit, precision: Precision, *, rows_per_example: float) -> float:
+    """Nanoseconds of a layer for one example, which gives it so many rows; raises what `ns_per_row` does."""
+    return rows_per_example * calibration.ns_per_row(precision, unit.num_rows, unit.dim)
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """Which layers to measure: shapes (outputs, inputs), in batches of so many rows, with that share of outliers."""
+
+    shapes: Sequence[tuple[int, int]]
+    batch_size: int
+    outliers: float
+
+
+def calibrate(
+    grid: Grid,
+    layers: LayerGrid | None = None,
+    *,
+    seed: int = 0,
+    num_threads: int = 1,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure a grid on this machine; see `measure_lookups` and `measure_layers` of `lowprec.ops` for how."""
     times = measure_lookups(grid, seed=seed, num_threads=num_threads, progress=progress)
     points = tuple(LatencyPoint(*time.cell, ns_per_bag=time.ns_per_bag, spread=time.spread) for time in times)
-    return Calibration(points, machine_facts(grid, seed=seed, num_threads=num_threads))
+    found: tuple[LayerPoint, ...] = ()
+    if layers is not None:
+        from lowprec.ops.layer_timing import measure_layers
+
+        of_layers = measure_layers(
+            layers.shapes,
+            batch_size=layers.batch_size,
+            outliers=layers.outliers,
+            num_repeats=grid.num_repeats,
+            seed=seed,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        found = tuple(LayerPoint(*t.cell, layers.batch_size, t.ns_per_row, t.spread) for t in of_layers)
+    return Calibration(points, machine_facts(grid, seed=seed, num_threads=num_threads), found)
 
 
 def calibration_document(calibration: Calibration, grid: Grid) -> dict[str, Any]:
@@ -235,30 +312,36 @@ def read_calibration(path: str | Path) -> Calibration:
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version != CALIBRATION_SCHEMA_VERSION:
         raise ConfigError(f"{where}: schema_version must be {CALIBRATION_SCHEMA_VERSION}; got {version!r}; {again}")
-    machine, entries = document.get("machine"), document.get("points")
-    if not isinstance(machine, dict) or not isinstance(entries, list):
+    machine, entries, of_layers = document.get("machine"), document.get("points"), document.get("layers", [])
+    if not isinstance(machine, dict) or not isinstance(entries, list) or not isinstance(of_layers, list):
         raise ConfigError(f"{where}: needs machine (an object) and points (a list); {again}")
-    points = tuple(_point(entry, f"{where}: points[{index}]", again) for index, entry in enumerate(entries))
+    points = tuple(
+        _point(entry, f"{where}: points[{k}]", again, LatencyPoint, TABLE_PRECISIONS) for k, entry in enumerate(entries)
+    )
+    layers = tuple(
+        _point(entry, f"{where}: layers[{k}]", again, LayerPoint, LAYER_PRECISIONS) for k, entry in enumerate(of_layers)
+    )
     try:
-        return Calibration(points, machine)
+        return Calibration(points, machine, layers)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}; {again}") from None
 
 
 def _content(calibration: Calibration) -> dict[str, Any]:
-    return {"machine": dict(calibration.machine), "points": [asdict(point) for point in calibration.points]}
+    layers = {"layers": [asdict(point) for point in calibration.layers]} if calibration.layers else {}
+    return {"machine": dict(calibration.machine), "points": [asdict(point) for point in calibration.points], **layers}
 
 
-def _point(entry: Any, where: str, again: str) -> LatencyPoint:
-    names = LatencyPoint.__dataclass_fields__
+def _point(entry: Any, where: str, again: str, kind: type[P], among: Sequence[Precision]) -> P:
+    names = kind.__dataclass_fields__
     if not isinstance(entry, dict) or entry.keys() != names.keys():
         raise ConfigError(f"{where}: needs {', '.join(names)} and nothing else; got {entry!r}; {again}")
     try:
-        precision = Precision.parse(str(entry["precision"]), where=where)
+        precision = Precision.parse(str(entry["precision"]), where=where, among=among)
     except PlanError as error:
         raise ConfigError(f"{error}; {again}") from None
     try:
-        return LatencyPoint(**{**entry, "precision": precision})
+        return kind(**{**entry, "precision": precision})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}; {again}") from None
 

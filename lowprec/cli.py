@@ -205,6 +205,7 @@ def monitor(
     show_default=True,
     help="The file to write.",
 )
+@click.option("--config", "model", type=LOCAL_PATH, help="Measure the layers and dims of this config's model as well.")
 @click.option("--dim", "dims", type=click.IntRange(min=1), multiple=True, help="Measure this dim; may be repeated.")
 @click.option("--quick", is_flag=True, help="A small grid and few repetitions: seconds instead of a minute.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the ids that are looked up.")
@@ -217,18 +218,32 @@ def monitor(
     help="Leave out tables that are larger (in MiB).",
 )
 def calibrate(
-    out: Path, dims: tuple[int, ...], quick: bool, seed: int, num_threads: int, memory_mb: int, as_json: bool
+    out: Path,
+    model: Path | None,
+    dims: tuple[int, ...],
+    quick: bool,
+    seed: int,
+    num_threads: int,
+    memory_mb: int,
+    as_json: bool,
 ) -> None:
-    """Measure FBGEMM's lookup times on this machine, by precision, dim, rows and ids in a bag."""
+    """Measure lookups on this machine, by precision, dim, rows and ids in a bag; with --config, layers by shape."""
     from lowprec import console, render
     from lowprec.calibration import calibrate as measure
     from lowprec.calibration import calibration_document, check_writable, write_calibration
     from lowprec.ops.timing import default_grid
 
     check_writable(out)
+    layers = None
+    if model is not None:
+        from lowprec.config import load_config
+        from lowprec.search.describe import what_to_time
+
+        of_tables, layers = what_to_time(load_config(model))
+        dims = (*dims, *of_tables)
     grid = default_grid(quick=quick, dims=dims, memory_limit_bytes=memory_mb * 2**20)
     with console.Bars().shown() as bars:
-        calibration = measure(grid, seed=seed, num_threads=num_threads, progress=bars)
+        calibration = measure(grid, layers, seed=seed, num_threads=num_threads, progress=bars)
     write_calibration(calibration, out)
     content = {"path": str(out), **calibration_document(calibration, grid)}
     show(console.json_document("calibrate", content), as_json, render.render_calibration)

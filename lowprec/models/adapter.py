@@ -172,6 +172,18 @@ class ModelAdapter:
             self._logits(inputs)
         return tuple(calls)
 
+    def layer_rows(self, inputs: ModelInputs) -> dict[str, float]:
+        """Rows that an example gives to each layer, by unit name; of layers that are not called none.
+
+        Nothing is looked up: shapes do not depend on what tables return.
+        """
+        rows = dict.fromkeys((unit.name for unit in self.layers.units), 0.0)
+        with self.layers.watched(list(rows)) as calls:
+            self.asked(inputs)
+        for call in calls:
+            rows[call.layer] += call.input.numel() / call.input.shape[-1] / max(len(inputs.dense), 1)
+        return rows
+
     def answered(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
         """The pass in which `calls`, those of `asked`, return their outputs."""
         with torch.inference_mode():

@@ -11,7 +11,6 @@ from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
-from lowprec.search.costs import open_costs
 from lowprec.search.layer_forms import forms_beside
 from lowprec.search.space import Decision, SearchSpace
 from lowprec.search.surrogate import build_surrogate
@@ -91,7 +90,7 @@ def propose(
         label_free=label_free,
         on_progress=on_progress,
     )
-    costs = open_costs(job.config.cost, space, measured.use)
+    costs = replace(job, space=space).costs(measured.use)
     surrogate = build_surrogate(measured, space, costs, budgets=[budget_pct], confidence=confidence)
     now = float(surrogate.promised_pct([plan])[0])
     worse = max(1.0, gap_pct / now) if now > 0 else 1.0

@@ -36,6 +36,7 @@ __all__ = [
     "machine_facts",
     "measure_lookups",
     "num_cores",
+    "torch_threads",
 ]
 
 # Read as fp32, as fp16, or as scale, bias and codes, this byte repeated is a normal number: no NaN, no denormal, whose
@@ -141,7 +142,7 @@ def measure_lookups(
     cells = grid.cells()
     rng = np.random.default_rng(seed)
     seconds: list[list[float]] = [[] for _ in cells]
-    with _torch_threads(num_threads):
+    with torch_threads(num_threads):
         progress.stage("calibrate", grid.num_repeats * len(cells))
         buffer = _filled(max(cell.table_bytes for cell in cells))
         for _ in range(grid.num_repeats):
@@ -205,7 +206,7 @@ def copy_bandwidth(*, num_threads: int = 1, num_bytes: int = 2**28, num_repeats:
     source = torch.full((num_bytes,), _FILL_BYTE, dtype=torch.uint8)
     copied = torch.zeros_like(source)
     seconds = []
-    with _torch_threads(num_threads):
+    with torch_threads(num_threads):
         for _ in range(num_repeats):
             began = time.perf_counter()
             copied.copy_(source)
@@ -249,7 +250,8 @@ def _filled(num_bytes: int) -> torch.Tensor:
 
 
 @contextmanager
-def _torch_threads(num_threads: int) -> Iterator[None]:
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """PyTorch works on so many threads while the context lasts."""
     import torch
 
     before = torch.get_num_threads()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -86,6 +86,18 @@ def render_doctor(document: Mapping[str, Any]) -> None:
         stdout.print(f"{state}  {finding['name']:<9}  {escape(finding['summary'])}")
 
 
+def _layer_times(layers: Sequence[Mapping[str, Any]]) -> Table:
+    shapes = list(dict.fromkeys((p["num_out"], p["num_in"]) for p in layers))
+    times = {(p["precision"], p["num_out"], p["num_in"]): p["ns_per_row"] for p in layers}
+    title = f"ns per row of a layer (outputs x inputs), batches of {layers[0]['batch_size']:,}"
+    table = Table("precision", title=title, title_justify="left")
+    for num_out, num_in in shapes:
+        table.add_column(f"{num_out} x {num_in}", justify="right", no_wrap=True)
+    for precision in dict.fromkeys(p["precision"] for p in layers):
+        table.add_row(precision, *(f"{times[precision, *shape]:,.1f}" for shape in shapes))
+    return table
+
+
 def render_calibration(document: Mapping[str, Any]) -> None:
     """Times at the fewest and the most ids in a bag, and what was left out."""
     points, machine = document["points"], document["machine"]
@@ -104,6 +116,10 @@ def render_calibration(document: Mapping[str, Any]) -> None:
         for precision in precisions:
             table.add_row(precision, *(f"{times[precision, dim, pooling]:,.1f}" for dim in dims))
         stdout.print(table)
+    layers = document.get("layers", [])
+    if layers:
+        stdout.print(_layer_times(layers))
+    points = [*points, *layers]
     spreads = sorted(p["spread"] for p in points)
     stdout.print(
         f"{len(points)} points on {escape(str(machine['cpu']))}, threads: {machine['num_threads']}; spread of "

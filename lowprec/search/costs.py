@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowprec.calibration import Calibration, read_calibration, unit_latency_ns
+from lowprec.calibration import Calibration, layer_latency_ns, read_calibration, unit_latency_ns
 from lowprec.config import CostConfig
 from lowprec.errors import ConfigError
 from lowprec.evaluation.rows import TableUse
-from lowprec.plan import Plan, Precision, Unit
+from lowprec.plan import LAYER_PRECISIONS, Plan, Precision, Unit
 from lowprec.search.proxy import Limit
 from lowprec.search.space import SearchSpace
 
 __all__ = ["Costs", "open_costs"]
 
 
+_TIMED_LAYERS = tuple(p for p in LAYER_PRECISIONS if p is not Precision.EMULATED)
+
+
 @dataclass(frozen=True)
 class Costs:
     """Costs of every unit at every precision, additive over units.
 
-    size_bytes, latency_ns: by unit and precision; latency is of all lookups of one example on one thread, and None
-    where nothing was calibrated. `notes` say where latencies had to be extrapolated.
+    size_bytes, latency_ns: by unit and precision; latency is of all lookups and layers of one example on one thread,
+    and None where nothing was calibrated. `notes` say where latencies had to be extrapolated.
     """
 
     minimize: str
@@ -62,8 +65,10 @@ class Costs:
         return all(sum(limit.cost(u, p) for u, p in plan.items()) <= limit.at_most for limit in self.limits)
 
 
-def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUse]) -> Costs:
-    """The costs of the units of `space` under traffic that uses the tables so.
+def open_costs(
+    config: CostConfig, space: SearchSpace, use: Mapping[str, TableUse], layer_rows: Mapping[str, float]
+) -> Costs:
+    """The costs of the units of `space` under traffic that uses the tables so, and gives layers so many rows.
 
     Raises `ConfigError` where the calibration cannot be read or misses a precision.
     """
@@ -72,12 +77,18 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
     notes: list[str] = []
     if calibration is not None:
         latency = {}
-        layers = [unit.name for unit in space.units if unit.is_layer]
-        if layers:
+        emulated = [d.name for d in space.decisions if Precision.EMULATED in d.choices]
+        if emulated:
             raise ConfigError(
-                f"cost.calibration: has no times of layers ({layers[0]}); minimise bytes, or leave out space.layers"
+                f"cost.calibration: {emulated[0]} may be emulated, and what that takes on the machine that it stands "
+                "for is not known here; minimise bytes, or leave emulated out"
             )
         for unit in space.units:
+            if unit.is_layer:
+                rows = layer_rows.get(unit.name, 0.0)
+                for timed in _TIMED_LAYERS:
+                    latency[unit.name, timed] = layer_latency_ns(calibration, unit, timed, rows_per_example=rows)
+                continue
             used = use.get(unit.name, TableUse(0.0, 0.0))
             for precision in unit.precisions:
                 latency[unit.name, precision] = unit_latency_ns(
@@ -87,7 +98,7 @@ def open_costs(config: CostConfig, space: SearchSpace, use: Mapping[str, TableUs
                     bags_per_example=used.bags_per_example,
                     ids_per_bag=used.ids_per_bag,
                 )
-        notes = _outside(calibration, space.units, use)
+        notes = _outside(calibration, [unit for unit in space.units if not unit.is_layer], use)
     return Costs(
         minimize=config.minimize,
         size_bytes={(u.name, p): space.unit_bytes(u, p) for u in space.units for p in u.precisions},

@@ -18,7 +18,7 @@ from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
 from lowprec.evaluation.profile import Column, columns_of
 from lowprec.evaluation.profile_file import ProfileOrigin
-from lowprec.evaluation.rows import RowAccount
+from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.worker import (
     LocalWorkers,
     RowCheck,
@@ -27,9 +27,10 @@ from lowprec.evaluation.worker import (
     load_adapter,
     load_adapter_without_rows,
 )
-from lowprec.models.adapter import ModelAdapter
+from lowprec.models.adapter import ModelAdapter, inputs_of
 from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_mapped
 from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit
+from lowprec.search.costs import Costs, open_costs
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
 from lowprec.shards.planner import Cuts, Placement
@@ -140,6 +141,13 @@ class Job:
                 "(evaluation.num_workers, evaluation.worker_memory), or begin a new run"
             ) from None
         return replace(self, placement=placement)
+
+    def costs(self, use: Mapping[str, TableUse]) -> Costs:
+        """What plans cost under traffic that uses the tables so; raises `ConfigError` where that cannot be said."""
+        rows: dict[str, float] = {}
+        if self.config.cost.calibration is not None and any(unit.is_layer for unit in self.units):
+            rows = self.adapter.layer_rows(inputs_of(self.window("search").batch(0)))
+        return open_costs(self.config.cost, self.space, use, rows)
 
     def profile_origin(self, name: str) -> ProfileOrigin:
         """What a profile of the window called `name` is of."""

@@ -22,7 +22,6 @@ from lowprec.plan import Forms, Plan, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.choice import Confirmed, finalists
 from lowprec.search.confirm import Recommendation, confirm
-from lowprec.search.costs import open_costs
 from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import fitted_forms, num_passes
@@ -57,7 +56,7 @@ def run_search(
     for note in notes_on(job):
         listener.note(note)
     # Read before the run begins: what is missing or of something else must cost no pass and leave no trace.
-    open_costs(config.cost, job.space, {})
+    job.costs({})
     record = RunRecord(job, resume)
     job = record.job
     given = None if profile is None else read_profile(profile, job.profile_origin("search"))
@@ -143,7 +142,7 @@ class _Search:
             )
             measured = replace(measured, forms=self._job.forms)
             write_profile(measured, origin, path)
-        costs = open_costs(self._job.config.cost, self._job.space, measured.use)
+        costs = self._job.costs(measured.use)
         for note in costs.notes:
             self._progress.note(note)
         surrogate = build_surrogate(

@@ -14,7 +14,6 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges
 from lowprec.progress import Progress, Silent
-from lowprec.search.costs import open_costs
 from lowprec.search.job import open_job, open_workers
 from lowprec.search.record import RunRecord
 from lowprec.search.trial import Trial, plan_key
@@ -94,7 +93,7 @@ def verify_plan(
             f"{config.space.row_range}: the plan was evaluated with its own"
         )
     traffic_window = job.window(window)
-    open_costs(config.cost, job.space, {})  # what is wrong with them must cost no pass
+    job.costs({})  # what is wrong with them must cost no pass
     record = RunRecord(job, None, command="verify")
     with record.running(listener.note):
         listener.stage("verify", traffic_window.num_batches)
@@ -110,7 +109,7 @@ def verify_plan(
             wrong_rows = job.rows_without_form(workers, file.plan)
         metrics = evaluation.metrics[0]
         verdict = metrics.verdict(budget)
-        costs = open_costs(config.cost, job.space, evaluation.use)
+        costs = job.costs(evaluation.use)
         trial = Trial(
             key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
             number=0,

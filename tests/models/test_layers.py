@@ -142,3 +142,10 @@ def test_a_layer_with_a_forward_of_its_own_stays_fp32(model, inputs):
     layers = LayerModules(model)
     with pytest.raises(ModelError, match='"layer:over" is a Wrapped of torch.float32 with a forward of its own'):
         layers.low("layer:over", 0, Precision.BF16, None)
+
+
+def test_rows_of_an_example_are_counted_without_looking_anything_up(model, inputs):
+    adapter = ModelAdapter(model)
+    with torch.no_grad():
+        model.table.weight.fill_(torch.nan)
+    assert adapter.layer_rows(inputs) == {"layer:left.0": 1.0, "layer:right.0": 1.0 + 3.0, "layer:over": 3.0}

@@ -1,20 +1,32 @@
 """Layers in the search: their forms are fitted, they join profile, plans and bytes, and everything that follows."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import lowprec
+from lowprec.calibration import (
+    Calibration,
+    LatencyPoint,
+    LayerPoint,
+    calibrate,
+    read_calibration,
+    write_calibration,
+)
 from lowprec.config import load_config
 from lowprec.errors import ConfigError, PlanError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.worker import LocalWorkers
 from lowprec.layer_form import Arithmetic, FloatFormat, LayerForm
+from lowprec.models.adapter import inputs_of
 from lowprec.monitor import run_monitor
-from lowprec.plan import Plan, Precision, read_plan
+from lowprec.ops.timing import default_grid
+from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, read_plan
 from lowprec.search import open_job, run_search, verify_plan
+from lowprec.search.describe import what_to_time
 from lowprec.search.job import open_workers
 from lowprec.search.layer_forms import fitted_forms, forms_beside
 
@@ -219,3 +231,71 @@ def test_a_config_with_layers_survives_being_written(small_config, tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(config.to_json())
     assert load_config(path) == config
+
+
+def calibrated(job, path, ns):
+    """A calibration in which layers take the nanoseconds a row that `ns` says, and lookups next to nothing."""
+    points = tuple(
+        LatencyPoint(p, 8, rows, pooling, 0.01 * pooling, 0.1)
+        for p in TABLE_PRECISIONS
+        for rows in (10, 10_000)
+        for pooling in (1, 4)
+    )
+    shapes = {(unit.num_rows, unit.dim) for unit in job.adapter.layers.units}
+    layers = tuple(LayerPoint(p, *shape, 1024, t, 0.1) for p, t in ns.items() for shape in shapes)
+    write_calibration(Calibration(points, {}, layers), path)
+    return f"cost.calibration={path}"
+
+
+NS = {
+    Precision.FP32: 100.0,
+    Precision.FP16: 80.0,
+    Precision.BF16: 50.0,
+    Precision.INT8_DYNAMIC: 60.0,
+    Precision.INT8_STATIC: 70.0,
+}
+
+
+def test_by_latency_layers_take_the_fastest_precision_that_the_budget_allows(small_config, tmp_path):
+    """A machine on which bf16 is fastest; by its bytes it would be no choice at all."""
+    job = open_job(small_config(LAYERS))
+    calibration = calibrated(job, tmp_path / "calibration.json", NS)
+    config = small_config(LAYERS, calibration, "cost.minimize=latency", "search.budget=5", "search.max_trials=12")
+    trial = run_search(config).recommendations[0].best.choice.trial
+    assert {trial.plan[name] for name in NAMES} == {Precision.BF16}
+    tables = sum(0.01 for name in trial.plan if name.startswith("table:"))
+    assert trial.latency_ns == pytest.approx(4 * 50.0 + tables, rel=0.01)
+
+
+def test_a_layer_that_was_not_measured_says_how_to_measure_it(small_config, tmp_path):
+    job = open_job(small_config(LAYERS))
+    calibration = calibrated(job, tmp_path / "calibration.json", {Precision.FP32: 1.0})
+    with pytest.raises(ConfigError, match="no time of a layer of .* at fp16; run `lowprec calibrate --config CONFIG`"):
+        run_search(small_config(LAYERS, calibration, "cost.minimize=latency"))
+    emulated = "space.layers={precisions: [fp32, emulated], arithmetic: {block: 4}}"
+    with pytest.raises(ConfigError, match="may be emulated, and what that takes on the machine .* is not known"):
+        run_search(small_config(emulated, calibration, "cost.minimize=latency"))
+
+
+def test_every_layer_of_a_dlrm_gets_a_row_for_each_example(small_config):
+    job = open_job(small_config(LAYERS))
+    inputs = inputs_of(job.window("search").batch(0))
+    assert job.adapter.layer_rows(inputs) == dict.fromkeys(NAMES, 1.0)
+
+
+def test_the_layers_of_a_config_are_measured_and_read_back(small_config, tmp_path):
+    config = small_config(LAYERS)
+    dims, layers = what_to_time(config)
+    job = open_job(config)
+    assert dims == (8,) and set(layers.shapes) == {(u.num_rows, u.dim) for u in job.units if u.is_layer}
+    assert (layers.batch_size, layers.outliers) == (1024, 0.001)
+    grid = replace(default_grid(quick=True, dims=dims), num_repeats=1, rows=(1000,), poolings=(1,))
+    found = calibrate(grid, layers)
+    assert len(found.layers) == 5 * len(set(layers.shapes)) and all(p.ns_per_row > 0 for p in found.layers)
+    write_calibration(found, tmp_path / "found.json")
+    assert read_calibration(tmp_path / "found.json") == found
+    document = json.loads((tmp_path / "found.json").read_text())
+    document["layers"][0]["precision"] = "int4"
+    (tmp_path / "found.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"layers\[0\]: precision must be one of fp32, fp16, bf16"):
+        read_calibration(tmp_path / "found.json")

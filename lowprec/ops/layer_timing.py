@@ -1,0 +1,98 @@
+"""What FC layers take on this machine, by shape and precision."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lowprec.layer_form import LayerForm
+from lowprec.ops.linear import LowLinear, low_linear, safe_input_bits
+from lowprec.ops.timing import torch_threads
+from lowprec.plan import Precision
+from lowprec.progress import Progress, Silent
+
+__all__ = ["LayerCell", "LayerTime", "measure_layers"]
+
+# Emulated layers are slow here whatever they are on the machine that they stand for.
+_TIMED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8_STATIC)
+# A timing covers at least so many multiplications: one call of a small layer is too short for the clock.
+_MIN_PRODUCTS = 1 << 26
+
+
+class LayerCell(NamedTuple):
+    """A layer of `num_out` outputs and `num_in` inputs."""
+
+    precision: Precision
+    num_out: int
+    num_in: int
+
+
+class LayerTime(NamedTuple):
+    """The median of the repetitions for one row of a batch, and their interquartile range divided by it."""
+
+    cell: LayerCell
+    ns_per_row: float
+    spread: float
+
+
+def measure_layers(
+    shapes: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    outliers: float,
+    num_repeats: int,
+    seed: int = 0,
+    num_threads: int = 1,
+    progress: Progress | None = None,
+) -> list[LayerTime]:
+    """The time of layers of these shapes (outputs, inputs) at every precision, in batches of `batch_size` rows.
+
+    outliers: the share of weights that int8 layers keep in fp32. Inputs and weights are normal; times do not depend on
+    them. Repetitions go through all cells in an order of their own, so that a machine that is slow for a while is slow
+    for all of them alike. Raises `KernelError` where PyTorch has no such operator.
+    """
+    progress = progress or Silent()
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    cells = [LayerCell(p, *shape) for shape in dict.fromkeys(shapes) for p in _TIMED]
+    inputs = {n: torch.randn(batch_size, n, generator=generator) for n in {cell.num_in for cell in cells}}
+    layers = [_made(cell, outliers, generator) for cell in cells]
+    seconds: list[list[float]] = [[] for _ in cells]
+    with torch_threads(num_threads), torch.inference_mode():
+        progress.stage("layers", num_repeats * len(cells))
+        for _ in range(num_repeats):
+            for index in rng.permutation(len(cells)):
+                cell = cells[index]
+                seconds[index].append(_seconds_per_call(layers[index], inputs[cell.num_in], cell.num_out))
+                progress.advance()
+    return [_summary(cell, seconds[k], batch_size) for k, cell in enumerate(cells)]
+
+
+def _made(cell: LayerCell, outliers: float, generator: torch.Generator) -> LowLinear:
+    weight = torch.randn(cell.num_out, cell.num_in, generator=generator)
+    bias = torch.randn(cell.num_out, generator=generator)
+    form = LayerForm(outliers=outliers, input_bits=safe_input_bits())
+    if cell.precision is Precision.INT8_STATIC:
+        top = 2**form.input_bits - 1
+        form = LayerForm(outliers=outliers, input_bits=form.input_bits, input_scale=8 / top, input_zero_point=top // 2)
+    return low_linear(weight, bias, cell.precision, form)
+
+
+def _seconds_per_call(layer: LowLinear, x: torch.Tensor, num_out: int) -> float:
+    num_calls = max(1, _MIN_PRODUCTS // (x.numel() * num_out))
+    layer(x)
+    began = time.perf_counter()
+    for _ in range(num_calls):
+        layer(x)
+    return (time.perf_counter() - began) / num_calls
+
+
+def _summary(cell: LayerCell, seconds: Sequence[float], batch_size: int) -> LayerTime:
+    median = statistics.median(seconds)
+    lower, upper = np.quantile(seconds, (0.25, 0.75))
+    return LayerTime(cell, 1e9 * median / batch_size, float(upper - lower) / median)
