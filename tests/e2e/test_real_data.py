@@ -1,4 +1,4 @@
-"""The main job on real click logs, with the configs of the project as they stand."""
+"""The main job on real click logs, with the configs of the project, in one process."""
 
 import json
 from pathlib import Path

@@ -121,7 +121,7 @@ def test_dims_replace_those_of_the_grid() -> None:
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     seen = []
-    with timing._torch_threads(before + 1):
+    with timing.torch_threads(before + 1):
         seen.append(torch.get_num_threads())
     assert seen == [before + 1] and torch.get_num_threads() == before
 

@@ -19,7 +19,15 @@ def real_log(name: str) -> Path:
 
 
 def arguments_of(config: str, log: Path, folder: Path) -> list[str | Path]:
-    """A config of the project by its name, with that log, and a folder for everything that is written."""
-    settings = {"traffic.path": log, "model.checkpoint": folder / "m.safetensors", "results.root": folder / "runs"}
+    """A config of the project by its name, with that log, and a folder for everything that is written.
+
+    In one process: Ray takes longer to begin than these logs take to read.
+    """
+    settings = {
+        "traffic.path": log,
+        "model.checkpoint": folder / "m.safetensors",
+        "results.root": folder / "runs",
+        "evaluation.num_workers": 0,
+    }
     changes = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
     return [PROJECT / "configs" / f"{config}.yaml", *changes]
