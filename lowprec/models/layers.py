@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from lowprec.ops.linear import LowLinear, low_linear
 from lowprec.plan import Form, Precision, Unit
 
 __all__ = ["LayerAt", "LayerCall", "LayerModules", "replaced_forwards"]
+
+# Of layers made for low precisions, counted as fp32: one has up to 24 forms while the best of them is looked for.
+MAX_LOW_BYTES = 256 << 20
 
 # The precision and form of each layer that is not fp32, in the order of layers.
 LayerAt = tuple[tuple[str, Precision, Form | None], ...]
@@ -47,7 +51,8 @@ class LayerModules:
             f"layer:{name}": [module for _, module in found] for name, found in zip(names, paths.values(), strict=True)
         }
         self._paths = {name: found[0][0] for name, found in zip(self._modules, paths.values(), strict=True)}
-        self._low: dict[tuple[str, int, Precision, Form | None], LowLinear] = {}
+        self._low: OrderedDict[tuple[str, int, Precision, Form | None], tuple[LowLinear, int]] = OrderedDict()
+        self._low_bytes = 0
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -69,9 +74,14 @@ class LayerModules:
         return self._modules[layer]
 
     def low(self, layer: str, position: int, precision: Precision, form: Form | None) -> LowLinear:
-        """A module of a layer at a precision; made once. Raises `ModelError` for one that is no plain fp32 layer."""
+        """A module of a layer at a precision; those used last are kept.
+
+        Raises `ModelError` for one that is no plain fp32 layer.
+        """
         key = (layer, position, precision, form)
-        if key not in self._low:
+        if key in self._low:
+            self._low.move_to_end(key)
+        else:
             module = self._modules[layer][position]
             if type(module).forward is not nn.Linear.forward or module.weight.dtype != torch.float32:
                 raise ModelError(
@@ -79,14 +89,15 @@ class LayerModules:
                     "or another type of weight; fix it to fp32 in space.units"
                 )
             try:
-                self._low[key] = low_linear(module.weight, module.bias, precision, form)
+                low = low_linear(module.weight, module.bias, precision, form)
             except WeightError as error:
                 raise WeightError(f'"{layer}": {error}; fix it to fp32 or bf16 in space.units') from None
-        return self._low[key]
-
-    def forget(self) -> None:
-        """Drop what was made for low precisions."""
-        self._low.clear()
+            self._low[key] = low, 4 * module.weight.numel()
+            self._low_bytes += self._low[key][1]
+            while self._low_bytes > MAX_LOW_BYTES and len(self._low) > 1:
+                _, (_, dropped) = self._low.popitem(last=False)
+                self._low_bytes -= dropped
+        return self._low[key][0]
 
     @contextmanager
     def at(self, chosen: LayerAt) -> Iterator[None]:

@@ -132,6 +132,19 @@ def test_watching_changes_no_bit_and_keeps_inputs_from_what_the_model_does_to_th
     torch.testing.assert_close(call.output, functional.linear(call.input, model.left[0].weight, model.left[0].bias))
 
 
+def test_low_layers_are_kept_up_to_a_bound(model, monkeypatch):
+    layers = LayerModules(model)
+    size = 4 * model.again.weight.numel()
+    monkeypatch.setattr("lowprec.models.layers.MAX_LOW_BYTES", 2 * size)
+    forms = [LayerForm(WeightScale.CHANNEL, ClipRange.MINMAX, outliers=k) for k in (0, 0.1, 0.2)]
+    first, second, _ = made = [layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, form) for form in forms]
+    # Of three, the last two are kept; one that is asked for again is the youngest of them.
+    assert layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, forms[1]) is second
+    assert layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, forms[0]) is not first
+    assert layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, forms[1]) is second
+    assert layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, forms[2]) is not made[2]
+
+
 class Wrapped(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
