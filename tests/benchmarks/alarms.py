@@ -25,14 +25,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from demo_examples import exact_logits, mixed_plans, read_examples
-from demo_model import large_demo_config
+from demo_examples import one_mixed_plan
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from lowprec.evaluation.confidence import RatioMoments
 from lowprec.monitor.promise import Evidence, Promise
-from lowprec.search import open_job
 
 Float = NDArray[np.float64]
 
@@ -64,12 +62,9 @@ class Year:
 
 
 def make_pool() -> Pool:
-    job = open_job(large_demo_config())
-    examples = read_examples(job)
-    profile = examples.profile(np.arange(len(examples)))
-    (plan,) = mixed_plans(job, profile, kl_pct=BUDGET, count=1, rng=np.random.default_rng(0))
+    _, examples, logits = one_mixed_plan(BUDGET)
     z, y = examples.reference.astype(float), examples.labels.astype(float)
-    change = exact_logits(job, [plan])[plan].astype(float) - z
+    change = logits.astype(float) - z
     loss = np.logaddexp(0, z) - y * z
     edges = np.quantile(z, np.arange(1, NUM_BINS) / NUM_BINS)
 

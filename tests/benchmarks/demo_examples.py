@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from demo_model import large_demo_config
 from numpy.typing import NDArray
 
 from lowprec.evaluation.exact import BatchLogits
@@ -20,7 +21,7 @@ from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask
 from lowprec.evaluation.worker import evaluator_of, load_adapter
 from lowprec.models.adapter import Gradients
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import Job
+from lowprec.search import Job, open_job
 from lowprec.traffic import SyntheticSpec
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.synthetic_truth import Truth
@@ -139,6 +140,15 @@ def true_probabilities(job: Job, windows: Sequence[str] = WINDOWS) -> NDArray[np
     truth = Truth(SyntheticSpec.from_dict(job.config.traffic.synthetic))
     logits = [truth.logits(batch.times, batch.dense, batch.sparse) for batch in _batches(job, windows)]
     return 1 / (1 + np.exp(-np.concatenate(logits)))
+
+
+def one_mixed_plan(kl_pct: float) -> tuple[Job, Examples, Single]:
+    """The large demo, its held-out examples, and the exact logits float32[N] of a mixed plan with this KL gap."""
+    job = open_job(large_demo_config())
+    examples = read_examples(job)
+    profile = examples.profile(np.arange(len(examples)))
+    (plan,) = mixed_plans(job, profile, kl_pct=kl_pct, count=1, rng=np.random.default_rng(0))
+    return job, examples, exact_logits(job, [plan])[plan]
 
 
 def mixed_plans(

@@ -14,12 +14,9 @@ import json
 
 import numpy as np
 import torch
-from demo_examples import exact_logits, mixed_plans, read_examples, true_probabilities
-from demo_model import large_demo_config
+from demo_examples import one_mixed_plan, true_probabilities
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-
-from lowprec.search import open_job
 
 Float = NDArray[np.float64]
 
@@ -52,12 +49,9 @@ def examples_to_see(before: tuple[Float, Float], after: tuple[Float, Float]) -> 
 
 def main() -> None:
     torch.set_num_threads(1)
-    job = open_job(large_demo_config())
-    examples = read_examples(job)
-    profile = examples.profile(np.arange(len(examples)))
-    (plan,) = mixed_plans(job, profile, kl_pct=BUDGET, count=1, rng=np.random.default_rng(0))
+    job, examples, logits = one_mixed_plan(BUDGET)
     z, y = examples.reference.astype(float), examples.labels.astype(float)
-    change = exact_logits(job, [plan])[plan].astype(float) - z
+    change = logits.astype(float) - z
     truth = true_probabilities(job)
     own = 1 / (1 + np.exp(-z))
 
