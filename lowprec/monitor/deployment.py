@@ -44,7 +44,7 @@ class Deployment:
         )
         parts = {
             "name": config.name,
-            "units": {name: [str(p), str(file.row_range(name))] for name, p in file.plan.items()},
+            "units": {name: [str(p), *_details(file, name)] for name, p in file.plan.items()},
             "checkpoint": file.checkpoint_sha256,
             "traffic": traffic,
             "model": [config.model.factory, config.model.args],
@@ -55,3 +55,9 @@ class Deployment:
         }
         text = json.dumps(parts, sort_keys=True, default=str)
         return cls(hashlib.sha256(text.encode()).hexdigest()[:16], config.name, file, budget, watch.judge_by)
+
+
+def _details(file: PlanFile, unit: str) -> list[object]:
+    """What a plan says of a unit beside its precision."""
+    form = file.layer_forms.get(unit)
+    return [str(file.row_range(unit))] if form is None else [form.to_dict()]

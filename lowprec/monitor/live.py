@@ -100,7 +100,7 @@ class LiveModels:
             self._progress.note(f"model.checkpoint {certified}: is gone, so ranges of rows are not compared with it")
             return []
         tensors = live.job.adapter.weight_names
-        found = grown_ranges(live.job.units, tensors, certified, live.path, precisions_of(live.plan))
+        found = grown_ranges(live.job.units, tensors, certified, live.path, live.plan)
         with path.whole_file() as partial:
             partial.write_text(json.dumps([growth.to_dict() for growth in found]))
         return found

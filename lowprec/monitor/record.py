@@ -143,7 +143,7 @@ class MonitorRecord:
             event=event,
             state=state,
             window_start=max((row["window_start"] for row in self._windows()), default=0),
-            window_text="",
+            window_text="no window",
             raised_at=moment,
             message=message,
             proposed_plan=None,

@@ -64,8 +64,11 @@ def run_monitor(
     except (ConfigError, PlanError):
         raise
     except LowprecError as error:
-        record.add_failed_run(str(error), moment)
-        tell_failed_run(config, record, deployment.budget_pct, note=listener.note)
+        try:
+            record.add_failed_run(str(error), moment)
+            tell_failed_run(config, record, deployment.budget_pct, note=listener.note)
+        except LowprecError as another:
+            listener.note(f"nobody is told of it: {another}")
         raise
     record.add_good_run(moment)
     return monitor.run(since, until)

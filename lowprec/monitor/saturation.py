@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.models.checkpoint import read_rows
-from lowprec.plan import Unit
+from lowprec.plan import Plan, Unit
 
 __all__ = ["GROWTH", "RangeGrowth", "grown_ranges"]
 
@@ -46,16 +46,15 @@ class RangeGrowth:
 
 
 def grown_ranges(
-    units: tuple[Unit, ...], tensors: Mapping[str, str], certified: str, now: str, precisions: Mapping[str, str]
+    units: tuple[Unit, ...], tensors: Mapping[str, str], certified: str, now: str, plan: Plan
 ) -> list[RangeGrowth]:
     """The tables with rows that grew, worst first; both checkpoints are read a stretch of rows at a time.
 
-    tensors: the name of each table's weight in a checkpoint. precisions: of the plan; a range means nothing to tables
-    at fp32 and fp16.
+    tensors: the name of each table's weight in a checkpoint. A range means nothing to tables at fp32 and fp16.
     """
     found = []
     for unit in units:
-        if not precisions[unit.name].startswith("int"):
+        if not plan[unit.name].is_rowwise:
             continue
         step = max(1, _BYTES_AT_ONCE // (4 * unit.dim))
         num_grown, worst, row = 0, 0.0, -1

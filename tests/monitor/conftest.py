@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -33,14 +34,14 @@ def deployed(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..
         config = small_config(*(LONGER if longer else WATCH), *overrides)
         job = open_job(config)
         path = tmp_path / "plan.json"
-        plan = Plan.uniform(job.units, precision)
+        plan = Plan({unit.name: Precision.FP32 if unit.is_layer else precision for unit in job.units})
         write_plan(
             PlanFile(
                 plan=plan,
                 model=config.model.factory,
                 checkpoint_sha256=job.checkpoint_sha256,
                 size_bytes=job.space.size_bytes(plan),
-                row_ranges=dict.fromkeys(plan, RowRange.MINMAX),
+                row_ranges={unit.name: RowRange.MINMAX for unit in job.units if not unit.is_layer},
                 evidence={"budget_pct": budget},
             ),
             path,
@@ -54,7 +55,7 @@ def deployed(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..
 def monitored() -> Callable[..., MonitorOutcome]:
     """A run of the monitor on January 11."""
 
-    def run(config: Config, plan: Path, now: datetime = NOW, **bounds: str) -> MonitorOutcome:
+    def run(config: Config, plan: Path, now: datetime = NOW, **bounds: Any) -> MonitorOutcome:
         return run_monitor(config, plan, now=now, **bounds)
 
     return run

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -10,11 +11,14 @@ import pyarrow.compute as pc
 import pytest
 
 from lowprec.errors import CheckpointError, ConfigError, PlanError
-from lowprec.plan import TABLE_PRECISIONS, Precision, read_plan
+from lowprec.layer_form import LayerForm
+from lowprec.monitor.deployment import Deployment
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange, read_plan, write_plan
 from lowprec.results import ResultsStore
 from lowprec.search import open_job
 
 JAN_10 = int(datetime(2026, 1, 10, tzinfo=UTC).timestamp())
+LAYERS = "space.layers=[fp32, fp16, int8_dynamic]"
 HALF_DAYS = "monitor.window=12h"
 
 
@@ -250,6 +254,29 @@ def test_each_window_names_the_snapshot_that_was_live(deployed, monitored, small
     assert all(g["num_grown"] == g["num_rows"] and g["factor"] == pytest.approx(3, rel=1e-3) for g in grown)
     assert any("coarser steps" in warning for warning in outcome.windows[1]["warnings"])
     assert states(outcome)[0] == "ok" and json.loads(first["saturation_json"]) == []
+
+
+def test_ranges_are_compared_of_tables_that_have_some(deployed, monitored, small_folder, tmp_path):
+    scaled_copy(small_folder / "model.safetensors", tmp_path / "model-2026-01-09.safetensors", 3.0)
+    config, path = deployed(f"monitor.checkpoint={tmp_path}/model-%Y-%m-%d.safetensors", LAYERS)
+    file = read_plan(path, units=None, checkpoint_sha256=None)
+    low = {"layer:top.0": Precision.FP16}
+    plan = file.plan.replace({unit: Precision.FP32 for unit in file.plan} | {"table:c1": Precision.INT8} | low)
+    write_plan(replace(file, plan=plan, row_ranges={"table:c1": RowRange.MINMAX}), path)
+    monitored(config, path)
+    (found,) = {row["saturation_json"] for row in rows(config)}
+    assert [growth["table"] for growth in json.loads(found)] == ["table:c1"]
+
+
+def test_another_form_of_a_layer_is_another_deployment(deployed):
+    config, path = deployed(LAYERS)
+    file = read_plan(path, units=None, checkpoint_sha256=None)
+    plan = file.plan.replace({"layer:top.0": Precision.INT8_DYNAMIC})
+    keys = set()
+    for form in (LayerForm(input_bits=8), LayerForm(input_bits=8, outliers=0.1)):
+        write_plan(replace(file, plan=plan, layer_forms={"layer:top.0": form}), path)
+        keys.add(Deployment.of(config, path).key)
+    assert len(keys) == 2
 
 
 def scaled_copy(source, target, factor):

@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from lowprec.config import WebhookConfig, WindowConfig
-from lowprec.errors import ConfigError, TrafficError
+from lowprec.errors import ConfigError, ResultsError, TrafficError
 from lowprec.monitor.life import Life
 from lowprec.monitor.webhook import due_alerts, webhook_url
 from lowprec.plan import Precision
@@ -250,6 +250,21 @@ def test_traffic_that_cannot_be_read_is_told_and_so_is_its_end(deployed, monitor
     with pytest.raises(TrafficError):
         monitored(config, plan)
     assert hook.seen[2]["event"] == "opened" and hook.seen[2]["dedup_key"] != told["dedup_key"]
+
+
+def test_what_cannot_be_told_hides_no_error(deployed, monitored, traffic_copy, monkeypatch):
+    folder = traffic_copy()
+    config, plan = deployed(f"traffic.path={folder}")
+    (folder / "part.parquet").write_bytes(b"no Parquet")
+    notes = []
+
+    def full(*_):
+        raise ResultsError("results: no space left")
+
+    monkeypatch.setattr("lowprec.monitor.record.MonitorRecord.add_failed_run", full)
+    with pytest.raises(TrafficError, match=r"part\.parquet"):
+        monitored(config, plan, progress=SimpleNamespace(note=notes.append))
+    assert notes == ["nobody is told of it: results: no space left"]
 
 
 def test_the_textfile_has_the_state_of_the_deployment_and_not_of_the_run(deployed, monitored, tmp_path, monkeypatch):
