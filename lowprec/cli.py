@@ -320,13 +320,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         code = exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
-        signal.setitimer(signal.ITIMER_REAL, 0)
         is_term = signal.SIGTERM in asked
         click.echo("terminated" if is_term else "interrupted", err=True)
         code = exit_codes.TERMINATED if is_term else exit_codes.INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
+    finally:
+        # Also where a command took being interrupted for its end, as one that only looks at a job does.
+        signal.setitimer(signal.ITIMER_REAL, 0)
     sys.exit(code if isinstance(code, int) else 0)
 
 

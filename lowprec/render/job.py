@@ -26,7 +26,7 @@ def render_dry_run(document: Mapping[str, Any]) -> None:
 
 def _render_job(document: Mapping[str, Any]) -> None:
     table = Table(
-        "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=f"{document['name']}: tables"
+        "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=f"{document['name']}: units"
     )
     for unit in document["units"]:
         table.add_row(

@@ -29,7 +29,7 @@ from lowprec.evaluation.worker import (
 )
 from lowprec.models.adapter import ModelAdapter, inputs_of
 from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_mapped
-from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit
+from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit, is_layer
 from lowprec.search.costs import Costs, open_costs
 from lowprec.search.placement import Demand, demand_of, place
 from lowprec.search.space import SearchSpace, build_space
@@ -103,7 +103,7 @@ class Job:
             self.window("search"),
             self.spec.row_ranges,
             batch_size=self.config.traffic.batch_size,
-            num_low=len({precision for _, precision in self.columns}),
+            num_low=len({precision for unit, precision in self.columns if not is_layer(unit)}),
         )
 
     def with_row_ranges(self, row_ranges: Mapping[str, RowRange]) -> Job:
