@@ -109,7 +109,7 @@ def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables
     expected = model.state_dict(keep_vars=True)
     tied = _tied(expected, source)
     _check_fit(expected, tied, source, path)
-    tables = _table_weights(model)
+    tables, looked_up = _weights_of(model, nn.EmbeddingBag), _weights_of(model, nn.Embedding)
     state: dict[str, Tensor] = {}
     cast: dict[str, str] = {}
     for name, wanted in expected.items():
@@ -124,6 +124,10 @@ def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables
             tensor = _cast(tensor, wanted.dtype, f'checkpoint {path}: "{name}"')
         if name not in tables:
             _check_finite(tensor, f'checkpoint {path}: "{name}"')
+            if name not in looked_up:
+                # Products of matrices and vectors differ in their last bits with the alignment of memory, and where a
+                # tensor lies in a file must not decide them.
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
         state[name] = tensor
     for name, twin in tied.items():
         if state[twin].is_meta:
@@ -242,9 +246,9 @@ def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: 
         raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(misshapen[:3])}{more}{_FITTING}")
 
 
-def _table_weights(model: nn.Module) -> frozenset[str]:
-    bags = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.EmbeddingBag))
-    return frozenset(f"{name}.weight" if name else "weight" for name, _ in bags)
+def _weights_of(model: nn.Module, kind: type[nn.Module]) -> frozenset[str]:
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+    return frozenset(f"{name}.weight" if name else "weight" for name, _ in found)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_formats import every_format, model_with, state_of, write_distributed, write_one
+from safetensors.torch import save_file
 from torch import nn
 
 from lowprec.errors import CheckpointError, WeightError
@@ -109,3 +110,20 @@ def test_a_model_whose_only_child_is_called_model_is_not_taken_for_a_nested_chec
     load_checkpoint(loaded, folder)
     torch.testing.assert_close(loaded.model.weight, saved.model.weight, check_stride=False)
     np.testing.assert_array_equal(read_rows(folder, "model.weight", 1, 2), saved.model.weight[1:2].detach().numpy())
+
+
+def test_where_a_tensor_lies_in_a_file_decides_no_bit(tmp_path):
+    """Products of matrices and vectors depend on the alignment of memory in their last bits."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(1, 256), torch.randn(1000, 256)
+    found = []
+    for k in range(4):
+        # The tensor before it, by name, moves it by four bytes.
+        save_file({"a": torch.zeros(k + 1), "over.weight": weight}, tmp_path / f"{k}.safetensors")
+        model = nn.Module()
+        model.register_buffer("a", torch.zeros(k + 1))
+        model.over = nn.Linear(256, 1, bias=False)
+        load_checkpoint(model, tmp_path / f"{k}.safetensors")
+        found.append(model.over(x))
+        assert model.over.weight.data_ptr() % 64 == 0
+    assert all(torch.equal(found[0], other) for other in found)
