@@ -118,6 +118,11 @@ class ModelAdapter:
         return tuple(Unit(f"table:{n}", *map(int, b[0].weight.shape)) for n, b in self._bags.items())
 
     @property
+    def bags(self) -> dict[str, tuple[nn.EmbeddingBag, ...]]:
+        """The modules of every table, by unit name."""
+        return {f"table:{name}": tuple(bags) for name, bags in self._bags.items()}
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weight [num_rows, dim] of every table, by unit name; no copy."""
         return {f"table:{name}": bags[0].weight.detach() for name, bags in self._bags.items()}

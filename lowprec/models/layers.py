@@ -156,7 +156,7 @@ def _called(low: LowLinear) -> Callable[..., Tensor]:
     """A forward that takes inputs of any number of dimensions."""
 
     def forward(input: Tensor) -> Tensor:
-        flat = low(input.reshape(-1, input.shape[-1]).contiguous())
+        flat: Tensor = low(input.reshape(-1, input.shape[-1]).contiguous())
         return flat.reshape(*input.shape[:-1], flat.shape[-1])
 
     return forward

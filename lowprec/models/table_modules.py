@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ModelError
-from lowprec.ops.bags import BagCall
+from lowprec.ops.bags import BagCall, flat_bags
 
 __all__ = ["check_ids", "check_not_shared", "check_plain", "check_supported", "normalised", "short_names"]
 
@@ -64,22 +64,13 @@ def normalised(
     table: str, bag: nn.EmbeddingBag, ids: Tensor, offsets: Tensor | None, weights: Tensor | None, output: Tensor
 ) -> BagCall:
     """A call as lowprec looks it up: flat ids, B + 1 offsets, no padding."""
-    if ids.dim() == 2:
-        num_bags, width = ids.shape
-        offsets = torch.arange(num_bags + 1) * width
-    elif offsets is None:
-        raise ModelError(f'model: "{table}" was called with a flat list of ids and no offsets')
-    elif not bag.include_last_offset:
-        offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
-    ids, offsets = ids.reshape(-1).long(), offsets.long()
-    weights = None if weights is None else weights.reshape(-1).float()
-    if bag.padding_idx is not None:
-        keep = ids != bag.padding_idx
-        kept_before = torch.cat([offsets.new_zeros(1), keep.cumsum(0)])
-        ids, offsets, weights = ids[keep], kept_before[offsets], None if weights is None else weights[keep]
-    return BagCall(
-        table, ids.contiguous(), offsets.contiguous(), weights, "mean" if bag.mode == "mean" else "sum", output
-    )
+    try:
+        bags = flat_bags(
+            ids, offsets, weights, include_last_offset=bag.include_last_offset, padding_idx=bag.padding_idx
+        )
+    except ValueError as error:
+        raise ModelError(f'model: "{table}" {error}') from None
+    return BagCall(table, *bags, "mean" if bag.mode == "mean" else "sum", output)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

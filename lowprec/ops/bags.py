@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowprec.ops.fbgemm import Pooling
 
-__all__ = ["BagCall"]
+__all__ = ["BagCall", "flat_bags"]
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,31 @@ class BagCall:
     weights: Tensor | None
     mode: Pooling
     output: Tensor
+
+
+def flat_bags(
+    ids: Tensor,
+    offsets: Tensor | None,
+    weights: Tensor | None,
+    *,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of an `nn.EmbeddingBag` as `BagCall` has them: flat ids, B + 1 offsets, no padding, weights fp32.
+
+    ids: int[num_ids], with offsets, or int[B, n] without. Raises `ValueError` for a flat list of ids without offsets.
+    """
+    if ids.dim() == 2:
+        num_bags, width = ids.shape
+        offsets = torch.arange(num_bags + 1) * width
+    elif offsets is None:
+        raise ValueError("was called with a flat list of ids and no offsets")
+    elif not include_last_offset:
+        offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
+    ids, offsets = ids.reshape(-1).long(), offsets.long()
+    weights = None if weights is None else weights.reshape(-1).float()
+    if padding_idx is not None:
+        keep = ids != padding_idx
+        kept_before = torch.cat([offsets.new_zeros(1), keep.cumsum(0)])
+        ids, offsets, weights = ids[keep], kept_before[offsets], None if weights is None else weights[keep]
+    return ids.contiguous(), offsets.contiguous(), weights

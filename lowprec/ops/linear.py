@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lowprec.errors import KernelError, WeightError
@@ -19,10 +19,18 @@ from lowprec.ops.clip import weight_bound
 from lowprec.ops.reference.linear import WEIGHT_CODES, emulated_linear, quantize_weights
 from lowprec.plan import Precision
 
-__all__ = ["LowLinear", "low_linear", "outlier_positions", "safe_input_bits", "weight_scales"]
+__all__ = [
+    "LowLinear",
+    "low_linear",
+    "outlier_positions",
+    "safe_input_bits",
+    "served_linear",
+    "stored_linear",
+    "weight_scales",
+]
 
-# y = f(x): float32[B, in] to float32[B, out].
-LowLinear = Callable[[Tensor], Tensor]
+# Called with float32[B, in], it returns float32[B, out].
+LowLinear = nn.Module
 
 _ENGINE = "fbgemm"
 FP16_MAX = 65504.0
@@ -40,20 +48,64 @@ def low_linear(
 
     Raises `KernelError` where PyTorch has no such operator on this CPU, `WeightError` for a weight beyond fp16.
     """
+    return served_linear(stored_linear(weight, bias, precision, form), precision, form)
+
+
+def stored_linear(
+    weight: Tensor, bias: Tensor | None, precision: Precision, form: LayerForm | Arithmetic | None = None
+) -> dict[str, Tensor]:
+    """What serving stores of the layer: all that `served_linear` needs beside precision and form.
+
+    weight: float32[out, in] (fp32, emulated), float16, bfloat16, or for int8 `codes` int8[out, in] and `scales`
+    float32[out or 1], with `outlier_rows`, `outlier_columns` int64[n] and `outliers` float32[n] where the form has
+    some. bias: float32[out] (bfloat16 at bf16) where there is one. Raises `WeightError` for a weight beyond fp16.
+    """
     weight = weight.detach()
-    bias = None if bias is None else bias.detach()
-    if precision is Precision.FP32:
-        return lambda x: linear(x, weight, bias)
+    biases = {} if bias is None else {"bias": bias.detach()}
+    if precision in (Precision.FP32, Precision.EMULATED):
+        return {"weight": weight, **biases}
     if precision is Precision.BF16:
-        low, low_bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-        return lambda x: linear(x.bfloat16(), low, low_bias).float()
+        return {name: tensor.bfloat16() for name, tensor in {"weight": weight, **biases}.items()}
     if precision is Precision.FP16:
-        return _fp16(weight, bias)
+        largest = float(weight.abs().max())
+        if largest > FP16_MAX:
+            raise WeightError(f"a weight of {largest:g} is beyond fp16 (65504)")
+        return {"weight": weight.half(), **biases}
+    assert isinstance(form, LayerForm), "an int8 layer has a form"
+    rows, columns = outlier_positions(weight, form.outliers)
+    outliers = weight[rows, columns]
+    main = weight.clone()
+    main[rows, columns] = 0.0
+    scale = weight_scales(main, form)
+    codes = torch.from_numpy(quantize_weights(main.numpy(), scale.numpy()))
+    scales = scale[:, 0] if form.weights is WeightScale.CHANNEL else scale[0]
+    found = {"codes": codes, "scales": scales.clone(), **biases}
+    return found | {"outlier_rows": rows, "outlier_columns": columns, "outliers": outliers} if form.outliers else found
+
+
+def served_linear(
+    stored: Mapping[str, Tensor], precision: Precision, form: LayerForm | Arithmetic | None = None
+) -> LowLinear:
+    """The layer that `stored_linear` stored, as a module: float32[B, in] to float32[B, out].
+
+    Raises `KernelError` where PyTorch has no operator for it on this CPU.
+    """
+    bias = stored.get("bias")
+    if precision in (Precision.FP32, Precision.BF16):
+        return _Plain(stored["weight"], bias)
+    if precision is Precision.FP16:
+        # Every fp16 number is an fp32 one, so that what is packed is what is stored.
+        with _engine():
+            return _Fp16(torch.ops.quantized.linear_prepack_fp16(stored["weight"].float(), bias))
     if precision is Precision.EMULATED:
         assert isinstance(form, Arithmetic), "an emulated layer has an arithmetic"
-        return _emulated(weight, bias, form)
+        return _Emulated(stored["weight"], bias, form)
     assert isinstance(form, LayerForm), "an int8 layer has a form"
-    return _int8(weight, bias, form)
+    packed = _packed(stored["codes"], stored["scales"], bias)
+    low = _Int8Static(packed, form) if form.is_static else _Int8Dynamic(packed, form)
+    if "outliers" not in stored:
+        return low
+    return _WithOutliers(low, *(stored[name] for name in ("outlier_rows", "outlier_columns", "outliers")))
 
 
 @cache
@@ -85,59 +137,95 @@ def outlier_positions(weight: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(chosen // weight.shape[1]), torch.from_numpy(chosen % weight.shape[1])
 
 
-def _fp16(weight: Tensor, bias: Tensor | None) -> LowLinear:
-    largest = float(weight.abs().max())
-    if largest > FP16_MAX:
-        raise WeightError(f"a weight of {largest:g} is beyond fp16 (65504)")
-    with _engine():
-        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-    op = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: op(x, packed)
+class _Plain(nn.Module):
+    """Computed in the format of the weight."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x.to(self.weight.dtype), self.weight, self.bias).float()
 
 
-def _int8(weight: Tensor, bias: Tensor | None, form: LayerForm) -> LowLinear:
-    rows, columns = outlier_positions(weight, form.outliers)
-    outliers = weight[rows, columns]
-    main = weight.clone()
-    main[rows, columns] = 0.0
-    packed = _packed(main, bias, form)
-    low: LowLinear
-    if form.is_static:
-        scale, zero_point, top = form.input_scale, form.input_zero_point, 2**form.input_bits - 1
-        assert scale is not None and zero_point is not None
-        static = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        lower, upper = -zero_point * scale, (top - zero_point) * scale
-        if form.input_bits == 8:
-            low = lambda x: static(x, scale, zero_point, packed)  # noqa: E731
-        else:
-            # PyTorch quantizes to 8 bits here whatever the range.
-            low = lambda x: static(x.clamp(lower, upper), scale, zero_point, packed)  # noqa: E731
-    else:
-        dynamic, is_reduced = torch.ops.quantized.linear_dynamic.default, form.input_bits == 7
-        low = lambda x: dynamic(x, packed, is_reduced)  # noqa: E731
-    if not len(outliers):
-        return low
-    return lambda x: low(x).index_add_(1, rows, x[:, columns] * outliers)
+class _Fp16(nn.Module):
+    def __init__(self, packed: Any) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.quantized.linear_dynamic_fp16.default(x, self.packed))
 
 
-def _packed(weight: Tensor, bias: Tensor | None, form: LayerForm) -> Any:
-    scale = weight_scales(weight, form)
-    codes = torch.from_numpy(quantize_weights(weight.numpy(), scale.numpy()))
+class _Int8Dynamic(nn.Module):
+    def __init__(self, packed: Any, form: LayerForm) -> None:
+        super().__init__()
+        self.packed, self.is_reduced = packed, form.input_bits == 7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.quantized.linear_dynamic.default(x, self.packed, self.is_reduced))
+
+
+class _Int8Static(nn.Module):
+    def __init__(self, packed: Any, form: LayerForm) -> None:
+        super().__init__()
+        assert form.input_scale is not None and form.input_zero_point is not None
+        self.packed, self.scale, self.zero_point = packed, form.input_scale, form.input_zero_point
+        top = 2**form.input_bits - 1
+        self.lower, self.upper = -self.zero_point * self.scale, (top - self.zero_point) * self.scale
+        self.is_reduced = form.input_bits == 7
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_reduced:  # PyTorch quantizes to 8 bits here whatever the range
+            x = x.clamp(self.lower, self.upper)
+        op = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        return cast(Tensor, op(x, self.scale, self.zero_point, self.packed))
+
+
+class _WithOutliers(nn.Module):
+    """A layer and the few weights beside it that stay fp32."""
+
+    rows: Tensor
+    columns: Tensor
+    outliers: Tensor
+
+    def __init__(self, low: nn.Module, rows: Tensor, columns: Tensor, outliers: Tensor) -> None:
+        super().__init__()
+        self.low = low
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
+        self.register_buffer("outliers", outliers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.low(x)
+        return y.index_add_(1, self.rows, x[:, self.columns] * self.outliers)
+
+
+class _Emulated(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self._weight, self._bias = weight.numpy(), None if bias is None else bias.numpy()
+        self._arithmetic = arithmetic
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(emulated_linear(x.numpy(), self._weight, self._bias, self._arithmetic))
+
+
+def _packed(codes: Tensor, scales: Tensor, bias: Tensor | None) -> Any:
     # A row of zeros has scale 0, which PyTorch refuses; with codes of zero any scale says the same.
-    usable = torch.where(scale > 0, scale, 1.0)[:, 0].double()
+    usable = torch.where(scales > 0, scales, 1.0).double()
     zeros = torch.zeros(len(codes), dtype=torch.int64)
     with warnings.catch_warnings(), _engine():
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # deprecated, and nothing in its place yet
-        if form.weights is WeightScale.CHANNEL:
+        if len(scales) == len(codes):
             quantized = torch._make_per_channel_quantized_tensor(codes, usable, zeros, 0)
         else:
             quantized = torch._make_per_tensor_quantized_tensor(codes, float(usable[0]), 0)
         return torch.ops.quantized.linear_prepack(quantized, bias)
-
-
-def _emulated(weight: Tensor, bias: Tensor | None, arithmetic: Arithmetic) -> LowLinear:
-    w, b = weight.numpy(), None if bias is None else bias.numpy()
-    return lambda x: torch.from_numpy(emulated_linear(x.numpy(), w, b, arithmetic))
 
 
 @contextmanager

@@ -1,0 +1,74 @@
+"""A served table answers like `nn.EmbeddingBag` over the restored rows, however it is called."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lowprec import ops
+from lowprec.errors import ModelError
+from lowprec.ops.served_bag import ServedBag
+from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
+
+LOW = [p for p in TABLE_PRECISIONS if p is not Precision.FP32]
+
+
+def both(precision, dim=13, **options):
+    """A served table, and PyTorch's over its restored rows."""
+    rows = np.random.default_rng(0).standard_normal((50, dim), dtype=np.float32)
+    stored = ops.quantize(rows, precision, row_range=RowRange.MINMAX)
+    restored = torch.from_numpy(ops.dequantize(stored, precision, dim))
+    served = {"include_last_offset": False, "mode": "sum"} | options
+    plain = nn.EmbeddingBag.from_pretrained(restored, **served)
+    return ServedBag(torch.from_numpy(stored), precision, dim, **served), plain
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_bags_by_offsets(precision, mode, dtype):
+    ids, ends = torch.tensor([1, 2, 49, 3, 3], dtype=dtype), torch.tensor([0, 1, 1, 4], dtype=dtype)
+    served, plain = both(precision, mode=mode)
+    close(served(ids, ends), plain(ids, ends))
+    served, plain = both(precision, mode=mode, include_last_offset=True)
+    close(served(ids, torch.cat([ends, ends.new_tensor([5])])), plain(ids, torch.cat([ends, ends.new_tensor([5])])))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 7])
+def test_rows_of_ids_and_padding(mode, padding_idx):
+    ids = torch.tensor([[1, 7, 49], [7, 7, 7], [0, 0, 7]])
+    served, plain = both(Precision.INT4, mode=mode, padding_idx=padding_idx)
+    close(served(ids), plain(ids))
+
+
+def test_weights_of_ids():
+    ids, ends, weights = torch.tensor([1, 2, 49]), torch.tensor([0, 2]), torch.tensor([0.5, -2.0, 0.0])
+    served, plain = both(Precision.INT8)
+    close(served(ids, ends, weights), plain(ids, ends, per_sample_weights=weights))
+    served, _ = both(Precision.INT8, mode="mean")
+    with pytest.raises(ModelError, match="weights need sum pooling"):
+        served(ids, ends, weights)
+
+
+@pytest.mark.parametrize("wrong", [50, -2])
+def test_ids_that_are_no_rows_are_refused(wrong):
+    served, _ = both(Precision.INT4)
+    with pytest.raises(RuntimeError, match="idx"):
+        served(torch.tensor([1, wrong]), torch.tensor([0]))
+
+
+def test_rows_of_another_shape_are_refused():
+    with pytest.raises(ModelError, match=r"int4 with dim 13 is uint8\[num_rows, 11\]; got \[5, 10\]"):
+        ServedBag(torch.zeros(5, 10, dtype=torch.uint8), Precision.INT4, 13, mode="sum", include_last_offset=False)
+
+
+def test_the_memory_that_was_given_is_looked_up():
+    served, _ = both(Precision.INT8, dim=8)
+    before = served(torch.tensor([3]), torch.tensor([0]))
+    served.tbe.weights_host[3 * 12 + 4 : 4 * 12] ^= 255
+    assert not torch.equal(served(torch.tensor([3]), torch.tensor([0])), before)
