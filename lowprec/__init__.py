@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "query"]
+__all__ = ["__version__", "load", "query"]
 
 
 def query(sql: str, root: str = "runs") -> Any:
@@ -11,3 +11,10 @@ def query(sql: str, root: str = "runs") -> Any:
     from lowprec.results import query as run_query
 
     return run_query(sql, root)
+
+
+def load(folder: str, *, verify: bool = True) -> Any:
+    """The `torch.nn.Module` of a folder that `lowprec export` wrote; see `lowprec.export.load`."""
+    from lowprec.export import load as load_module
+
+    return load_module(folder, verify=verify)

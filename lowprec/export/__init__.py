@@ -1,5 +1,19 @@
-"""Tables in the form that serving loads."""
+"""What serving loads: a table as a file of stored rows, a whole model as a folder."""
 
+from lowprec.export.manifest import Manifest, read_manifest
+from lowprec.export.module import load
+from lowprec.export.run import Exported, export_plan
 from lowprec.export.tables import StoredTable, write_table
+from lowprec.export.torchrec import per_table_weight_dtype, quantized_state_dict
 
-__all__ = ["StoredTable", "write_table"]
+__all__ = [
+    "Exported",
+    "Manifest",
+    "StoredTable",
+    "export_plan",
+    "load",
+    "per_table_weight_dtype",
+    "quantized_state_dict",
+    "read_manifest",
+    "write_table",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from lowprec.progress import Progress, Silent
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_file import whole_file
 
-__all__ = ["StoredTable", "write_table"]
+__all__ = ["StoredTable", "write_table", "write_table_tensor"]
 
 _BLOCK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class StoredTable:
-    """A file of `num_rows` rows of `row_bytes` bytes, one after the other and nothing else.
+    """A file of `num_rows` rows of `row_bytes` bytes, one after the other, and nothing else but a header if it has one.
 
     A row is what FBGEMM serves: fp16 scale, fp16 bias and packed codes (low-order bits first), or plain fp16 or fp32
     values. `sha256` is that of the file.
@@ -63,11 +64,72 @@ def write_table(
     or Inf or that `precision` cannot hold, `ExportError` where the file cannot be written or is part of the checkpoint,
     `PlanError` for an unknown precision or range.
     """
+    return _write(
+        checkpoint,
+        tensor,
+        out,
+        Precision.parse(str(precision), where="export"),
+        RowRange.parse(str(row_range), where="export"),
+        header=lambda *_: b"",
+        num_threads=num_threads,
+        block_bytes=block_bytes,
+        progress=progress,
+    )
+
+
+def write_table_tensor(
+    checkpoint: Where,
+    tensor: str,
+    out: str | Path,
+    precision: Precision,
+    *,
+    name: str,
+    row_range: RowRange,
+    num_threads: int = 1,
+    progress: Progress | None = None,
+) -> StoredTable:
+    """As `write_table`, as a safetensors file of one tensor called `name`.
+
+    It is uint8[num_rows, row_bytes] for row-wise precisions, float16 or float32[num_rows, dim] for the others.
+    """
+
+    def header(num_rows: int, dim: int, row_bytes: int) -> bytes:
+        kind, size = {Precision.FP32: ("F32", 4), Precision.FP16: ("F16", 2)}.get(precision, ("U8", 1))
+        shape = [num_rows, row_bytes // size]
+        entry = {"dtype": kind, "shape": shape, "data_offsets": [0, num_rows * row_bytes]}
+        about = {"precision": str(precision), "dim": str(dim)}
+        text = json.dumps({"__metadata__": about, name: entry}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    return _write(
+        checkpoint,
+        tensor,
+        out,
+        precision,
+        row_range,
+        header=header,
+        num_threads=num_threads,
+        block_bytes=_BLOCK_BYTES,
+        progress=progress,
+    )
+
+
+def _write(
+    checkpoint: Where,
+    tensor: str,
+    out: str | Path,
+    precision: Precision,
+    row_range: RowRange,
+    *,
+    header: Callable[[int, int, int], bytes],
+    num_threads: int,
+    block_bytes: int,
+    progress: Progress | None,
+) -> StoredTable:
     checkpoint, target = Location.of(checkpoint), Location.of(out).local
     if target is None:
         raise ExportError(f"export {out}: rows are written to a file of this machine; give a path and copy it there")
-    precision = Precision.parse(str(precision), where="export")
-    row_range = RowRange.parse(str(row_range), where="export")
     source = open_tensors(checkpoint, [tensor])
     num_rows, dim = _shape(source, tensor, checkpoint)
     if any(target.exists() and file.local is not None and target.samefile(file.local) for file in source.files):
@@ -76,9 +138,11 @@ def write_table(
     block_rows = max(1, block_bytes // (4 * dim))
     progress = progress or Silent()
     progress.stage(tensor, num_rows)
-    digest = hashlib.sha256()
+    begin = header(num_rows, dim, row_bytes)
+    digest = hashlib.sha256(begin)
     try:
         with whole_file(target) as partial, partial.open("wb") as file:
+            file.write(begin)
             for start, rows in _blocks(source, tensor, num_rows, block_rows):
                 stored = _stored(rows, start, tensor, precision, row_range, num_threads)
                 digest.update(stored.data)

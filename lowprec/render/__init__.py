@@ -1,5 +1,6 @@
 """Documents of commands as text for people."""
 
+from lowprec.render.export import render_export
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.monitor import render_monitor
 from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
@@ -14,6 +15,7 @@ __all__ = [
     "render_calibration",
     "render_doctor",
     "render_dry_run",
+    "render_export",
     "render_frame",
     "render_front",
     "render_job",

@@ -1,0 +1,169 @@
+"""`manifest.json`: what an exported folder holds, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowprec import __version__
+from lowprec.config import Config, load_config
+from lowprec.errors import ConfigError, ExportError
+from lowprec.plan import PlanFile, read_plan
+
+__all__ = [
+    "CONFIG",
+    "DENSE",
+    "MANIFEST",
+    "PLAN",
+    "TORCHREC",
+    "ExportedFile",
+    "ExportedLayer",
+    "ExportedTable",
+    "Manifest",
+    "read_config_and_plan",
+    "read_manifest",
+    "sha256_of",
+]
+
+MANIFEST, CONFIG, PLAN, DENSE = "manifest.json", "config.json", "plan.json", "dense.safetensors"
+TORCHREC = "torchrec.json"
+_SCHEMA_VERSION = 1
+_LAYOUTS = {
+    "rowwise": "uint8[num_rows, row_bytes]: fp16 scale, fp16 bias, codes with the low-order bits first",
+    "plain": "float[num_rows, dim]",
+}
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ExportedTable:
+    """Where the rows of a table are: `tensor` in `file`; `modules` are the paths of the bags that look them up."""
+
+    unit: str
+    precision: str
+    row_range: str | None
+    num_rows: int
+    dim: int
+    row_bytes: int
+    file: str
+    tensor: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """A layer below fp32: its tensors are `PATH.NAME` in the dense file, for each of the paths `modules`."""
+
+    unit: str
+    precision: str
+    form: Mapping[str, Any]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file of the folder."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of it. `files` are the others of the folder, by their path in it. parity, programs: see `export_plan`."""
+
+    name: str
+    checkpoint_sha256: str
+    tables: tuple[ExportedTable, ...]
+    layers: tuple[ExportedLayer, ...]
+    files: Mapping[str, ExportedFile]
+    parity: Mapping[str, Any]
+    programs: Mapping[str, str]
+    lowprec_version: str = __version__
+
+    @property
+    def table_bytes(self) -> int:
+        """Of all stored rows."""
+        return sum(table.num_rows * table.row_bytes for table in self.tables)
+
+    def write(self, folder: Path) -> None:
+        """Write it; raises `OSError`."""
+        document = {"schema_version": _SCHEMA_VERSION, "layouts": _LAYOUTS, "row_alignment": 1, **asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
+
+    def check_files(self, folder: Path) -> None:
+        """Raise `ExportError` naming the first file that is not what was written."""
+        for name, expected in self.files.items():
+            path = folder / name
+            try:
+                size = path.stat().st_size
+                found = sha256_of(path) if size == expected.bytes else None
+            except OSError as error:
+                raise ExportError(f"export {folder}: {name} cannot be read: {error.strerror or error}") from None
+            if found != expected.sha256:
+                what = (
+                    f"it has {size:,} of {expected.bytes:,} bytes"
+                    if found is None
+                    else f"its SHA-256 is {found[:12]} and not {expected.sha256[:12]}"
+                )
+                raise ExportError(
+                    f"export {folder}: {name} is not what the manifest says ({what}); copy the folder again"
+                )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder says of itself; raises `ExportError` where it is no whole export."""
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ExportError(
+            f"export {folder}: has no {MANIFEST}, so it is no export; make one with lowprec export"
+        ) from None
+    except OSError as error:
+        raise ExportError(f"export {folder}: {MANIFEST} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ExportError(f"export {folder}: {MANIFEST} is not JSON: {error}; copy the folder again") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != _SCHEMA_VERSION:
+        raise ExportError(
+            f"export {folder}: {MANIFEST} has schema_version {version!r}, this lowprec reads {_SCHEMA_VERSION}; "
+            "export again"
+        )
+    try:
+        return Manifest(
+            name=document["name"],
+            checkpoint_sha256=document["checkpoint_sha256"],
+            tables=tuple(ExportedTable(**{**t, "modules": tuple(t["modules"])}) for t in document["tables"]),
+            layers=tuple(
+                ExportedLayer(**{**layer, "modules": tuple(layer["modules"])}) for layer in document["layers"]
+            ),
+            files={name: ExportedFile(**file) for name, file in document["files"].items()},
+            parity=document["parity"],
+            programs=document["programs"],
+            lowprec_version=document["lowprec_version"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"export {folder}: {MANIFEST} misses {error}; copy the folder again") from None
+
+
+def read_config_and_plan(folder: Path) -> tuple[Config, PlanFile]:
+    """The config and the plan that were exported."""
+    try:
+        config = load_config(folder / CONFIG)
+    except ConfigError as error:
+        raise ExportError(f"export {folder}: {error}") from None
+    return config, read_plan(folder / PLAN, units=None, checkpoint_sha256=None)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, read a stretch at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,278 @@
+"""A certified plan becomes a folder that serving loads; the order of things."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowprec import ops
+from lowprec.config import Config
+from lowprec.errors import ConfigError, ExportError, WeightError
+from lowprec.export.manifest import (
+    CONFIG,
+    DENSE,
+    PLAN,
+    TORCHREC,
+    ExportedFile,
+    ExportedLayer,
+    ExportedTable,
+    Manifest,
+    sha256_of,
+)
+from lowprec.export.module import load, paths_of
+from lowprec.export.parity import certified_outputs, check_parity, check_program
+from lowprec.export.programs import FILES, write_program
+from lowprec.export.tables import write_table_tensor
+from lowprec.export.torchrec import torchrec_document
+from lowprec.models.adapter import ModelAdapter
+from lowprec.models.tensor_files import open_tensors
+from lowprec.ops.linear import stored_linear
+from lowprec.plan import PlanFile, Precision, read_plan, write_plan
+from lowprec.progress import Progress, Silent
+from lowprec.search import Job, open_job
+from lowprec.sizes import bytes_text
+from lowprec.storage import Location, Where
+from lowprec.storage.whole_folder import whole_folder
+
+__all__ = ["Exported", "export_plan"]
+
+_NUM_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what it was compared with."""
+
+    folder: Path
+    manifest: Manifest
+    fp32_bytes: int
+    plan_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the command."""
+        read = sum(4 * table.num_rows * table.dim for table in self.manifest.tables)
+        return {
+            "folder": str(self.folder),
+            "name": self.manifest.name,
+            "checkpoint_sha256": self.manifest.checkpoint_sha256,
+            "table_bytes": self.manifest.table_bytes,
+            "bytes": self.plan_bytes,
+            "fp32_bytes": self.fp32_bytes,
+            "num_tables": len(self.manifest.tables),
+            "num_low_layers": len(self.manifest.layers),
+            "files": {name: file.bytes for name, file in self.manifest.files.items()},
+            "programs": dict(self.manifest.programs),
+            "parity": dict(self.manifest.parity),
+            "warnings": list(self.notes),
+            "seconds": round(self.seconds, 1),
+            "fp32_gb_per_s": round(read / 1e9 / max(self.seconds, 1e-9), 3),
+        }
+
+
+def export_plan(
+    config: Config,
+    plan_path: Where,
+    out: Where,
+    *,
+    window: str = "confirm",
+    programs: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Exported:
+    """Write what serves a plan of the config's checkpoint to the folder `out`, whole or not at all.
+
+    The tables are read, quantized and written a few megabytes at a time. What was written is then loaded and compared
+    with the evaluation on batches of a window of traffic: pooled embeddings and logits have to be equal to the bit.
+    programs: torchscript, torch_export, each with all weights in one file of its own, compared in the same way.
+
+    Raises `PlanError` where the plan does not fit the model or was made for another checkpoint, `ExportError` where the
+    folder is there already or cannot be written, where a plan has no served form, or what is loaded differs.
+    """
+    began = time.monotonic()
+    listener = progress or Silent()
+    target = Location.of(out).local
+    if target is None:
+        raise ExportError(f"export {out}: is written to a folder of this machine; give a path, and copy it there")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ExportError(f"export {out}: is there already; remove it, or give another folder")
+    if wrong := set(programs) - FILES.keys():
+        raise ConfigError(f"programs: must be among {', '.join(FILES)}; got {', '.join(sorted(wrong))}")
+    # One process: rows are mapped from the checkpoint.
+    alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
+    job = open_job(config.model_copy(update={"evaluation": alone}))
+    file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
+    job = job.as_planned(file)
+    _check_served(file)
+    _check_room(job, file, target)
+    try:
+        with whole_folder(target) as folder:
+            manifest = _write_folder(job, file, folder, listener)
+            module = load(folder)
+            listener.stage("compare with the evaluation", 1 + len(programs))
+            expected = certified_outputs(job, file.plan, window, _NUM_BATCHES)
+            parity = check_parity(job, module, expected, window)
+            listener.advance()
+            for kind in programs:
+                check_program(kind, job, write_program(kind, module, expected[0].inputs, folder), expected)
+                listener.advance()
+            written = {kind: FILES[kind] for kind in programs}
+            files = {**manifest.files, **{name: _described(folder / name) for name in written.values()}}
+            manifest = replace(manifest, parity=parity.to_dict(), programs=written, files=files)
+            manifest.write(folder)
+            del module
+    except FileExistsError:
+        raise ExportError(f"export {out}: is there already; remove it, or give another folder") from None
+    except OSError as error:
+        if isinstance(error, ExportError):
+            raise
+        raise ExportError(f"export {out}: cannot be written: {error.strerror or error}") from None
+    return Exported(
+        folder=target,
+        manifest=manifest,
+        fp32_bytes=job.space.fp32_bytes,
+        plan_bytes=job.space.size_bytes(file.plan),
+        seconds=time.monotonic() - began,
+        notes=_notes(job, file),
+    )
+
+
+def _check_served(file: PlanFile) -> None:
+    emulated = [unit for unit, p in file.plan.items() if p is Precision.EMULATED]
+    if emulated:
+        raise ExportError(
+            f'export: "{emulated[0]}" is emulated, which is a description of an accelerator and nothing that this '
+            "machine serves; give it another precision"
+        )
+
+
+def _check_room(job: Job, file: PlanFile, target: Path) -> None:
+    """Refuse what will not fit before hours of writing."""
+    needed = sum(u.num_rows * ops.row_bytes(u.dim, file.plan[u.name]) for u in job.adapter.units)
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ExportError(
+            f"export {target}: the tables take {bytes_text(needed)} and the disk has {bytes_text(free)} free; make "
+            "room, or choose another folder"
+        )
+
+
+def _notes(job: Job, file: PlanFile) -> tuple[str, ...]:
+    notes = []
+    if file.row_alignment != 1:
+        notes.append(
+            f"the plan counts rows of {file.row_alignment}-byte multiples; files hold them without padding, which "
+            "FBGEMM adds on a GPU"
+        )
+    verdict = file.evidence.get("verdict")
+    if verdict != "certified":
+        notes.append(f"the plan is not certified (its evidence says {verdict or 'nothing'})")
+    if job.adapter.other_embeddings:
+        notes.append(f"nn.Embedding stays fp32: {', '.join(job.adapter.other_embeddings[:3])}")
+    return tuple(notes)
+
+
+def _write_folder(job: Job, file: PlanFile, folder: Path, listener: Progress) -> Manifest:
+    paths = paths_of(job.adapter.model)
+    tables = _write_tables(job, file, folder, paths, listener)
+    (folder / CONFIG).write_text(_served_config(job.config).to_json())
+    write_plan(file, folder / PLAN)
+    (folder / TORCHREC).write_text(json.dumps(torchrec_document(tuple(t for t, _ in tables)), indent=2) + "\n")
+    layers = _write_dense(job.adapter, file, folder, paths)
+    files = {table.file: described for table, described in tables}
+    files |= {name: _described(folder / name) for name in (DENSE, CONFIG, PLAN, TORCHREC)}
+    manifest = Manifest(job.config.name, job.checkpoint_sha256, tuple(t for t, _ in tables), layers, files, {}, {})
+    manifest.write(folder)
+    return manifest
+
+
+def _served_config(config: Config) -> Config:
+    """Without what may hold secrets, and with paths that mean the same from anywhere."""
+    defaults: Any = type(config).model_fields["monitor"].default
+    model = config.model.model_copy(update={"checkpoint": str(Location.of(config.model.checkpoint).absolute())})
+    traffic = config.traffic.model_copy(update={"path": str(Location.of(config.traffic.path).absolute())})
+    return config.model_copy(update={"monitor": defaults, "model": model, "traffic": traffic})
+
+
+def _write_tables(
+    job: Job, file: PlanFile, folder: Path, paths: Mapping[nn.Module, tuple[str, ...]], listener: Progress
+) -> list[tuple[ExportedTable, ExportedFile]]:
+    checkpoint = Location.of(job.spec.checkpoint)
+    names = open_tensors(checkpoint, list(job.adapter.weight_names.values())).shapes
+    (folder / "tables").mkdir()
+    found = []
+    for k, (unit, bags) in enumerate(job.adapter.bags.items()):
+        modules = tuple(path for bag in bags for path in paths[bag])
+        # A weight that several modules share may be stored by the name of any of them.
+        tensor = next((f"{path}.weight" for path in modules if f"{path}.weight" in names), f"{modules[0]}.weight")
+        precision = file.plan[unit]
+        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in unit.removeprefix("table:"))
+        name = f"tables/{k:04d}-{safe[:100]}.safetensors"
+        try:
+            stored = write_table_tensor(
+                checkpoint,
+                tensor,
+                folder / name,
+                precision,
+                name=f"{modules[0]}.weight",
+                row_range=file.row_range(unit),
+                num_threads=job.spec.threads,
+                progress=listener,
+            )
+        except WeightError as error:
+            raise WeightError(f"export: {error}") from None
+        table = ExportedTable(
+            unit=unit,
+            precision=str(precision),
+            row_range=str(file.row_range(unit)) if precision.is_rowwise else None,
+            num_rows=stored.num_rows,
+            dim=stored.dim,
+            row_bytes=stored.row_bytes,
+            file=name,
+            tensor=f"{modules[0]}.weight",
+            modules=modules,
+        )
+        found.append((table, ExportedFile(stored.sha256, (folder / name).stat().st_size)))
+    return found
+
+
+def _write_dense(
+    adapter: ModelAdapter, file: PlanFile, folder: Path, paths: Mapping[nn.Module, tuple[str, ...]]
+) -> tuple[ExportedLayer, ...]:
+    """Everything but the tables: what is fp32 by its name in a state dict, layers below as serving stores them."""
+    low = {u.name: file.plan[u.name] for u in adapter.layers.units if u.name in file.plan}
+    low = {unit: precision for unit, precision in low.items() if precision is not Precision.FP32}
+    gone = {path for bags in adapter.bags.values() for bag in bags for path in paths[bag]}
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for unit, precision in low.items():
+        modules = adapter.layers.modules(unit)
+        form = file.layer_forms.get(unit)
+        for module in modules:
+            stored = stored_linear(module.weight, module.bias, precision, form)
+            tensors |= {f"{path}.{name}": tensor for path in paths[module] for name, tensor in stored.items()}
+        where = tuple(path for module in modules for path in paths[module])
+        layers.append(ExportedLayer(unit, str(precision), form.to_dict() if form else {}, where))
+        gone.update(where)
+    state = {n: t for n, t in adapter.model.state_dict().items() if n.rpartition(".")[0] not in gone}
+    try:
+        # Tensors that share memory are written once for each name.
+        save_file({n: t.detach().clone().contiguous() for n, t in (tensors | state).items()}, folder / DENSE)
+    except SafetensorError as error:
+        raise ExportError(f"export: {DENSE} cannot be written: {error}") from None
+    (folder / DENSE).chmod((folder / TORCHREC).stat().st_mode)  # safetensors makes files that only their owner reads
+    return tuple(layers)
+
+
+def _described(path: Path) -> ExportedFile:
+    return ExportedFile(sha256_of(path), path.stat().st_size)

@@ -1,0 +1,68 @@
+"""What TorchRec users load: precisions by table for `quantize_embeddings`, and the stored rows as its state dict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowprec.errors import ExportError
+from lowprec.export.manifest import TORCHREC, ExportedTable, read_manifest
+
+__all__ = ["per_table_weight_dtype", "quantized_state_dict", "torchrec_document"]
+
+# The names of TorchRec's own: torchrec.modules.embedding_configs, dtype_to_data_type.
+_DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "qint8", "int4": "quint4x2", "int2": "quint2x4"}
+
+
+def torchrec_document(tables: tuple[ExportedTable, ...]) -> dict[str, Any]:
+    """What `torchrec.json` holds. Every table is listed: TorchRec makes one that is missing int8."""
+    return {
+        "per_table_weight_dtype": {_name(table): _DTYPES[table.precision] for table in tables},
+        "state_dict": {table.tensor: table.file for table in tables},
+        "row_range": {_name(table): table.row_range for table in tables if table.row_range},
+    }
+
+
+def per_table_weight_dtype(folder: str | Path) -> dict[str, torch.dtype]:
+    """The argument of that name of TorchRec's `quantize_embeddings`, of an exported folder.
+
+    TorchRec itself quantizes by the range of each row, so that its rows are the certified ones where the plan's
+    row_range is minmax; with others, load `quantized_state_dict` afterwards.
+    """
+    path = Path(folder) / TORCHREC
+    try:
+        names = json.loads(path.read_bytes())["per_table_weight_dtype"]
+        return {table: getattr(torch, dtype) for table, dtype in names.items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"export {folder}: {TORCHREC} cannot be read: {error}; copy the folder again") from None
+
+
+def quantized_state_dict(folder: str | Path, *, row_alignment: int = 16) -> dict[str, Tensor]:
+    """The stored rows of an exported folder under the names that TorchRec's quantized modules have for them.
+
+    uint8[num_rows, bytes of a row rounded up to row_alignment], which is 16 in TorchRec unless a module says otherwise;
+    mapped from the folder where no byte has to be added. For `load_state_dict(..., strict=False)` of what
+    `quantize_embeddings` made.
+    """
+    folder = Path(folder)
+    found = {}
+    for table in read_manifest(folder).tables:
+        try:
+            with safe_open(folder / table.file, framework="pt") as file:
+                rows: Tensor = file.get_tensor(table.tensor)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"export {folder}: {table.file} cannot be read: {error}; copy the folder again") from None
+        stored = rows.view(torch.uint8).view(table.num_rows, table.row_bytes)
+        padding = -table.row_bytes % row_alignment
+        found[table.tensor] = torch.nn.functional.pad(stored, (0, padding)) if padding else stored
+    return found
+
+
+def _name(table: ExportedTable) -> str:
+    """As TorchRec calls it: the last part of the path `...embedding_bags.NAME`."""
+    return table.modules[0].rpartition(".")[2]

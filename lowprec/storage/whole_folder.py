@@ -1,0 +1,45 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["whole_folder"]
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target to write to: it becomes the target when the block ends well, or is removed.
+
+    What was written is on the disk before it becomes the target. A process that is killed meanwhile leaves
+    `NAME.PROCESS.partial` behind, which no reader takes for the target. Folders on the way are made. Raises
+    `FileExistsError` where the target is there already, unless it is an empty folder, and `OSError`.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in (*names, "."):
+                _sync(Path(folder) / name)
+        partial.replace(target)
+        _sync(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+        raise
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
