@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _ROWS_AT_ONCE = 16_384
+# All ones in an fp16 number that is infinite or NaN.
+_FP16_EXPONENT = np.uint16(0x7C00)
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -115,8 +117,9 @@ def first_overflow(stored: NDArray[np.uint8], precision: Precision) -> int:
     """
     if precision is Precision.FP32 or not len(stored):
         return -1
-    halves = np.ascontiguousarray(stored[:, :4] if precision.is_rowwise else stored).view(np.float16)
-    bad = np.flatnonzero(~np.isfinite(halves).all(axis=1))
+    # Bits: NumPy looks at fp16 numbers one by one, several times slower (tried by hand).
+    halves = np.ascontiguousarray(stored[:, :4] if precision.is_rowwise else stored).view(np.uint16)
+    bad = np.flatnonzero(((halves & _FP16_EXPONENT) == _FP16_EXPONENT).any(axis=1))
     return int(bad[0]) if bad.size else -1
 
 
