@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lowprec import __version__, exit_codes
+from lowprec.cli_serving import serving
 from lowprec.cli_submit import as_job, submit
 from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
 
@@ -37,6 +38,8 @@ def cli() -> None:
 
 _command = functools.partial(command, cli)
 cli.add_command(submit)
+for _added in serving.commands.values():
+    cli.add_command(_added)
 
 
 @_command("demo", config=False)
@@ -166,27 +169,6 @@ def verify(config: Config, plan: Location, window: str, budget: float | None, as
     return exit_codes.VERDICTS[outcome.verdict]
 
 
-@_command("export")
-@click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The plan.json to export (a path or URL).")
-@click.option(
-    "--out", type=LOCAL_PATH, required=True, metavar="DIR", help="The folder to write; must not be there yet."
-)
-@click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", help="Traffic to compare on.")
-@click.option("--torchscript", is_flag=True, help="Also as one TorchScript file, which needs no code of the model.")
-@click.option("--torch-export", is_flag=True, help="Also as one file of torch.export.")
-def export(
-    config: Config, plan: Location, out: Path, window: str, torchscript: bool, torch_export: bool, as_json: bool
-) -> None:
-    """Write what serves a plan to a folder for `lowprec.load(DIR)`, after comparing it with what was certified."""
-    from lowprec import console, render
-    from lowprec.export import export_plan
-
-    programs = [name for name, wanted in {"torchscript": torchscript, "torch_export": torch_export}.items() if wanted]
-    with console.Bars().shown() as bars:
-        exported = export_plan(config, plan, out, window=window, programs=programs, progress=bars)
-    show(console.json_document("export", exported.to_dict()), as_json, render.render_export)
-
-
 @_command("monitor")
 @click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The deployed plan.json (a path or URL).")
 @click.option("--since", metavar="TIME", help="Judge windows from here on that were not judged: a date, or an integer.")
@@ -310,6 +292,7 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
 as_job(search, leave_out=("dry_run", "workers", "worker_memory", "network", "calibration", "tables"))
 as_job(verify)
 as_job(monitor, leave_out=("every",))
+as_job(serving.commands["debug"])
 
 
 # A signal that got lost on its way is sent again after so long.

@@ -17,7 +17,7 @@ from lowprec.ops.linear import served_linear
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import PlanFile, Precision
 
-__all__ = ["ServedLinear", "load", "paths_of", "replace_modules"]
+__all__ = ["ServedLinear", "dense_tensors", "load", "paths_of", "replace_modules", "stored_rows"]
 
 
 class ServedLinear(nn.Module):
@@ -58,7 +58,7 @@ def load(folder: str | Path, *, verify: bool = True) -> nn.Module:
         model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
     adapter = ModelAdapter(model)
     _check_units(adapter, manifest, folder)
-    dense = _tensors(folder / DENSE)
+    dense = dense_tensors(folder)
     _load_dense(adapter, manifest, dense, folder)
     replace_modules(model, {**_bags(adapter, manifest, folder), **_layers(adapter, manifest, file, dense)})
     return model.eval().requires_grad_(False)
@@ -94,7 +94,9 @@ def _check_units(adapter: ModelAdapter, manifest: Manifest, folder: Path) -> Non
         )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def dense_tensors(folder: Path) -> dict[str, Tensor]:
+    """Everything but the tables, as it is stored; raises `ExportError` where it cannot be read."""
+    path = folder / DENSE
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
@@ -125,7 +127,7 @@ def _bags(adapter: ModelAdapter, manifest: Manifest, folder: Path) -> dict[nn.Mo
     found: dict[nn.Module, nn.Module] = {}
     for table in manifest.tables:
         precision = Precision.parse(table.precision, where=f'export {folder}: "{table.unit}"')
-        rows = _rows(folder, table)
+        rows = stored_rows(folder, table)
         for bag in adapter.bags[table.unit]:
             if precision is Precision.FP32:
                 # What was certified at fp32 is the model's own lookup.
@@ -142,7 +144,8 @@ def _bags(adapter: ModelAdapter, manifest: Manifest, folder: Path) -> dict[nn.Mo
     return found
 
 
-def _rows(folder: Path, table: ExportedTable) -> Tensor:
+def stored_rows(folder: Path, table: ExportedTable) -> Tensor:
+    """The rows of a table, mapped: uint8[num_rows, row_bytes], or float of plain ones; raises `ExportError`."""
     path = folder / table.file
     try:
         with safe_open(path, framework="pt") as file:

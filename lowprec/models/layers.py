@@ -15,7 +15,7 @@ from lowprec.models.table_modules import short_names
 from lowprec.ops.linear import LowLinear, low_linear
 from lowprec.plan import Form, Precision, Unit
 
-__all__ = ["LayerAt", "LayerCall", "LayerModules", "replaced_forwards"]
+__all__ = ["LayerAt", "LayerCall", "LayerModules", "any_shape", "replaced_forwards"]
 
 # Of layers made for low precisions, counted as fp32: one has up to 24 forms while the best of them is looked for.
 MAX_LOW_BYTES = 256 << 20
@@ -105,7 +105,7 @@ class LayerModules:
         forwards: dict[nn.Module, Callable[..., Tensor]] = {}
         for layer, precision, form in chosen:
             for position, module in enumerate(self._modules[layer]):
-                forwards[module] = _called(self.low(layer, position, precision, form))
+                forwards[module] = any_shape(self.low(layer, position, precision, form))
         with replaced_forwards(forwards):
             yield
 
@@ -152,11 +152,11 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> It
                 module.__dict__["forward"] = old
 
 
-def _called(low: LowLinear) -> Callable[..., Tensor]:
-    """A forward that takes inputs of any number of dimensions."""
+def any_shape(low: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A forward that takes inputs of any number of dimensions, of one that takes float32[B, in]."""
 
     def forward(input: Tensor) -> Tensor:
-        flat: Tensor = low(input.reshape(-1, input.shape[-1]).contiguous())
+        flat = low(input.reshape(-1, input.shape[-1]).contiguous())
         return flat.reshape(*input.shape[:-1], flat.shape[-1])
 
     return forward

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.confidence import Blocks, RatioMoments, design_effect
 from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
 from lowprec.evaluation.exact import ExactEvaluator
@@ -20,7 +21,7 @@ from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 from lowprec.traffic.batch import Batch
 
-__all__ = ["LabelFreeSums", "Observation", "ObservationPart", "UnitSums", "WindowObservation", "observe"]
+__all__ = ["LabelFreeSums", "Observation", "ObservationPart", "WindowObservation", "observe"]
 
 Float = NDArray[np.float64]
 
@@ -61,27 +62,6 @@ class LabelFreeSums:
         gk, gh = self.groups.values
         terms = (gk, gh, gk**2, gk * gh, gh**2, gk**4)
         return RatioMoments(len(gk), *(float(v.sum()) for v in terms))
-
-
-@dataclass(frozen=True)
-class UnitSums:
-    """Where the change of a plan comes from: sums over the traced examples for each of K units, float64[K] each.
-
-    With s the first-order change of a logit by a unit, S that of all units together, r = p - y and h = p (1 - p):
-    `first` sums w r s over labelled examples and `first_squares` its square, `second` sums w h s S / 2 over all
-    examples and `second_squares` its square. `second` adds up to the predicted KL divergence of the plan.
-    loss, entropy: float64[1], what the reference loses on the same labelled examples, and its entropy on all of them.
-    """
-
-    first: Float
-    first_squares: Float
-    second: Float
-    second_squares: Float
-    loss: Float
-    entropy: Float
-
-    def __add__(self, other: UnitSums) -> UnitSums:
-        return UnitSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +115,11 @@ class Observation:
         return ObservationPart(
             exact=sums_of_batch(rows.reference, rows.plan[None], rows.labels, batch.weights, batch.groups),
             label_free=_label_free(rows.kl, rows.entropy, batch.groups),
-            units=_no_unit_sums(len(self.units)) if changes is None else _unit_sums(changes, rows),
+            units=(
+                UnitSums.zero(len(self.units))
+                if changes is None
+                else unit_sums(changes, rows.reference, rows.labels, rows.weights)
+            ),
             inputs=tuple(counts_of(part, self.dense_names) for part in parts),
         )
 
@@ -264,24 +248,3 @@ def _label_free(kl: Float, entropy: Float, groups: NDArray[np.int64] | None) -> 
     kk = kl * kl
     terms = (kl, kk, kl * entropy, kk * kk, entropy, entropy * entropy)
     return LabelFreeSums(len(kl), np.array([float(t.sum()) for t in terms]), None)
-
-
-def _unit_sums(changes: NDArray[np.float32], rows: _Rows) -> UnitSums:
-    s = changes.astype(np.float64)
-    known = ~np.isnan(rows.labels)
-    weights, p, labels, z = (of[known] for of in (rows.weights, rows.p, rows.labels, rows.reference))
-    first = s[:, known] * (weights * (p - labels))
-    second = s * (0.5 * rows.weights * rows.p * (1 - rows.p) * s.sum(axis=0))
-    loss = (weights * (softplus(z) - labels * z)).sum()
-    return UnitSums(
-        first=first.sum(axis=1),
-        first_squares=np.square(first).sum(axis=1),
-        second=second.sum(axis=1),
-        second_squares=np.square(second).sum(axis=1),
-        loss=np.array([loss]),
-        entropy=np.array([rows.entropy.sum()]),
-    )
-
-
-def _no_unit_sums(num_units: int) -> UnitSums:
-    return UnitSums(*(np.zeros(size) for size in [num_units] * 4 + [1, 1]))

@@ -23,6 +23,7 @@ __all__ = [
     "LowLinear",
     "low_linear",
     "outlier_positions",
+    "restored_weight",
     "safe_input_bits",
     "served_linear",
     "stored_linear",
@@ -106,6 +107,17 @@ def served_linear(
     if "outliers" not in stored:
         return low
     return _WithOutliers(low, *(stored[name] for name in ("outlier_rows", "outlier_columns", "outliers")))
+
+
+def restored_weight(stored: Mapping[str, Tensor]) -> Tensor:
+    """The weight float32[out, in] that what `stored_linear` stored stands for."""
+    if "codes" not in stored:
+        return stored["weight"].float()
+    weight = stored["codes"].float() * stored["scales"].reshape(-1, 1)
+    if "outliers" in stored:
+        # Their codes are zero.
+        weight[stored["outlier_rows"], stored["outlier_columns"]] += stored["outliers"]
+    return weight
 
 
 @cache

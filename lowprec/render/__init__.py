@@ -1,5 +1,6 @@
 """Documents of commands as text for people."""
 
+from lowprec.render.debug import render_debug, render_debug_comparison
 from lowprec.render.export import render_export
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.monitor import render_monitor
@@ -13,6 +14,8 @@ __all__ = [
     "gap_text",
     "job_commands",
     "render_calibration",
+    "render_debug",
+    "render_debug_comparison",
     "render_doctor",
     "render_dry_run",
     "render_export",

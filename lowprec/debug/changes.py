@@ -1,0 +1,153 @@
+"""The single change that helps most: units restored one at a time, all others as they are, evaluated exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowprec.debug.arms import Arm, Layer, PlannedArm
+from lowprec.debug.report import Change, Suspect
+from lowprec.debug.trace import logits_with
+from lowprec.errors import WeightError
+from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.metrics import sums_of_batch
+from lowprec.layer_form import ClipRange, LayerForm, WeightScale
+from lowprec.models.adapter import ModelAdapter, ReferencePass, inputs_of
+from lowprec.plan import TABLE_PRECISIONS, Form, Precision, is_layer
+from lowprec.search import Job
+from lowprec.traffic.batch import Batch
+
+__all__ = ["best_change"]
+
+# A cheaper change that takes so much of what fp32 would take from the gap is as good.
+_ENOUGH = 0.9
+_NUM_SUSPECTS = 3
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A precision for a unit, or None for what the plan makes of it."""
+
+    unit: str
+    precision: Precision | None
+    form: Form | None = None
+
+    def __str__(self) -> str:
+        return (
+            "as planned" if self.precision is None else " ".join(filter(None, (self.precision, str(self.form or ""))))
+        )
+
+
+def best_change(
+    job: Job,
+    evaluator: ExactEvaluator,
+    arm: Arm,
+    planned: PlannedArm,
+    suspects: Sequence[Suspect],
+    differing: Sequence[str],
+    batches: Sequence[Callable[[], Batch]],
+) -> Change | None:
+    """The change of one of the first suspects that takes most from the label-free gap on the batches.
+
+    A suspect that differs from the plan is put back; of the others, fp32 shows who matters most, and then the cheapest
+    change of that unit is taken that does nearly as much.
+    """
+    first = [suspect.unit for suspect in suspects[:_NUM_SUSPECTS]]
+    if not first:
+        return None
+    trial = _Trial(job.adapter, evaluator, arm, planned, [read() for read in batches])
+    before = trial.kl_pct(None)
+    restored = {unit: _Choice(unit, None if unit in differing else Precision.FP32) for unit in first}
+    after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
+    unit = min(after, key=lambda u: after[u] if math.isfinite(after[u]) else math.inf)
+    taken = before - after[unit] if math.isfinite(before) else math.inf
+    if not taken > 0:
+        return None
+    choice, found, kept = restored[unit], after[unit], 1.0
+    for cheaper in _cheaper(planned, unit) if choice.precision is Precision.FP32 else ():
+        try:
+            kl = trial.kl_pct(cheaper)
+        except WeightError:
+            continue
+        share = (before - kl) / taken if math.isfinite(before) else float(math.isfinite(kl))
+        if share >= _ENOUGH:
+            choice, found, kept = cheaper, kl, share
+            break
+    added = _bytes(job, planned, choice) - _bytes(job, planned, _Choice(unit, None))
+    return Change(unit, str(choice), before, found, added, trial.num_examples, kept)
+
+
+class _Trial:
+    """The label-free gap of the arm on some batches with one unit changed."""
+
+    def __init__(
+        self, adapter: ModelAdapter, evaluator: ExactEvaluator, arm: Arm, planned: PlannedArm, batches: Sequence[Batch]
+    ) -> None:
+        self._adapter, self._planned, self._batches = adapter, planned, [b for b in batches if b.num_rows]
+        self._layers = dict(arm.layers())
+        self._seen: list[tuple[ReferencePass, list[Tensor]]] = []
+        for batch in self._batches:
+            reference = evaluator.watched(batch, ())
+            self._seen.append((reference, [arm.pooled(call) for call in reference.calls]))
+        self.num_examples = sum(batch.num_rows for batch in self._batches)
+
+    def kl_pct(self, choice: _Choice | None) -> float:
+        """100 times KL over the loss of the reference, as the label-free gap is; NaN where a logit is not finite."""
+        layers = self._layers if choice is None or not is_layer(choice.unit) else self._layers | self._modules(choice)
+        total = None
+        for batch, (reference, outputs) in zip(self._batches, self._seen, strict=True):
+            changed = outputs
+            if choice is not None and not is_layer(choice.unit):
+                changed = [
+                    self._pooled(choice, k, reference) if call.table == choice.unit else output
+                    for k, (call, output) in enumerate(zip(reference.calls, outputs, strict=True))
+                ]
+            with torch.inference_mode():
+                logits = logits_with(self._adapter, inputs_of(batch), reference, changed, layers)
+            z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
+            sums = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
+            total = sums if total is None else total + sums
+        assert total is not None, "there is a batch"
+        return total.metrics(0, confidence=0.95).kl_pct
+
+    def _pooled(self, choice: _Choice, k: int, reference: ReferencePass) -> Tensor:
+        call = reference.calls[k]
+        return self._planned.with_precision(choice.unit, choice.precision).pooled(call)
+
+    def _modules(self, choice: _Choice) -> dict[nn.Module, Layer]:
+        layers = self._adapter.layers
+        precision, form = choice.precision, choice.form
+        if precision is None:
+            precision = self._planned.file.plan.get(choice.unit, Precision.FP32)
+            form = self._planned.file.layer_forms.get(choice.unit)
+        return {
+            module: layers.low(choice.unit, position, precision, form)
+            for position, module in enumerate(layers.modules(choice.unit))
+        }
+
+
+def _cheaper(planned: PlannedArm, unit: str) -> list[_Choice]:
+    """More exact than the unit is now and cheaper than fp32, the cheapest first."""
+    now = planned.file.plan[unit]
+    if not is_layer(unit):
+        better = TABLE_PRECISIONS[1 : TABLE_PRECISIONS.index(now)]
+        return [_Choice(unit, precision) for precision in reversed(better)]
+    form = planned.file.layer_forms.get(unit)
+    found = []
+    if isinstance(form, LayerForm):
+        plain = LayerForm(WeightScale.CHANNEL, ClipRange.MINMAX, input_bits=form.input_bits)
+        if form != plain:
+            found.append(_Choice(unit, Precision.INT8_DYNAMIC, plain))
+        return [*found, _Choice(unit, Precision.BF16), _Choice(unit, Precision.FP16)]
+    return [_Choice(unit, Precision.FP16)] if now is Precision.BF16 else found
+
+
+def _bytes(job: Job, planned: PlannedArm, choice: _Choice) -> int:
+    unit = next(u for u in (*job.adapter.units, *job.adapter.layers.units) if u.name == choice.unit)
+    precision = choice.precision or planned.file.plan.get(unit.name, Precision.FP32)
+    return job.space.unit_bytes(unit, precision)

@@ -1,0 +1,210 @@
+"""The numeric debugger; the order of things."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowprec.config import Config
+from lowprec.debug.arms import Arm, PlannedArm, ServedArm, open_arm
+from lowprec.debug.arrays import write_arrays
+from lowprec.debug.changes import best_change
+from lowprec.debug.channels import WorstChannel, weight_codes, worst_channels
+from lowprec.debug.differences import (
+    changed_files,
+    dense_differences,
+    layer_modules_differences,
+    table_difference,
+)
+from lowprec.debug.report import DebugReport, UnitReport
+from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
+from lowprec.debug.suspects import suspects_among
+from lowprec.debug.trace import Trace, trace_batches
+from lowprec.errors import TrafficError
+from lowprec.evaluation.worker import evaluator_of
+from lowprec.plan import Precision, is_layer
+from lowprec.progress import Progress, Silent
+from lowprec.search import Job, open_job
+from lowprec.storage import Where
+from lowprec.traffic.batch import Batch
+
+__all__ = ["debug_plan"]
+
+# The backward pass, and exact trials of changes, take so many of the batches of the sample.
+_TRACED_EVERY, _TRIED_EVERY = 2, 4
+_NUM_WORST = 5
+
+
+def debug_plan(
+    config: Config,
+    plan: Where,
+    *,
+    window: str = "confirm",
+    num_examples: int = 16_384,
+    arrays: Path | None = None,
+    any_checkpoint: bool = False,
+    progress: Progress | None = None,
+) -> DebugReport:
+    """Where the error of a plan, or of an exported folder, comes from: every unit by itself, and all of them together.
+
+    plan: a `plan.json`, or a folder that `lowprec export` wrote. The sample is about `num_examples` of a window,
+    batches at equal distances. The model is watched, and nothing in it is changed. arrays: a folder for Parquet files
+    by channel and by row. any_checkpoint: also a plan that was made for another snapshot of the model.
+
+    Raises `PlanError` or `ExportError` where the plan or the folder does not fit the model and its checkpoint,
+    `TrafficError` where the window has no usable rows.
+    """
+    began = time.monotonic()
+    listener = progress or Silent()
+    # One process: rows are mapped from the checkpoint.
+    alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
+    job, arm = open_arm(open_job(config.model_copy(update={"evaluation": alone})), plan, any_checkpoint=any_checkpoint)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(job.spec.threads)
+    try:
+        batches = _sample(job, window, num_examples)
+        evaluator = evaluator_of(job.spec, job.adapter)
+        with evaluator.using(job.forms):
+            listener.stage("look at every unit", len(batches))
+            trace = trace_batches(
+                evaluator, arm, batches, traced_every=_TRACED_EVERY, on_progress=lambda: listener.advance()
+            )
+            if trace.exact is None or not trace.exact.num_rows:
+                raise TrafficError(
+                    f"windows.{window}: the sample has no row with a usable label; choose another window"
+                )
+            planned = arm if isinstance(arm, PlannedArm) else PlannedArm(job, arm.file, arm.label)
+            looked = _Looked(job, arm, planned, trace)
+            units = tuple(looked.unit(unit) for unit in trace.units)
+            suspects = suspects_among(units)
+            listener.stage("try changes", 1)
+            differing = [unit.unit for unit in units if unit.differs]
+            change = best_change(job, evaluator, arm, planned, suspects, differing, batches[::_TRIED_EVERY])
+            listener.advance()
+    finally:
+        torch.set_num_threads(threads_before)
+    written = write_arrays(arrays, trace.alone, trace.accumulated, looked.tables) if arrays else {}
+    return DebugReport(
+        name=config.name,
+        label=arm.label,
+        checkpoint_sha256=job.checkpoint_sha256,
+        window=job.window_text(window),
+        metrics=trace.exact.metrics(
+            0, confidence=config.search.confidence, is_reference=set(arm.file.plan.values()) == {Precision.FP32}
+        ),
+        num_traced=trace.num_traced,
+        units=units,
+        suspects=tuple(suspects),
+        change=change,
+        notes=tuple(looked.notes()),
+        arrays=written,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _sample(job: Job, window: str, num_examples: int) -> list[Callable[[], Batch]]:
+    traffic = job.window(window)
+    wanted = max(1, math.ceil(num_examples / job.config.traffic.batch_size))
+    count = min(wanted, traffic.num_batches)
+    kept: dict[int, Batch] = {}
+
+    def reader(k: int) -> Callable[[], Batch]:
+        return lambda: kept.setdefault(k, traffic.batch(k)) if k not in kept else kept[k]
+
+    return [reader(k * traffic.num_batches // count) for k in range(count)]
+
+
+@dataclass
+class _Looked:
+    """From sums to reports of units."""
+
+    job: Job
+    arm: Arm
+    planned: PlannedArm
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        self.tables: list[SeenRows] = []
+        self._total = float(self.trace.shares.second.sum())
+        self._row = {unit: k for k, unit in enumerate(self.trace.units)}
+        self._sizes = {u.name: u for u in (*self.job.adapter.units, *self.job.adapter.layers.units)}
+
+    def unit(self, name: str) -> UnitReport:
+        """All that is known of a unit."""
+        precision = self.arm.file.plan.get(name, Precision.FP32)
+        form = self.arm.file.layer_forms.get(name)
+        counts, worst, differs = self._layer(name) if is_layer(name) else self._table(name)
+        k, shares = self._row[name], self.trace.shares
+        loss, entropy = float(shares.loss[0]), float(shares.entropy[0])
+        second = float(shares.second[k])
+        return UnitReport(
+            unit=name,
+            precision=str(precision),
+            form=None if form is None else str(form),
+            size_bytes=self.job.space.unit_bytes(self._sizes[name], precision),
+            alone=self.trace.alone[name],
+            accumulated=self.trace.accumulated[name],
+            counts=counts,
+            share=second / self._total if self._total > 0 else 0.0,
+            kl_pct=100 * second / entropy if entropy else math.nan,
+            first_pct=100 * float(shares.first[k]) / loss if loss else math.nan,
+            first_error_pct=100 * float(shares.first_squares[k]) ** 0.5 / loss if loss else math.nan,
+            worst=worst,
+            differs=differs,
+        )
+
+    def notes(self) -> list[str]:
+        """What is no unit's."""
+        found = [f"{unit} was not called" for unit in self.arm.file.plan if unit not in self.trace.units]
+        if isinstance(self.arm, ServedArm):
+            found += dense_differences(self.job.adapter, self.arm)
+            found += changed_files(self.arm).values()
+        return found
+
+    def _table(self, name: str) -> tuple[dict[str, dict[str, int]], tuple[WorstRow, ...], tuple[str, ...]]:
+        weight = self.job.adapter.weights[name].numpy()
+        precision = self.arm.file.plan[name]
+        rows = seen_rows(name, precision, self.trace.ids[name], weight, lambda ids: self.arm.stored(name, ids))
+        self.tables.append(rows)
+        counts: dict[str, Any] = {
+            "values": {
+                "values": rows.exact.size,
+                "saturated": rows.num_saturated,
+                "underflowed": rows.num_underflowed,
+                "overflowed": int((~np.isfinite(rows.restored)).sum()),
+            }
+        }
+        differs = table_difference(rows, self.planned.stored(name, rows.ids)) if self.arm is not self.planned else None
+        return counts, tuple(worst_rows(rows, _NUM_WORST)), (differs,) if differs else ()
+
+    def _layer(self, name: str) -> tuple[dict[str, dict[str, int]], tuple[WorstChannel, ...], tuple[str, ...]]:
+        weight = self.job.adapter.layers.weights[name]
+        stored = self.arm.stored_layer(name, 0)
+        codes = weight_codes(weight, stored)
+        counts = {
+            "weights": {
+                "values": codes.num_values,
+                "saturated": codes.num_saturated,
+                "underflowed": codes.num_underflowed,
+            }
+        }
+        if name in self.trace.inputs:
+            seen = self.trace.inputs[name]
+            counts["inputs"] = {
+                "values": seen.num_values,
+                "saturated": seen.num_saturated,
+                "underflowed": seen.num_underflowed,
+            }
+        differs: Sequence[str] = ()
+        if isinstance(self.arm, ServedArm):
+            modules = len(self.job.adapter.layers.modules(name))
+            differs = layer_modules_differences(self.planned, self.arm, name, modules)
+        worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST)
+        return counts, tuple(worst), tuple(differs)

@@ -1,0 +1,109 @@
+"""How far outputs are from those of the reference: sums over rows, by channel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["ErrorSums"]
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """With y the reference's output and e the error of another one, float64[C] by output channel (or value of a row).
+
+    reference2, error2, product: sums of y^2, e^2 and y e; error, magnitude: sums of e and |e|; largest: of |e|. Values
+    that are not finite are counted and left out.
+    """
+
+    num_rows: int
+    num_not_finite: int
+    reference2: Float
+    error2: Float
+    product: Float
+    error: Float
+    magnitude: Float
+    largest: Float
+
+    @classmethod
+    def of(cls, reference: Tensor, found: Tensor) -> ErrorSums:
+        """Of outputs float32[n, C]."""
+        e = found - reference
+        finite = torch.isfinite(e)
+        num_wrong = e.numel() - int(finite.sum())
+        if num_wrong:
+            e = torch.where(finite, e, 0.0)
+        size = e.abs()
+        largest = size.amax(dim=0) if len(e) else e.new_zeros(e.shape[1])
+        return cls(
+            num_rows=len(e),
+            num_not_finite=num_wrong,
+            reference2=_sum(torch.square(reference)),
+            error2=_sum(torch.square(e)),
+            product=_sum(reference * e),
+            error=_sum(e),
+            magnitude=_sum(size),
+            largest=largest.double().numpy(),
+        )
+
+    def __add__(self, other: ErrorSums) -> ErrorSums:
+        names = ("num_rows", "num_not_finite", "reference2", "error2", "product", "error", "magnitude")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return ErrorSums(**sums, largest=np.maximum(self.largest, other.largest))
+
+    @property
+    def num_values(self) -> int:
+        """Rows times channels."""
+        return self.num_rows * len(self.error2)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal over error in decibels; infinite where there is no error."""
+        return _decibels(float(self.reference2.sum()), float(self.error2.sum()))
+
+    @property
+    def sqnr_db_by_channel(self) -> Float:
+        """The same of each channel."""
+        pairs = zip(self.reference2, self.error2, strict=True)
+        return np.array([_decibels(float(y), float(e)) for y, e in pairs])
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between both outputs; 1 where they are equal."""
+        y2, e2, ye = (float(v.sum()) for v in (self.reference2, self.error2, self.product))
+        found2 = y2 + 2 * ye + e2
+        if e2 == 0:
+            return 1.0
+        return (y2 + ye) / math.sqrt(y2 * found2) if y2 > 0 and found2 > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For documents; SQNR is None where there is no error."""
+        n = max(self.num_values, 1)
+        sqnr = self.sqnr_db
+        return {
+            "sqnr_db": sqnr if math.isfinite(sqnr) else None,
+            "cosine": self.cosine,
+            "max_error": float(self.largest.max(initial=0.0)),
+            "mean_error": float(self.magnitude.sum()) / n,
+            "bias": float(self.error.sum()) / n,
+            "num_not_finite": self.num_not_finite,
+        }
+
+
+def _sum(values: Tensor) -> Float:
+    total: Float = values.sum(dim=0).double().numpy()
+    return total
+
+
+def _decibels(signal: float, error: float) -> float:
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
