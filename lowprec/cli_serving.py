@@ -26,7 +26,7 @@ _command = functools.partial(command, serving)
 @click.option("--against", type=PLACE, metavar="PLAN", help="Another one, to compare with: what got worse?")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Compare with the same plan on another snapshot of the model.")
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-@click.option("--examples", type=click.IntRange(min=1), default=16_384, show_default=True, help="Size of the sample.")
+@click.option("--examples", type=click.IntRange(min=1), default=32_768, show_default=True, help="Size of the sample.")
 @click.option("--arrays", type=LOCAL_PATH, metavar="DIR", help="Errors by channel and by row, as Parquet files.")
 def debug(
     config: Config,

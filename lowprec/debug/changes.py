@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from lowprec.debug.arms import Arm, Layer, PlannedArm
 from lowprec.debug.report import Change, Suspect
-from lowprec.debug.trace import logits_with
+from lowprec.debug.trace import TracedPart, logits_with
 from lowprec.errors import WeightError
-from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.layer_form import ClipRange, LayerForm, WeightScale
-from lowprec.models.adapter import ModelAdapter, ReferencePass, inputs_of
+from lowprec.models.adapter import ModelAdapter, inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Form, Precision, is_layer
 from lowprec.search import Job
-from lowprec.traffic.batch import Batch
 
 __all__ = ["best_change"]
 
@@ -45,14 +43,13 @@ class _Choice:
 
 def best_change(
     job: Job,
-    evaluator: ExactEvaluator,
     arm: Arm,
     planned: PlannedArm,
     suspects: Sequence[Suspect],
     differing: Sequence[str],
-    batches: Sequence[Callable[[], Batch]],
+    parts: Sequence[TracedPart],
 ) -> Change | None:
-    """The change of one of the first suspects that takes most from the label-free gap on the batches.
+    """The change of one of the first suspects that takes most from the label-free gap on some examples.
 
     A suspect that differs from the plan is put back; of the others, fp32 shows who matters most, and then the cheapest
     change of that unit is taken that does nearly as much.
@@ -60,7 +57,7 @@ def best_change(
     first = [suspect.unit for suspect in suspects[:_NUM_SUSPECTS]]
     if not first:
         return None
-    trial = _Trial(job.adapter, evaluator, arm, planned, [read() for read in batches])
+    trial = _Trial(job.adapter, arm, planned, parts)
     before = trial.kl_pct(None)
     restored = {unit: _Choice(unit, None if unit in differing else Precision.FP32) for unit in first}
     after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
@@ -85,39 +82,36 @@ def best_change(
 class _Trial:
     """The label-free gap of the arm on some batches with one unit changed."""
 
-    def __init__(
-        self, adapter: ModelAdapter, evaluator: ExactEvaluator, arm: Arm, planned: PlannedArm, batches: Sequence[Batch]
-    ) -> None:
-        self._adapter, self._planned, self._batches = adapter, planned, [b for b in batches if b.num_rows]
+    def __init__(self, adapter: ModelAdapter, arm: Arm, planned: PlannedArm, parts: Sequence[TracedPart]) -> None:
+        self._adapter, self._planned, self._parts = adapter, planned, parts
         self._layers = dict(arm.layers())
-        self._seen: list[tuple[ReferencePass, list[Tensor]]] = []
-        for batch in self._batches:
-            reference = evaluator.watched(batch, ())
-            self._seen.append((reference, [arm.pooled(call) for call in reference.calls]))
-        self.num_examples = sum(batch.num_rows for batch in self._batches)
+        self.num_examples = sum(part.batch.num_rows for part in parts)
 
     def kl_pct(self, choice: _Choice | None) -> float:
         """100 times KL over the loss of the reference, as the label-free gap is; NaN where a logit is not finite."""
-        layers = self._layers if choice is None or not is_layer(choice.unit) else self._layers | self._modules(choice)
         total = None
-        for batch, (reference, outputs) in zip(self._batches, self._seen, strict=True):
-            changed = outputs
-            if choice is not None and not is_layer(choice.unit):
-                changed = [
-                    self._pooled(choice, k, reference) if call.table == choice.unit else output
-                    for k, (call, output) in enumerate(zip(reference.calls, outputs, strict=True))
-                ]
-            with torch.inference_mode():
-                logits = logits_with(self._adapter, inputs_of(batch), reference, changed, layers)
-            z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
-            sums = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
+        for part in self._parts:
+            logits = part.logits if choice is None else self._logits(choice, part)
+            z, found, labels = (
+                v.astype(np.float64) for v in (part.reference.logits.numpy(), logits.numpy(), part.batch.labels)
+            )
+            sums = sums_of_batch(z, found[None], labels, part.batch.weights, part.batch.groups)
             total = sums if total is None else total + sums
-        assert total is not None, "there is a batch"
+        assert total is not None, "there is a part"
         return total.metrics(0, confidence=0.95).kl_pct
 
-    def _pooled(self, choice: _Choice, k: int, reference: ReferencePass) -> Tensor:
-        call = reference.calls[k]
-        return self._planned.with_precision(choice.unit, choice.precision).pooled(call)
+    def _logits(self, choice: _Choice, part: TracedPart) -> Tensor:
+        if is_layer(choice.unit):
+            outputs, layers = part.outputs, self._layers | self._modules(choice)
+        else:
+            changed = self._planned.with_precision(choice.unit, choice.precision)
+            outputs = tuple(
+                changed.pooled(call) if call.table == choice.unit else output
+                for call, output in zip(part.reference.calls, part.outputs, strict=True)
+            )
+            layers = self._layers
+        with torch.inference_mode():
+            return logits_with(self._adapter, inputs_of(part.batch), part.reference, outputs, layers)
 
     def _modules(self, choice: _Choice) -> dict[nn.Module, Layer]:
         layers = self._adapter.layers

@@ -59,7 +59,7 @@ def compare_plans(
     snapshot: str | None,
     *,
     window: str = "confirm",
-    num_examples: int = 16_384,
+    num_examples: int = 32_768,
     arrays: Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:

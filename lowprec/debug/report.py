@@ -22,7 +22,8 @@ class UnitReport:
     counts: values that lie beyond their codes (saturated), that became zero (underflowed) or not finite (overflowed),
     of how many, by what they are of. share: of the label-free gap, as a fraction; kl_pct, first_pct: what it adds to
     the label-free and to the labelled gap, in percent, the latter with its standard error. differs: how what is served
-    is not what the plan makes of the checkpoint.
+    is not what the plan makes of the checkpoint. misfits: how a form does not fit its weights or inputs, though another
+    one of the same bytes would.
     """
 
     unit: str
@@ -38,6 +39,7 @@ class UnitReport:
     first_error_pct: float
     worst: tuple[WorstRow, ...] | tuple[WorstChannel, ...] = ()
     differs: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
 
     @property
     def is_broken(self) -> bool:
@@ -57,6 +59,7 @@ class UnitReport:
             **{name: _known(getattr(self, name)) for name in ("share", "kl_pct", "first_pct", "first_error_pct")},
             "worst": [worst.to_dict() for worst in self.worst],
             "differs": list(self.differs),
+            "misfits": list(self.misfits),
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lowprec.debug.differences import (
     layer_modules_differences,
     table_difference,
 )
+from lowprec.debug.misfits import misfits
 from lowprec.debug.report import DebugReport, UnitReport
 from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
 from lowprec.debug.suspects import suspects_among
@@ -35,10 +36,10 @@ from lowprec.search import Job, open_job
 from lowprec.storage import Where
 from lowprec.traffic.batch import Batch
 
-__all__ = ["debug_plan"]
+__all__ = ["debug_arm", "debug_plan", "sample_of"]
 
-# The backward pass, and exact trials of changes, take so many of the batches of the sample.
-_TRACED_EVERY, _TRIED_EVERY = 2, 4
+# The backward pass, and exact trials of changes, take one of so many parts of every batch.
+_NUM_PARTS = 16
 _NUM_WORST = 5
 
 
@@ -47,7 +48,7 @@ def debug_plan(
     plan: Where,
     *,
     window: str = "confirm",
-    num_examples: int = 16_384,
+    num_examples: int = 32_768,
     arrays: Path | None = None,
     any_checkpoint: bool = False,
     progress: Progress | None = None,
@@ -62,20 +63,33 @@ def debug_plan(
     `TrafficError` where the window has no usable rows.
     """
     began = time.monotonic()
-    listener = progress or Silent()
     # One process: rows are mapped from the checkpoint.
     alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
-    job, arm = open_arm(open_job(config.model_copy(update={"evaluation": alone})), plan, any_checkpoint=any_checkpoint)
+    job = open_job(config.model_copy(update={"evaluation": alone}))
+    job, arm = open_arm(job, plan, any_checkpoint=any_checkpoint)
+    report = debug_arm(job, arm, sample_of(job, window, num_examples), window, arrays=arrays, progress=progress)
+    return replace(report, seconds=time.monotonic() - began)
+
+
+def debug_arm(
+    job: Job,
+    arm: Arm,
+    batches: Sequence[Callable[[], Batch]],
+    window: str,
+    *,
+    arrays: Path | None = None,
+    progress: Progress | None = None,
+) -> DebugReport:
+    """The same of what is open already, on batches of a window."""
+    began = time.monotonic()
+    listener = progress or Silent()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(job.spec.threads)
     try:
-        batches = _sample(job, window, num_examples)
         evaluator = evaluator_of(job.spec, job.adapter)
         with evaluator.using(job.forms):
             listener.stage("look at every unit", len(batches))
-            trace = trace_batches(
-                evaluator, arm, batches, traced_every=_TRACED_EVERY, on_progress=lambda: listener.advance()
-            )
+            trace = trace_batches(evaluator, arm, batches, num_parts=_NUM_PARTS, on_progress=lambda: listener.advance())
             if trace.exact is None or not trace.exact.num_rows:
                 raise TrafficError(
                     f"windows.{window}: the sample has no row with a usable label; choose another window"
@@ -86,19 +100,18 @@ def debug_plan(
             suspects = suspects_among(units)
             listener.stage("try changes", 1)
             differing = [unit.unit for unit in units if unit.differs]
-            change = best_change(job, evaluator, arm, planned, suspects, differing, batches[::_TRIED_EVERY])
+            change = best_change(job, arm, planned, suspects, differing, trace.parts)
             listener.advance()
     finally:
         torch.set_num_threads(threads_before)
     written = write_arrays(arrays, trace.alone, trace.accumulated, looked.tables) if arrays else {}
+    is_reference = set(arm.file.plan.values()) == {Precision.FP32}
     return DebugReport(
-        name=config.name,
+        name=job.config.name,
         label=arm.label,
         checkpoint_sha256=job.checkpoint_sha256,
         window=job.window_text(window),
-        metrics=trace.exact.metrics(
-            0, confidence=config.search.confidence, is_reference=set(arm.file.plan.values()) == {Precision.FP32}
-        ),
+        metrics=trace.exact.metrics(0, confidence=job.config.search.confidence, is_reference=is_reference),
         num_traced=trace.num_traced,
         units=units,
         suspects=tuple(suspects),
@@ -109,7 +122,8 @@ def debug_plan(
     )
 
 
-def _sample(job: Job, window: str, num_examples: int) -> list[Callable[[], Batch]]:
+def sample_of(job: Job, window: str, num_examples: int) -> list[Callable[[], Batch]]:
+    """Batches at equal distances in a window, about so many examples; each is read once."""
     traffic = job.window(window)
     wanted = max(1, math.ceil(num_examples / job.config.traffic.batch_size))
     count = min(wanted, traffic.num_batches)
@@ -119,6 +133,12 @@ def _sample(job: Job, window: str, num_examples: int) -> list[Callable[[], Batch
         return lambda: kept.setdefault(k, traffic.batch(k)) if k not in kept else kept[k]
 
     return [reader(k * traffic.num_batches // count) for k in range(count)]
+
+
+# Counts, the worst rows or channels, differences and misfits of a unit.
+_Seen = tuple[
+    dict[str, dict[str, int]], tuple[WorstRow, ...] | tuple[WorstChannel, ...], tuple[str, ...], tuple[str, ...]
+]
 
 
 @dataclass
@@ -140,7 +160,7 @@ class _Looked:
         """All that is known of a unit."""
         precision = self.arm.file.plan.get(name, Precision.FP32)
         form = self.arm.file.layer_forms.get(name)
-        counts, worst, differs = self._layer(name) if is_layer(name) else self._table(name)
+        counts, worst, differs, unfit = self._layer(name) if is_layer(name) else self._table(name)
         k, shares = self._row[name], self.trace.shares
         loss, entropy = float(shares.loss[0]), float(shares.entropy[0])
         second = float(shares.second[k])
@@ -158,6 +178,7 @@ class _Looked:
             first_error_pct=100 * float(shares.first_squares[k]) ** 0.5 / loss if loss else math.nan,
             worst=worst,
             differs=differs,
+            misfits=unfit,
         )
 
     def notes(self) -> list[str]:
@@ -168,7 +189,7 @@ class _Looked:
             found += changed_files(self.arm).values()
         return found
 
-    def _table(self, name: str) -> tuple[dict[str, dict[str, int]], tuple[WorstRow, ...], tuple[str, ...]]:
+    def _table(self, name: str) -> _Seen:
         weight = self.job.adapter.weights[name].numpy()
         precision = self.arm.file.plan[name]
         rows = seen_rows(name, precision, self.trace.ids[name], weight, lambda ids: self.arm.stored(name, ids))
@@ -182,9 +203,9 @@ class _Looked:
             }
         }
         differs = table_difference(rows, self.planned.stored(name, rows.ids)) if self.arm is not self.planned else None
-        return counts, tuple(worst_rows(rows, _NUM_WORST)), (differs,) if differs else ()
+        return counts, tuple(worst_rows(rows, _NUM_WORST)), (differs,) if differs else (), ()
 
-    def _layer(self, name: str) -> tuple[dict[str, dict[str, int]], tuple[WorstChannel, ...], tuple[str, ...]]:
+    def _layer(self, name: str) -> _Seen:
         weight = self.job.adapter.layers.weights[name]
         stored = self.arm.stored_layer(name, 0)
         codes = weight_codes(weight, stored)
@@ -207,4 +228,6 @@ class _Looked:
             modules = len(self.job.adapter.layers.modules(name))
             differs = layer_modules_differences(self.planned, self.arm, name, modules)
         worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST)
-        return counts, tuple(worst), tuple(differs)
+        histogram = self.trace.inputs[name].histogram if name in self.trace.inputs else None
+        unfit = misfits(self.arm.file.layer_forms.get(name), weight, stored, histogram)
+        return counts, tuple(worst), tuple(differs), unfit

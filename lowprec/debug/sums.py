@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ErrorSums"]
+__all__ = ["MAX_ROWS", "ErrorSums"]
 
 Float = NDArray[np.float64]
+
+# Of a batch; its rows are examples like any other.
+MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ErrorSums:
     """With y the reference's output and e the error of another one, float64[C] by output channel (or value of a row).
 
     reference2, error2, product: sums of y^2, e^2 and y e; error, magnitude: sums of e and |e|; largest: of |e|. Values
-    that are not finite are counted and left out.
+    that are not finite are counted, and left out of all these.
     """
 
     num_rows: int
@@ -35,24 +37,30 @@ class ErrorSums:
 
     @classmethod
     def of(cls, reference: Tensor, found: Tensor) -> ErrorSums:
-        """Of outputs float32[n, C]."""
-        e = found - reference
-        finite = torch.isfinite(e)
-        num_wrong = e.numel() - int(finite.sum())
-        if num_wrong:
-            e = torch.where(finite, e, 0.0)
-        size = e.abs()
-        largest = size.amax(dim=0) if len(e) else e.new_zeros(e.shape[1])
-        return cls(
-            num_rows=len(e),
-            num_not_finite=num_wrong,
-            reference2=_sum(torch.square(reference)),
-            error2=_sum(torch.square(e)),
-            product=_sum(reference * e),
-            error=_sum(e),
-            magnitude=_sum(size),
-            largest=largest.double().numpy(),
-        )
+        """Of the first `MAX_ROWS` rows of outputs float32[n, C]; one that is not finite counts wherever it is.
+
+        reference: at least these rows.
+        """
+        whole = found.numpy()
+        num_wrong = 0 if math.isfinite(float(whole.sum())) else int((~np.isfinite(whole)).sum())
+        y, x = reference[:MAX_ROWS].numpy(), whole[:MAX_ROWS]
+        if np.shares_memory(x, y):
+            return cls(len(y), 0, _summed(y * y), *(np.zeros(y.shape[1]) for _ in range(5)))
+        with np.errstate(invalid="ignore", over="ignore"):
+            e = x - y
+            if num_wrong:
+                e = np.where(np.isfinite(e), e, np.float32(0))
+            size = np.abs(e)
+            return cls(
+                num_rows=len(e),
+                num_not_finite=num_wrong,
+                reference2=_summed(y * y),
+                error2=_summed(e * e),
+                product=_summed(y * e),
+                error=_summed(e),
+                magnitude=_summed(size),
+                largest=size.max(axis=0, initial=0.0).astype(np.float64),
+            )
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         names = ("num_rows", "num_not_finite", "reference2", "error2", "product", "error", "magnitude")
@@ -98,9 +106,9 @@ class ErrorSums:
         }
 
 
-def _sum(values: Tensor) -> Float:
-    total: Float = values.sum(dim=0).double().numpy()
-    return total
+def _summed(values: NDArray[np.float32]) -> Float:
+    """The sum of each column: as a product with ones it takes half the time of a reduction (tried by hand)."""
+    return np.asarray((np.ones(len(values), np.float32) @ values).astype(np.float64))
 
 
 def _decibels(signal: float, error: float) -> float:

@@ -12,19 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowprec.debug.arms import Arm, Layer
-from lowprec.debug.sums import ErrorSums
+from lowprec.debug.sums import MAX_ROWS, ErrorSums
 from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.layer_inputs import InputHistogram
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.layer_form import LayerForm
 from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
-from lowprec.models.layers import LayerCall, any_shape, replaced_forwards
-from lowprec.plan import Precision, is_layer
+from lowprec.models.layers import any_shape, replaced_forwards
+from lowprec.ops.bags import BagCall
+from lowprec.plan import is_layer
 from lowprec.traffic.batch import Batch
 
-__all__ = ["InputCodes", "Trace", "called_units", "logits_with", "trace_batches"]
+__all__ = ["InputCodes", "Trace", "TracedPart", "called_units", "logits_with", "trace_batches"]
 
 Single = NDArray[np.float32]
+
+# Enough to see in which order units are called.
+_FEW_ROWS = 16
+# Values of a layer's inputs that are looked at, of a batch.
+_MAX_INPUTS = 1 << 15
 
 
 @dataclass
@@ -34,6 +41,17 @@ class InputCodes:
     num_values: int = 0
     num_saturated: int = 0
     num_underflowed: int = 0
+    histogram: InputHistogram | None = None
+
+
+@dataclass(frozen=True)
+class TracedPart:
+    """Some examples of the sample: the reference on them, what the calls of tables return, and both models' logits."""
+
+    batch: Batch
+    reference: ReferencePass
+    outputs: tuple[Tensor, ...]
+    logits: Tensor
 
 
 @dataclass
@@ -41,8 +59,8 @@ class Trace:
     """What was seen of each unit, by name in the order of the model's calls.
 
     alone: errors of its output for the inputs of the reference. accumulated: of its output where every unit is the
-    arm's. shares: where the change of the logits comes from, on `num_traced` of the examples. ids: what each table was
-    asked for, one array for each call.
+    arm's. shares: where the change of the logits comes from, on the examples of `parts`. ids: what each table was asked
+    for, one array for each call.
     """
 
     units: tuple[str, ...]
@@ -52,7 +70,12 @@ class Trace:
     exact: Sums | None = None
     ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
     inputs: dict[str, InputCodes] = field(default_factory=lambda: defaultdict(InputCodes))
-    num_traced: int = 0
+    parts: list[TracedPart] = field(default_factory=list)
+
+    @property
+    def num_traced(self) -> int:
+        """Examples of `parts`."""
+        return sum(part.batch.num_rows for part in self.parts)
 
 
 def called_units(adapter: ModelAdapter, inputs: ModelInputs) -> tuple[str, ...]:
@@ -74,21 +97,20 @@ def trace_batches(
     arm: Arm,
     batches: Sequence[Callable[[], Batch]],
     *,
-    traced_every: int,
+    num_parts: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """Look at the batches; the changes of logits by unit, which take a backward pass, on every n-th of them."""
-    adapter = evaluator.adapter
+    """Look at the batches; the changes of logits by unit, which take a backward pass, on one of `num_parts` of each."""
     layers = arm.layers()
     trace: Trace | None = None
-    for k, read in enumerate(batches):
+    for read in batches:
         batch = read()
         if not batch.num_rows:
             continue
         if trace is None:
-            units = called_units(adapter, inputs_of(batch))
+            units = called_units(evaluator.adapter, inputs_of(batch.part(0, max(1, batch.num_rows // _FEW_ROWS))))
             trace = Trace(units, shares=UnitSums.zero(len(units)))
-        _add(trace, evaluator, arm, layers, batch, with_gradients=k % traced_every == 0)
+        _Look(trace, evaluator, arm, layers, batch, num_parts).add()
         on_progress()
     return trace or Trace(())
 
@@ -105,82 +127,128 @@ def logits_with(
         return adapter.substituted(inputs, reference, outputs)
 
 
-def _add(
-    trace: Trace,
-    evaluator: ExactEvaluator,
-    arm: Arm,
-    layers: Mapping[nn.Module, Layer],
-    batch: Batch,
-    *,
-    with_gradients: bool,
-) -> None:
-    adapter, inputs = evaluator.adapter, inputs_of(batch)
-    watched = [unit for unit in trace.units if is_layer(unit)]
-    gradients: Gradients | None = None
-    if with_gradients:
-        reference, gradients = evaluator.differentiated(batch, dict.fromkeys(watched, ()))
-    else:
-        reference = evaluator.watched(batch, watched)
-    with torch.inference_mode():
-        outputs = [arm.pooled(call) for call in reference.calls]
-        changes = np.zeros((len(trace.units), batch.num_rows), np.float32)
-        row = {unit: k for k, unit in enumerate(trace.units)}
-        for k, (table, output) in enumerate(zip(reference.calls, outputs, strict=True)):
-            trace.ids[table.table].append(table.indices.numpy())
-            # What a table is asked for does not depend on other units: alone and accumulated are one.
-            _count(trace.alone, table.table, table.output, output)
-            _count(trace.accumulated, table.table, table.output, output)
-            if gradients:
-                changes[row[table.table]] += _change(output - table.output, gradients.tables[k], batch.num_rows)
-        for k, call in enumerate(reference.layer_calls):
-            module = adapter.layers.modules(call.layer)[call.position]
-            flat, exact = (
-                call.input.reshape(-1, call.input.shape[-1]),
-                call.output.detach().reshape(-1, module.out_features),
-            )
-            found = layers[module](flat) if module in layers else exact
-            _count(trace.alone, call.layer, exact, found)
-            _count_codes(trace, arm, call.layer, flat)
-            if gradients:
-                slope = gradients.layers[k].reshape(exact.shape)
-                changes[row[call.layer]] += _change(found - exact, slope, batch.num_rows)
-        low_forwards = {module: any_shape(low) for module, low in layers.items()}
-        with replaced_forwards(low_forwards), adapter.layers.watched(watched) as calls:
+class _Look:
+    """What one batch adds to a trace.
+
+    The reference runs once, and each layer is computed the other way at once, on the inputs that it has anyway; then
+    the model runs with all units the other way. What is summed is summed where it is made: nothing is kept but outputs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        evaluator: ExactEvaluator,
+        arm: Arm,
+        layers: Mapping[nn.Module, Layer],
+        batch: Batch,
+        num_parts: int,
+    ) -> None:
+        self._trace, self._evaluator, self._arm, self._layers = trace, evaluator, arm, layers
+        self._batch, self._part = batch, batch.part(num_parts - 1, num_parts)
+        self._modules: dict[nn.Module, str] = {
+            module: unit.name
+            for unit in evaluator.adapter.layers.units
+            if unit.name in trace.units
+            for module in evaluator.adapter.layers.modules(unit.name)
+        }
+        self._exact: list[tuple[str, Tensor]] = []
+        self._errors: list[Tensor] = []
+        self._position = 0
+
+    def add(self) -> None:
+        """Look, and add."""
+        adapter, batch, inputs = self._evaluator.adapter, self._batch, inputs_of(self._batch)
+        watched = dict.fromkeys(unit for unit in self._trace.units if is_layer(unit))
+        # On few rows also because the evaluator checks the model on the first batch that it sees.
+        part = self._evaluator.differentiated(self._part, dict.fromkeys(watched, ())) if self._part.num_rows else None
+        with replaced_forwards({module: self._alone(module) for module in self._modules}):
+            reference = self._evaluator.watched(batch, ())
+        with torch.inference_mode():
+            outputs = [self._table(call) for call in reference.calls]
+        with replaced_forwards({module: self._accumulated(module) for module in self._modules}):
             logits = adapter.substituted(inputs, reference, outputs)
-        _count_layers(trace.accumulated, reference.layer_calls, calls)
-    z, found_z, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
-    exact_sums = sums_of_batch(z, found_z[None], labels, batch.weights, batch.groups)
-    trace.exact = exact_sums if trace.exact is None else trace.exact + exact_sums
-    if gradients:
-        weights = np.ones(batch.num_rows) if batch.weights is None else batch.weights.astype(np.float64)
-        trace.shares = trace.shares + unit_sums(changes, z, labels, weights)
-        trace.num_traced += batch.num_rows
+        z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
+        exact = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
+        self._trace.exact = exact if self._trace.exact is None else self._trace.exact + exact
+        if part is not None:
+            self._add_shares(*part, reference, outputs)
+            ends = tuple(output[len(output) - self._part.num_rows :] for output in outputs)
+            self._trace.parts.append(TracedPart(self._part, part[0], ends, logits[-self._part.num_rows :]))
+
+    def _table(self, call: BagCall) -> Tensor:
+        """What a call of a table returns. What it is asked for depends on no unit: alone and accumulated are one."""
+        output = self._arm.pooled(call)
+        self._trace.ids[call.table].append(call.indices.numpy())
+        sums = ErrorSums.of(call.output, output)
+        _add(self._trace.alone, call.table, sums)
+        _add(self._trace.accumulated, call.table, sums)
+        return output
+
+    def _alone(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        layer, forward = self._modules[module], module.forward
+
+        def computed(input: Tensor) -> Tensor:
+            output: Tensor = forward(input)
+            flat, exact = input.reshape(-1, input.shape[-1]), output.reshape(-1, output.shape[-1])
+            found = self._layers[module](flat.contiguous()) if module in self._layers else exact
+            _add(self._trace.alone, layer, ErrorSums.of(exact, found))
+            first = len(exact) - len(exact) * self._part.num_rows // self._batch.num_rows
+            self._errors.append(found[first:] - exact[first:])
+            self._count_codes(layer, flat[first:])
+            self._exact.append((layer, exact[:MAX_ROWS].clone()))  # the model may change it in place
+            return output
+
+        return computed
+
+    def _accumulated(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        forward = any_shape(self._layers[module]) if module in self._layers else module.forward
+
+        def computed(input: Tensor) -> Tensor:
+            output: Tensor = forward(input)
+            layer, exact = self._exact[self._position]
+            self._position += 1
+            _add(self._trace.accumulated, layer, ErrorSums.of(exact, output.reshape(-1, exact.shape[1])))
+            return output
+
+        return computed
+
+    def _add_shares(
+        self, part: ReferencePass, gradients: Gradients, reference: ReferencePass, outputs: Sequence[Tensor]
+    ) -> None:
+        row, num_rows = {unit: k for k, unit in enumerate(self._trace.units)}, self._part.num_rows
+        changes = np.zeros((len(row), num_rows), np.float32)
+        for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
+            error = (output - call.output)[len(output) - len(slope) :]
+            changes[row[call.table]] += _change(error, slope, num_rows)
+        for (layer, _), error, slope in zip(self._exact, self._errors, gradients.layers, strict=True):
+            changes[row[layer]] += _change(error, slope.reshape(error.shape), num_rows)
+        # Values that are not finite are counted where they are made.
+        changes = np.nan_to_num(changes, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        z, labels = part.logits.numpy().astype(np.float64), self._part.labels.astype(np.float64)
+        weights = np.ones(num_rows) if self._part.weights is None else self._part.weights
+        self._trace.shares = self._trace.shares + unit_sums(changes, z, labels, weights)
+
+    def _count_codes(self, layer: str, x: Tensor) -> None:
+        form = self._arm.file.layer_forms.get(layer)
+        if not isinstance(form, LayerForm) or form.input_scale is None or form.input_zero_point is None:
+            return
+        x = x[: max(1, _MAX_INPUTS // x.shape[1])]
+        if not len(x) or not torch.isfinite(x).all():
+            return
+        histogram = InputHistogram.of(x.numpy())
+        seen = self._trace.inputs[layer]
+        seen.histogram = histogram if seen.histogram is None else seen.histogram + histogram
+        codes = torch.round(x / form.input_scale) + form.input_zero_point
+        seen.num_values += x.numel()
+        seen.num_saturated += int(((codes < 0) | (codes > 2**form.input_bits - 1)).sum())
+        seen.num_underflowed += int(((codes == form.input_zero_point) & (x != 0)).sum())
 
 
-def _count(sums: dict[str, ErrorSums], unit: str, reference: Tensor, found: Tensor) -> None:
-    new = ErrorSums.of(reference, found)
+def _add(sums: dict[str, ErrorSums], unit: str, new: ErrorSums) -> None:
     sums[unit] = sums[unit] + new if unit in sums else new
 
 
-def _count_layers(sums: dict[str, ErrorSums], reference: Sequence[LayerCall], found: Sequence[LayerCall]) -> None:
-    for before, now in zip(reference, found, strict=True):
-        width = before.output.shape[-1]
-        _count(sums, before.layer, before.output.detach().reshape(-1, width), now.output.reshape(-1, width))
-
-
 def _change(error: Tensor, slope: Tensor, num_rows: int) -> Single:
-    """What an error does to each logit, to first order; values that are not finite are counted elsewhere."""
+    """What an error does to each logit, to first order."""
     change: Single = (error * slope).reshape(num_rows, -1).sum(dim=1).numpy()
-    return np.nan_to_num(change, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _count_codes(trace: Trace, arm: Arm, layer: str, x: Tensor) -> None:
-    form = arm.file.layer_forms.get(layer)
-    if arm.file.plan.get(layer) is not Precision.INT8_STATIC or not isinstance(form, LayerForm) or not form.is_static:
-        return
-    assert form.input_scale is not None and form.input_zero_point is not None
-    codes = torch.round(x / form.input_scale) + form.input_zero_point
-    seen = trace.inputs[layer]
-    seen.num_values += x.numel()
-    seen.num_saturated += int(((codes < 0) | (codes > 2**form.input_bits - 1)).sum())
-    seen.num_underflowed += int(((codes == form.input_zero_point) & (x != 0)).sum())
+    return change

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from lowprec.layer_form import ClipRange
 
-__all__ = ["PERCENTILE", "input_bounds", "input_code", "weight_bound"]
+__all__ = ["PERCENTILE", "input_bounds", "input_code", "input_error", "weight_bound"]
 
 PERCENTILE = 0.999
 """The share of values within the range `percentile`; of inputs half of the rest lies at each end."""
@@ -59,7 +59,7 @@ def input_bounds(
     ):
         low, high = best
         for a, b in shares:
-            error = _squared_error(centres, counts, low * a, high * b, bits)
+            error = _squared_error(centres, counts, *input_code(low * a, high * b, bits), bits)
             if error < least:
                 best, least = (low * a, high * b), error
     return best
@@ -76,9 +76,15 @@ def input_code(lower: float, upper: float, bits: int) -> tuple[float, int]:
     return float(scale), zero_point
 
 
-def _squared_error(
-    centres: NDArray[np.float64], counts: NDArray[np.int64], lower: float, upper: float, bits: int
+def input_error(
+    edges: NDArray[np.float64], counts: NDArray[np.int64], scale: float, zero_point: int, bits: int
 ) -> float:
-    scale, zero_point = input_code(lower, upper, bits)
+    """The squared error of codes, summed over inputs whose histogram is given as for `input_bounds`."""
+    return _squared_error((edges[1:] + edges[:-1]) / 2, counts, scale, zero_point, bits)
+
+
+def _squared_error(
+    centres: NDArray[np.float64], counts: NDArray[np.int64], scale: float, zero_point: int, bits: int
+) -> float:
     codes = np.clip(np.rint(centres / scale) + zero_point, 0, 2**bits - 1)
     return float((counts * np.square((codes - zero_point) * scale - centres)).sum())
