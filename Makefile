@@ -36,7 +36,8 @@ $(DEPENDENCIES):
 	  os.path.exists(header) or sys.exit(f"lowprec builds a native module and misses {header}; on Debian: apt-get install python3-dev")'
 	@rm -f $(VENV)/.dependencies-* $(VENV)/.native-*
 	$(PIP) install -c constraints.txt cmake ninja nanobind scikit-build-core
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cpu,dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cpu,dev,torchrec]'
+	$(PIP) install -c constraints.txt --no-deps torchrec
 	@touch $@ $(NATIVE)
 
 $(NATIVE): | $(DEPENDENCIES)

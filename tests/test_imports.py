@@ -32,6 +32,7 @@ OWNERS = {
     "duckdb": ("results/",),
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),
+    "torchrec": ("models/inputs.py", "export/torchrec.py"),
 }
 TORCH_FREE = ("traffic/", "storage/", "errors.py", "plan.py", "config/", "cost.py", "cli", "command.py", "submit/")
 HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake", "duckdb")

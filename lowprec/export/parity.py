@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import ExportError
 from lowprec.evaluation.worker import evaluator_of
-from lowprec.models.adapter import ModelInputs, inputs_of
+from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Plan
 from lowprec.search import Job
@@ -103,8 +103,9 @@ def check_program(name: str, job: Job, program: Callable[..., Tensor], expected:
 
 
 def _logits(module: Callable[..., Tensor], inputs: ModelInputs) -> Tensor:
+    arguments = arguments_of(module, inputs) if isinstance(module, nn.Module) else (inputs.dense, dict(inputs.sparse))
     with torch.inference_mode():
-        return module(inputs.dense, dict(inputs.sparse)).reshape(-1)
+        return module(*arguments).reshape(-1)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import ExportError, first_line
-from lowprec.models.adapter import ModelInputs
+from lowprec.models.inputs import ModelInputs, takes_keyed_jagged
 
 __all__ = ["FILES", "write_program"]
 
@@ -30,6 +30,11 @@ def write_program(kind: str, module: nn.Module, example: ModelInputs, folder: Pa
     kind: torchscript (traced), or torch_export, which has no form for PyTorch's packed weights of int8 and fp16 layers.
     Raises `ExportError` where the module has no such program.
     """
+    if takes_keyed_jagged(module):
+        raise ExportError(
+            f"export: {kind}: the model takes a KeyedJaggedTensor, which is no tensor and no input of such a program; "
+            "leave it out: the folder has what TorchRec loads, and lowprec.load gives the module"
+        )
     path = folder / FILES[kind]
     inputs = (example.dense, dict(example.sparse))
     try:

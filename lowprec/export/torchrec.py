@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ def per_table_weight_dtype(folder: str | Path) -> dict[str, torch.dtype]:
 def quantized_state_dict(folder: str | Path, *, row_alignment: int = 16) -> dict[str, Tensor]:
     """The stored rows of an exported folder under the names that TorchRec's quantized modules have for them.
 
-    uint8[num_rows, bytes of a row rounded up to row_alignment], which is 16 in TorchRec unless a module says otherwise;
-    mapped from the folder where no byte has to be added. For `load_state_dict(..., strict=False)` of what
-    `quantize_embeddings` made.
+    uint8[num_rows, bytes of a row rounded up to row_alignment], which is 16 in TorchRec unless a module says otherwise,
+    as a `UInt4Tensor` or `UInt2Tensor` where TorchRec has one; mapped from the folder where no byte has to be added.
+    For `load_state_dict(..., strict=False)` of what `quantize_embeddings` made. Raises `ExportError` without TorchRec.
     """
-    folder = Path(folder)
+    folder, kinds = Path(folder), _tensor_types()
     found = {}
     for table in read_manifest(folder).tables:
         try:
@@ -59,8 +60,24 @@ def quantized_state_dict(folder: str | Path, *, row_alignment: int = 16) -> dict
             raise ExportError(f"export {folder}: {table.file} cannot be read: {error}; copy the folder again") from None
         stored = rows.view(torch.uint8).view(table.num_rows, table.row_bytes)
         padding = -table.row_bytes % row_alignment
-        found[table.tensor] = torch.nn.functional.pad(stored, (0, padding)) if padding else stored
+        stored = torch.nn.functional.pad(stored, (0, padding)) if padding else stored
+        found[table.tensor] = kinds.get(table.precision, _same)(stored)
     return found
+
+
+def _tensor_types() -> dict[str, Callable[[Tensor], Tensor]]:
+    """TorchRec's tensors of int4 and int2, which count values where these are bytes."""
+    try:
+        from torchrec.tensor_types import UInt2Tensor, UInt4Tensor
+    except ImportError as error:
+        raise ExportError(
+            f"TorchRec cannot be imported ({error}), and the names in this state dict are its own"
+        ) from None
+    return {"int4": UInt4Tensor, "int2": UInt2Tensor}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _name(table: ExportedTable) -> str:

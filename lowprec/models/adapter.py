@@ -8,7 +8,7 @@ assumed about how the model gets from its inputs to its tables.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import LowprecError, ModelError
+from lowprec.models.inputs import ModelInputs, SparseInput, arguments_of, ids_of, inputs_of
 from lowprec.models.layers import LayerAt, LayerCall, LayerModules, replaced_forwards
 from lowprec.models.table_modules import (
     check_ids,
@@ -28,35 +29,9 @@ from lowprec.models.table_modules import (
 )
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Unit
-from lowprec.traffic.batch import Batch
 from lowprec.traffic.schema import Schema
 
 __all__ = ["Gradients", "ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
-
-SparseInput = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """What a model is called with.
-
-    dense: float32[B, num_dense]; sparse: feature -> (indices int64[num_ids], offsets int64[B + 1]), and per-sample
-    weights float32[num_ids] as a third where the feature has them.
-    """
-
-    dense: Tensor
-    sparse: Mapping[str, SparseInput]
-
-    def repeated(self, times: int) -> ModelInputs:
-        """The same examples again and again, as one batch."""
-        sparse: dict[str, SparseInput] = {}
-        number = torch.arange(times)[:, None]
-        for name, (ids, offsets, *weights) in self.sparse.items():
-            begins = offsets[:-1] + number * len(ids)
-            bags = torch.cat([begins.view(-1), offsets[-1:] + (times - 1) * len(ids)])
-            again = ids.repeat(times)
-            sparse[name] = (again, bags, weights[0].repeat(times)) if weights else (again, bags)
-        return ModelInputs(self.dense.repeat(times, 1), sparse)
 
 
 @dataclass(frozen=True)
@@ -74,15 +49,6 @@ class Gradients:
 
     tables: tuple[Tensor, ...]
     layers: tuple[Tensor, ...] = ()
-
-
-def inputs_of(batch: Batch) -> ModelInputs:
-    """A batch of traffic as tensors, without a copy."""
-    sparse: dict[str, SparseInput] = {}
-    for name, bags in batch.sparse.items():
-        ids, offsets = torch.from_numpy(bags.values), torch.from_numpy(bags.offsets)
-        sparse[name] = (ids, offsets) if bags.weights is None else (ids, offsets, torch.from_numpy(bags.weights))
-    return ModelInputs(torch.from_numpy(batch.dense), sparse)
 
 
 class ModelAdapter:
@@ -313,6 +279,8 @@ class ModelAdapter:
         for feature in schema.sparse:
             ids, offsets = torch.zeros(2, dtype=torch.int64), torch.arange(3)
             features[feature.name] = (ids, offsets, torch.ones(2)) if feature.weights else (ids, offsets)
+        arguments = arguments_of(self.model, ModelInputs(torch.zeros(2, len(schema.dense)), features))
+        given = ids_of(arguments)
         reached: dict[int, str] = {}
 
         def watch(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -324,17 +292,17 @@ class ModelAdapter:
 
         try:
             with torch.inference_mode(), self._forwards(watch):
-                self.model(torch.zeros(2, len(schema.dense)), features)
+                self.model(*arguments)
         except (
             Exception,
             SystemExit,
         ):  # a model may refuse made-up rows; what it was seen to do until then is true all the same
             pass
-        return {name: reached[ids.data_ptr()] for name, (ids, *_) in features.items() if ids.data_ptr() in reached}
+        return {name: reached[ids.data_ptr()] for name, ids in given.items() if ids.data_ptr() in reached}
 
     def _logits(self, inputs: ModelInputs) -> Tensor:
         try:
-            logits = self.model(inputs.dense, dict(inputs.sparse))
+            logits = self.model(*arguments_of(self.model, inputs))
         except LowprecError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything

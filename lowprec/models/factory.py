@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowprec.errors import ConfigError, LowprecError, ModelError
 from lowprec.traffic.schema import Schema
 
 __all__ = ["build_model", "load_factory", "without_table_init"]
+
+# Methods of tensors that initial values are made with; those of torch.nn.init as well.
+_FILLS = frozenset(
+    ("uniform_", "normal_", "zero_", "fill_", "copy_", "mul_", "div_", "add_", "sub_", "clamp_", "erfinv_", "random_")
+)
 
 
 def load_factory(name: str) -> Callable[..., Any]:
@@ -68,10 +74,12 @@ def build_model(factory: str, args: Mapping[str, Any], schema: Schema) -> nn.Mod
 def without_table_init(*, without_rows: bool = False) -> Iterator[None]:
     """Leave new embedding tables uninitialised, so that they commit no memory before their weights are loaded.
 
-    without_rows: on the meta device, so that they do not even take addresses.
+    without_rows: on the meta device, so that they do not even take addresses. What a factory then fills them with
+    (`init_fn` of TorchRec's tables, `nn.init`) does nothing.
     Replaces the constructor of `nn.EmbeddingBag` in the whole process: not for several threads.
     """
     original = nn.EmbeddingBag.__init__
+    filling = _Filling()
 
     def construct(bag: nn.EmbeddingBag, *args: Any, **kwargs: Any) -> None:
         # On the instance, so that it also hides what subclasses (defined now or later) make of the method.
@@ -82,12 +90,36 @@ def without_table_init(*, without_rows: bool = False) -> Iterator[None]:
             original(bag, *args, **kwargs)
         finally:
             del vars(bag)["reset_parameters"]
+        filling.tables.append(bag.weight)
 
     setattr(nn.EmbeddingBag, "__init__", construct)  # noqa: B010  (mypy refuses the plain assignment)
     try:
-        yield
+        with filling:
+            yield
     finally:
         setattr(nn.EmbeddingBag, "__init__", original)  # noqa: B010
+
+
+class _Filling(TorchFunctionMode):
+    """What fills a tensor does nothing to tables: their pages would be written, to be replaced by the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, is_init = getattr(func, "__name__", ""), getattr(func, "__module__", "") == "torch.nn.init"
+        if name in _FILLS or is_init:
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, Tensor) and self._is_table(target):
+                return target
+        return func(*args, **kwargs)
+
+    def _is_table(self, tensor: Tensor) -> bool:
+        """Whether it is the memory of a table; `weight.data` is another tensor with the same."""
+        place = tensor.untyped_storage().data_ptr()
+        return place != 0 and any(place == table.untyped_storage().data_ptr() for table in self.tables)
 
 
 def _nothing() -> None:

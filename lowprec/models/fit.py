@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lowprec.config import TrainConfig
 from lowprec.errors import ModelError, TrafficError
-from lowprec.models.adapter import inputs_of
+from lowprec.models.inputs import arguments_of, inputs_of
 from lowprec.models.minibatches import labelled, shuffled_minibatches
 from lowprec.models.quality import Quality, quality
 from lowprec.traffic.batch import Batch
@@ -99,7 +99,7 @@ def quality_on(model: nn.Module, batches: Iterable[Batch]) -> Quality:
             if not rows.num_rows:
                 continue
             inputs = inputs_of(rows)
-            logits.append(model(inputs.dense, dict(inputs.sparse)).reshape(-1).float().numpy())
+            logits.append(model(*arguments_of(model, inputs)).reshape(-1).float().numpy())
             labels.append(rows.labels)
             if rows.weights is not None:
                 weights.append(rows.weights)
@@ -132,7 +132,7 @@ def _step(
 ) -> None:
     model.train()
     inputs = inputs_of(batch)
-    logits = model(inputs.dense, dict(inputs.sparse)).reshape(-1)
+    logits = model(*arguments_of(model, inputs)).reshape(-1)
     weight = None if batch.weights is None else torch.from_numpy(batch.weights / mean_weight).float()
     total = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels), weight=weight, reduction="sum")
     for optimizer in optimizers:

@@ -46,7 +46,7 @@ def flat_bags(
     elif offsets is None:
         raise ValueError("was called with a flat list of ids and no offsets")
     elif not include_last_offset:
-        offsets = torch.cat([offsets, offsets.new_tensor([ids.numel()])])
+        offsets = torch.cat([offsets, offsets.new_full((1,), ids.shape[0])])  # a size that tracers follow
     ids, offsets = ids.reshape(-1).long(), offsets.long()
     weights = None if weights is None else weights.reshape(-1).float()
     if padding_idx is not None:

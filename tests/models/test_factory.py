@@ -123,3 +123,34 @@ def test_building_without_table_init_commits_no_memory():
     # The measurement itself: with initialisation the memory is there.
     growth, table_bytes = grown(1 << 21, "init")
     assert growth >= table_bytes
+
+
+FILLED = """
+import torch
+from torch import nn
+from lowprec.models.factory import without_table_init
+
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+before = resident()
+with without_table_init():
+    bag, dense = nn.EmbeddingBag(1 << 22, 16), nn.Linear(4, 4)
+    nn.init.normal_(bag.weight)
+    nn.init.xavier_uniform_(tensor=bag.weight)
+    bag.weight.data.uniform_(-1, 1)
+    with torch.no_grad():
+        bag.weight.copy_(torch.ones(16)).mul_(2)
+    nn.init.constant_(dense.weight, 3.0)
+assert (dense.weight == 3).all()
+print(resident() - before, bag.weight.nbytes)
+nn.init.ones_(bag.weight)
+assert bag.weight[-1].sum() == 16
+"""
+
+
+def test_tables_that_a_factory_fills_commit_no_memory_either():
+    done = subprocess.run([sys.executable, "-c", FILLED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    growth, table_bytes = map(int, done.stdout.split())
+    assert growth < table_bytes / 8

@@ -1,5 +1,7 @@
 """A served table answers like `nn.EmbeddingBag` over the restored rows, however it is called."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,19 @@ def test_rows_of_ids_and_padding(mode, padding_idx):
     ids = torch.tensor([[1, 7, 49], [7, 7, 7], [0, 0, 7]])
     served, plain = both(Precision.INT4, mode=mode, padding_idx=padding_idx)
     close(served(ids), plain(ids))
+
+
+@pytest.mark.parametrize("has_last", [False, True])
+def test_a_traced_table_knows_no_batch_by_heart(has_last):
+    served, plain = both(Precision.INT4, include_last_offset=has_last)
+    flat = torch.tensor([1, 2, 49, 3]), torch.tensor([0, 1, 1, 4][: 4 if has_last else 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what FBGEMM's module decides while it is traced
+        traced = torch.jit.trace(served, flat)
+        of_rows = torch.jit.trace(served, (torch.tensor([[1, 2], [3, 4]]),))
+    other = torch.tensor([5, 6, 7, 8, 9, 0]), torch.tensor([0, 2, 2, 3, 6][: 5 if has_last else 4])
+    close(traced(*other), plain(*other))
+    close(of_rows(torch.tensor([[1, 2, 3]] * 5)), plain(torch.tensor([[1, 2, 3]] * 5)))
 
 
 def test_weights_of_ids():
