@@ -158,15 +158,30 @@ def search(
 @click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
-def verify(config: Config, plan: Location, window: str, budget: float | None, as_json: bool) -> int:
-    """Evaluate one plan exactly against its budget."""
+@click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
+@click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
+def verify(
+    config: Config,
+    plan: Location,
+    window: str,
+    budget: float | None,
+    snapshot: str | None,
+    repair: bool,
+    as_json: bool,
+) -> int:
+    """Evaluate one plan exactly against its budget; with --snapshot the gate before a launch.
+
+    Exit codes: 0 certified, 2 rejected, 4 inconclusive: more data is needed; with --repair those of the search.
+    """
     from lowprec import console, render
     from lowprec.search.verify import verify_plan
 
     with console.Bars().shown() as bars:
-        outcome = verify_plan(config, plan, window=window, budget_pct=budget, progress=bars)
+        outcome = verify_plan(
+            config, plan, window=window, budget_pct=budget, snapshot=snapshot, repair=repair, progress=bars
+        )
     show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
-    return exit_codes.VERDICTS[outcome.verdict]
+    return exit_codes.VERDICTS[outcome.final_verdict]
 
 
 @_command("monitor")

@@ -12,7 +12,7 @@ from lowprec.evaluation.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
 from lowprec.search.layer_forms import forms_beside
-from lowprec.search.space import Decision, SearchSpace
+from lowprec.search.space import SearchSpace, at_least_as_exact
 from lowprec.search.surrogate import build_surrogate
 from lowprec.traffic import TrafficWindow
 
@@ -77,7 +77,7 @@ def propose(
     The profile promises less than is measured where labels say more than it keeps of them; a plan is taken to be as
     much worse than promised as the deployed one is.
     """
-    space = _at_least_as_exact(job.space, plan)
+    space = at_least_as_exact(job.space, plan)
     columns = tuple((u, p) for u, p in _columns(space) if p is not Precision.FP32)
     forms = forms_beside(job.forms)
     measured = measure_profile(
@@ -107,20 +107,6 @@ def propose(
         promised_now_pct=now * worse,
         forms=forms,
     )
-
-
-def _at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
-    """The decisions of a space with the choices that are as exact as a plan's, and its own."""
-    order = list(Precision)
-    decisions = []
-    for decision in space.decisions:
-        together = len({plan[unit] for unit in decision.units}) == 1
-        for units in [decision.units] if together else [(unit,) for unit in decision.units]:
-            now = plan[units[0]]
-            choices = {now, *(p for p in decision.choices if order.index(p) < order.index(now))}
-            name = decision.name if together else units[0]
-            decisions.append(Decision(name, tuple(units), tuple(sorted(choices, key=order.index))))
-    return replace(space, decisions=tuple(decisions))
 
 
 def _columns(space: SearchSpace) -> list[tuple[str, Precision]]:

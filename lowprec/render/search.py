@@ -89,6 +89,12 @@ def render_verify(document: Mapping[str, Any]) -> None:
     for warning in document["warnings"]:
         stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     _render_verdict(document["verdict"], document["budget_pct"])
+    snapshot = document["snapshot"]
+    if snapshot and snapshot["plan_path"]:
+        stdout.print(f"the plan for {escape(snapshot['checkpoint'])}: {escape(snapshot['plan_path'])}")
+    if document["repair"]:
+        stdout.print("searched from this plan on:")
+        render_search(document["repair"])
 
 
 def render_sensitivities(rows: Sequence[Mapping[str, Any]]) -> None:

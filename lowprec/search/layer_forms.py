@@ -17,7 +17,7 @@ from lowprec.plan import Form, Forms, Precision, is_layer
 from lowprec.search.space import SearchSpace
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["fitted_forms", "forms_beside", "num_passes"]
+__all__ = ["fitted_forms", "forms_beside", "num_passes", "recalibrated"]
 
 _INT8 = (Precision.INT8_DYNAMIC, Precision.INT8_STATIC)
 
@@ -61,6 +61,20 @@ def fitted_forms(
     return found
 
 
+def recalibrated(workers: Workers, window: TrafficWindow, forms: Forms, *, batches_per_task: int) -> Forms:
+    """The forms of a plan on another snapshot: calibrated inputs have the ranges that they have in this window now."""
+    static = {key: form for key, form in forms.items() if isinstance(form, LayerForm) and form.is_static}
+    if not static:
+        return forms
+    layers = tuple(dict.fromkeys(unit for unit, _ in static))
+    inputs = _inputs(workers, window, layers, batches_per_task, None)
+    found = dict(forms)
+    for (unit, precision), form in static.items():
+        if unit in inputs.of:
+            found[unit, precision] = _calibrated(form, inputs.of[unit])
+    return found
+
+
 def forms_beside(plan_forms: Forms) -> dict[tuple[str, Precision], Form]:
     """Those of a plan, and for calibrated int8 layers the one that takes the range of each batch instead."""
     found = dict(plan_forms)
@@ -85,11 +99,15 @@ def _candidates(config: LayersConfig, precision: Precision, inputs: InputHistogr
             for clip in config.ranges:
                 form = LayerForm(weights, clip, outliers, bits)
                 if precision is Precision.INT8_STATIC and inputs is not None:
-                    bounds = input_bounds(inputs.edges, inputs.filled_counts, clip, bits)
-                    scale, zero_point = input_code(*bounds, bits)
-                    form = replace(form, input_scale=scale, input_zero_point=zero_point)
+                    form = _calibrated(form, inputs)
                 found.append(form)
     return found
+
+
+def _calibrated(form: LayerForm, inputs: InputHistogram) -> LayerForm:
+    bounds = input_bounds(inputs.edges, inputs.filled_counts, form.range, form.input_bits)
+    scale, zero_point = input_code(*bounds, form.input_bits)
+    return replace(form, input_scale=scale, input_zero_point=zero_point)
 
 
 def _inputs(

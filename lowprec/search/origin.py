@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
+from lowprec.plan import Plan
 from lowprec.search.job import Job
 from lowprec.storage import Location
 
@@ -19,18 +20,21 @@ _FILE = "origin.json"
 @dataclass(frozen=True)
 class RunOrigin:
     """cuts: by table, for those shared among workers in pieces, the first row of each piece; sums over bags depend on
-    them to the last bit. calibration_sha256: of the file of `cost.calibration`, None without one.
+    them to the last bit. calibration_sha256: of the file of `cost.calibration`, None without one. start: the plan that
+    the search begins with, where it was given one.
     """
 
     cuts: Mapping[str, list[int]]
     calibration_sha256: str | None
+    start: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, job: Job) -> Self:
+    def of(cls, job: Job, start: Plan | None = None) -> Self:
         """What a run of this job would begin with."""
         path = job.config.cost.calibration
         digest = None if path is None else hashlib.sha256(Location.of(path).read_bytes()).hexdigest()
-        return cls(job.placement.cuts if job.placement else {}, digest)
+        plan = None if start is None else {unit: str(precision) for unit, precision in start.items()}
+        return cls(job.placement.cuts if job.placement else {}, digest, plan)
 
     @classmethod
     def read(cls, folder: Location) -> Self | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lowprec import __version__
 from lowprec.errors import ConfigError, LowprecError, PoisonedWorkError, WorkerError
+from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
 from lowprec.search.job import Job
 from lowprec.search.origin import RunOrigin
@@ -49,8 +50,11 @@ class RunRecord:
     job: what the run does; one that is resumed has its tables cut as they were.
     """
 
-    def __init__(self, job: Job, run_id: str | None, *, command: str = "search") -> None:
-        """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config."""
+    def __init__(self, job: Job, run_id: str | None, *, command: str = "search", start: Plan | None = None) -> None:
+        """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config.
+
+        start: the plan that a new search begins with.
+        """
         self.job = job
         # Settings of a run that is resumed with other ones, in words.
         self._changes: list[str] = []
@@ -60,7 +64,7 @@ class RunRecord:
             now = datetime.now(UTC)
             self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
             self._started_at, self._version = now, 0
-            self._origin = RunOrigin.of(job)
+            self._origin = RunOrigin.of(job, start)
             self._kept: dict[str, Any] = {"verdict": None, "recommended_trial_key": None, "summary_json": None}
         else:
             before = self._run(run_id)
@@ -78,6 +82,13 @@ class RunRecord:
             self.job = job.with_cuts(self._origin.cuts)
             # What the run had found stays visible until it finds something else.
             self._kept = {key: before[key] for key in ("verdict", "recommended_trial_key", "summary_json")}
+
+    @property
+    def start(self) -> Plan | None:
+        """The plan that the search begins with, None where it was given none."""
+        if self._origin.start is None:
+            return None
+        return Plan({unit: Precision(p) for unit, p in self._origin.start.items()})
 
     @property
     def artifacts(self) -> Location:

@@ -30,9 +30,9 @@ from lowprec.search.racing import race
 from lowprec.search.record import RunRecord
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
-from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
 from lowprec.search.trial import Trial, pareto_front, plan_key
+from lowprec.search.waves import next_wave
 from lowprec.storage import Location, Where
 
 __all__ = ["run_search"]
@@ -42,11 +42,17 @@ SWAPS_AT_ONCE = 64
 
 
 def run_search(
-    config: Config, *, resume: str | None = None, profile: Where | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    resume: str | None = None,
+    profile: Where | None = None,
+    start: Plan | None = None,
+    progress: Progress | None = None,
 ) -> SearchOutcome:
     """Search as the config says and confirm the best plans; `resume` continues a run that was stopped or killed.
 
     `profile` is the file of a profile of the same checkpoint, window and space, which then is not measured again.
+    `start` is a plan to begin with, such as the one that was deployed on an earlier snapshot.
     Every wave is committed before the next begins, and a wave is a function of the profile and the trials before it: a
     resumed run does the same trials as one left alone. The best plan so far is always in the run's `plan.json`.
     `search.timeout_s` stops the waves; the confirmation still runs.
@@ -57,7 +63,9 @@ def run_search(
         listener.note(note)
     # Read before the run begins: what is missing or of something else must cost no pass and leave no trace.
     job.costs({})
-    record = RunRecord(job, resume)
+    if start is not None:
+        job.space.check(start)
+    record = RunRecord(job, resume, start=start)
     job = record.job
     given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     with record.running(listener.note):
@@ -218,7 +226,7 @@ class _Search:
                 self._progress.note(f"stopped by the time limit after {len(trials)} trials")
                 break
             before = [t for t in trials if t.wave < wave]
-            kind, plans = self._next_wave(surrogate, before, wave)
+            kind, plans = next_wave(surrogate, self._job.space, settings, before, wave, self._record.start)
             if not plans:
                 self._progress.note("there are no more plans to evaluate")
                 break
@@ -240,30 +248,6 @@ class _Search:
                     f"the traffic of windows.search is not what trial {trial.number} was evaluated on; begin a new run"
                 )
         return trials
-
-    def _next_wave(self, surrogate: Surrogate, before: Sequence[Trial], wave: int) -> tuple[str, list[Plan]]:
-        """The plans of a wave: nothing decides them but the config, the profile and the trials of the waves before."""
-        space, costs, size = self._job.space, surrogate.costs, self._settings.wave_size
-        if wave == 0:
-            uniform = [plan for plan in space.uniform_plans() if costs.keeps_limits(plan)]
-            if uniform:
-                return "uniform", uniform
-        known = [Known(t.plan, t.cost, t.metrics.gap_pct) for t in before]
-        is_first = all(trial.kind == "uniform" for trial in before)
-        seed = int(np.random.SeedSequence([self._settings.seed, wave]).generate_state(1)[0])
-        # The front gets a wave of double size; those that follow are what the sampler proposes around it.
-        count = 2 * size if is_first else size
-        plans = propose(
-            space,
-            known,
-            enqueued=surrogate.candidates(count) if is_first else (),
-            front=surrogate.told(),
-            excess=surrogate.excess,
-            count=count,
-            budget_pct=self._budgets[-1],
-            seed=seed,
-        )
-        return "front" if is_first else "optuna", [plan for plan in plans if costs.keeps_limits(plan)]
 
     def _wave(
         self, surrogate: Surrogate, kind: str, wave: int, plans: Sequence[Plan], before: Sequence[Trial], first: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,7 @@ from lowprec.errors import ConfigError
 from lowprec.layer_form import FloatFormat
 from lowprec.plan import Plan, Precision, Unit
 
-__all__ = ["Decision", "SearchSpace", "build_space"]
+__all__ = ["Decision", "SearchSpace", "at_least_as_exact", "build_space"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,18 @@ class SearchSpace:
         plans = [self.nearest_uniform(precision) for precision in Precision]
         return list(dict.fromkeys([*plans, self.cheapest]))
 
+    def check(self, plan: Mapping[str, Precision]) -> None:
+        """Raise `ConfigError` where a plan has a precision that the space does not."""
+        for decision in self.decisions:
+            for unit in decision.units:
+                if plan[unit] not in decision.choices:
+                    raise ConfigError(
+                        f'"{unit}" is {plan[unit]} in the plan to begin with, and the config lets it be '
+                        f"{', '.join(decision.choices)}; add {plan[unit]} to space"
+                    )
+            if len({plan[unit] for unit in decision.units}) > 1:
+                raise ConfigError(f'"{decision.name}" is one group in space.groups, and not in the plan to begin with')
+
     def size_bytes(self, plan: Mapping[str, Precision]) -> int:
         """Bytes of a plan."""
         return plan_bytes(self.units, plan, self.row_alignment, self.layers)
@@ -109,6 +121,20 @@ class SearchSpace:
     def fp32_bytes(self) -> int:
         """Bytes of the reference."""
         return self.size_bytes(Plan.uniform(self.units, Precision.FP32))
+
+
+def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
+    """The decisions of a space with the choices that are as exact as a plan's, and its own."""
+    order = list(Precision)
+    decisions = []
+    for decision in space.decisions:
+        together = len({plan[unit] for unit in decision.units}) == 1
+        for units in [decision.units] if together else [(unit,) for unit in decision.units]:
+            now = plan[units[0]]
+            choices = {now, *(p for p in decision.choices if order.index(p) < order.index(now))}
+            name = decision.name if together else units[0]
+            decisions.append(Decision(name, tuple(units), tuple(sorted(choices, key=order.index))))
+    return replace(space, decisions=tuple(decisions))
 
 
 def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True) -> SearchSpace:

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
 from lowprec.evaluation.confidence import Interval, Verdict
+from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
-from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges
+from lowprec.evaluation.worker import Workers
+from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.search.job import open_job, open_workers
+from lowprec.search.job import Job, open_job, open_workers
+from lowprec.search.layer_forms import recalibrated
+from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.record import RunRecord
+from lowprec.search.run import run_search
 from lowprec.search.trial import Trial, plan_key
-from lowprec.storage import Where
+from lowprec.storage import Location, Where
 
-__all__ = ["Verification", "verify_plan"]
+__all__ = ["Snapshot", "Verification", "verify_plan"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A plan on another snapshot than the one that it was made for.
+
+    plan_path: the plan for this snapshot, with its evidence, where it is certified: ranges of rows follow from its
+    rows, and calibrated inputs of layers have been calibrated again.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
+    made_for_sha256: str
+    plan_path: Location | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For documents."""
+        return {**vars(self), "plan_path": str(self.plan_path) if self.plan_path else None}
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,13 @@ class Verification:
     rows: RowAccount
     notes: tuple[str, ...]
     seconds: float
+    snapshot: Snapshot | None = None
+    repair: SearchOutcome | None = None
+
+    @property
+    def final_verdict(self) -> Verdict:
+        """Of the plan, or of what was found in its place."""
+        return self.verdict if self.repair is None else self.repair.verdict
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command."""
@@ -56,6 +86,9 @@ class Verification:
             **self.metrics.to_dict(),
             "warnings": [*self.metrics.warnings(), *self.notes],
             "rows": self.rows.to_dict(),
+            "snapshot": self.snapshot.to_dict() if self.snapshot else None,
+            "repair": self.repair.to_dict() if self.repair else None,
+            "final_verdict": self.final_verdict,
             "seconds": round(self.seconds, 1),
         }
 
@@ -66,38 +99,37 @@ def verify_plan(
     *,
     window: str = "confirm",
     budget_pct: float | None = None,
+    snapshot: str | None = None,
+    repair: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Evaluate the plan of `plan_path` on the config's window of that name and keep the result.
 
     Its budget is `budget_pct`, else the config's, else, where that has several, the one that the plan was made for.
+    snapshot: a checkpoint of the same model to judge the plan on instead of the config's, the launch gate: the plan may
+    have been made for another one, and where it is certified a plan for this one is written. repair: where it is not,
+    search from there, with that budget, else the config's.
     Raises `PlanError` where the plan does not fit the model or was made for another checkpoint.
     """
     began = time.monotonic()
     listener = progress or Silent()
+    if snapshot is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})})
     job = open_job(config)
-    file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
+    sha256 = None if snapshot is not None else job.checkpoint_sha256
+    file = read_plan(plan_path, units=job.units, checkpoint_sha256=sha256)
+    if repair:
+        job.space.check(file.plan)
     job = job.as_planned(file)
     budget = _budget(config, file, budget_pct)
-    size_bytes = job.space.size_bytes(file.plan)
-    ranges = rowwise_ranges(file.plan, file.row_ranges)
-    notes = []
-    if file.row_alignment != job.space.row_alignment:
-        notes.append(
-            f"the plan was made for row alignment {file.row_alignment}, the config has {job.space.row_alignment}: "
-            "bytes are those of the config"
-        )
-    if set(ranges.values()) - {config.space.row_range}:
-        notes.append(
-            f"the plan's row ranges are {' and '.join(sorted(set(ranges.values())))}, the config's space.row_range is "
-            f"{config.space.row_range}: the plan was evaluated with its own"
-        )
     traffic_window = job.window(window)
     job.costs({})  # what is wrong with them must cost no pass
     record = RunRecord(job, None, command="verify")
     with record.running(listener.note):
         listener.stage("verify", traffic_window.num_batches)
         with open_workers(job, listener.note) as workers:
+            if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
+                job, workers = _recalibrated(job, workers)
             evaluation = job.evaluate(
                 workers,
                 window,
@@ -108,7 +140,6 @@ def verify_plan(
             )
             wrong_rows = job.rows_without_form(workers, file.plan)
         metrics = evaluation.metrics[0]
-        verdict = metrics.verdict(budget)
         costs = job.costs(evaluation.use)
         trial = Trial(
             key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
@@ -116,7 +147,7 @@ def verify_plan(
             wave=0,
             kind="verify",
             plan=file.plan,
-            size_bytes=size_bytes,
+            size_bytes=job.space.size_bytes(file.plan),
             latency_ns=costs.plan_latency_ns(file.plan),
             cost=costs.cost(file.plan),
             promised_pct=None,
@@ -128,22 +159,78 @@ def verify_plan(
         outcome = Verification(
             run_id=record.run_id,
             plan=file.plan,
-            row_ranges=ranges,
-            size_bytes=size_bytes,
+            row_ranges=rowwise_ranges(file.plan, file.row_ranges),
+            size_bytes=trial.size_bytes,
             latency_ns=trial.latency_ns,
             fp32_bytes=job.space.fp32_bytes,
             metrics=metrics,
             budget_pct=budget,
-            verdict=verdict,
+            verdict=metrics.verdict(budget),
             window=job.window_text(window),
             rows=evaluation.rows,
-            notes=(*notes, *costs.notes, *wrong_rows),
+            notes=(*_notes(job, file, config), *costs.notes, *wrong_rows),
             seconds=time.monotonic() - began,
         )
+        if snapshot is not None:
+            outcome = replace(outcome, snapshot=_snapshot(job, file, trial, outcome, record.artifacts))
         record.state(
-            "done", verdict=verdict, recommended_trial_key=trial.key, message=f"plan {plan_path} on {outcome.window}"
+            "done",
+            verdict=outcome.verdict,
+            recommended_trial_key=trial.key,
+            message=f"plan {plan_path} on {outcome.window}",
         )
-    return outcome
+    if repair and outcome.verdict != "certified":
+        listener.note(f"the plan is {outcome.verdict}: searching from there")
+        outcome = replace(outcome, repair=run_search(_within(config, budget_pct), start=file.plan, progress=progress))
+    return replace(outcome, seconds=time.monotonic() - began)
+
+
+def _within(config: Config, budget_pct: float | None) -> Config:
+    """With that budget alone, where one is given."""
+    if budget_pct is None:
+        return config
+    return config.model_copy(update={"search": config.search.model_copy(update={"budget": budget_pct, "budgets": ()})})
+
+
+def _recalibrated(job: Job, workers: Workers) -> tuple[Job, Workers]:
+    """With the inputs of layers calibrated on this snapshot."""
+    per_task = job.config.evaluation.batches_per_task
+    forms = recalibrated(workers, job.window("search"), job.forms, batches_per_task=per_task)
+    return job.with_forms(forms), FormedWorkers(workers, forms) if forms else workers
+
+
+def _snapshot(job: Job, file: PlanFile, trial: Trial, outcome: Verification, artifacts: Location) -> Snapshot:
+    path: Location | None = None
+    if outcome.verdict == "certified":
+        path = artifacts / "plan.json"
+        found = plan_file(
+            job,
+            trial,
+            outcome.metrics,
+            run_id=outcome.run_id,
+            kind="confirm",
+            window=outcome.window,
+            budget_pct=outcome.budget_pct,
+            verdict=outcome.verdict,
+        )
+        write_plan(replace(found, row_ranges=file.row_ranges), path)
+    return Snapshot(job.config.model.checkpoint, job.checkpoint_sha256, file.checkpoint_sha256, path)
+
+
+def _notes(job: Job, file: PlanFile, config: Config) -> list[str]:
+    notes = []
+    ranges = set(rowwise_ranges(file.plan, file.row_ranges).values())
+    if file.row_alignment != job.space.row_alignment:
+        notes.append(
+            f"the plan was made for row alignment {file.row_alignment}, the config has {job.space.row_alignment}: "
+            "bytes are those of the config"
+        )
+    if ranges - {config.space.row_range}:
+        notes.append(
+            f"the plan's row ranges are {' and '.join(sorted(ranges))}, the config's space.row_range is "
+            f"{config.space.row_range}: the plan was evaluated with its own"
+        )
+    return notes
 
 
 def _budget(config: Config, file: PlanFile, given: float | None) -> float:
