@@ -63,7 +63,7 @@ def best_change(
     after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
     unit = min(after, key=lambda u: after[u] if math.isfinite(after[u]) else math.inf)
     taken = before - after[unit] if math.isfinite(before) else math.inf
-    if not taken > 0:
+    if not (taken > 0 and math.isfinite(after[unit])):
         return None
     choice, found, kept = restored[unit], after[unit], 1.0
     for cheaper in _cheaper(planned, unit) if choice.precision is Precision.FP32 else ():

@@ -110,6 +110,6 @@ def _what(rows: SeenRows, planned: NDArray[np.uint8], where: NDArray[np.int64]) 
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    a, b = np.nan_to_num(a.astype(np.float64)), np.nan_to_num(b.astype(np.float64))
-    size = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / size) if size else 0.0
+    x, y = (np.where(np.isfinite(v), v, 0).astype(np.float64) for v in (a, b))
+    size = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum() / size) if size else 0.0

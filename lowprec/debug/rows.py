@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 # be the reason.
 _WIDE = 3.0
 _FOR_MEDIAN = 1000
-_SMALLEST_NORMAL_FP16 = 2.0**-14
+_SMALLEST_NORMAL_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class SeenRows:
             return 0
         if not self.precision.is_rowwise:
             return int(((self.exact != 0) & (self.restored == 0)).sum())
-        step = _steps(self.stored)
-        spans = self.exact.max(axis=1, initial=-np.inf) > self.exact.min(axis=1, initial=np.inf)
-        return int((spans & (step == 0)).sum()) * int(self.exact.shape[1])
+        return int(_lost(self.stored, self.exact, self.restored).sum()) * int(self.exact.shape[1])
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,8 @@ def seen_rows(table: str, precision: Precision, asked: Sequence[Ids], exact: Flo
     else:
         ids, hits = np.unique(every, return_counts=True)
     stored = stored_of(ids)
-    restored = ops.dequantize(stored, precision, exact.shape[1])
+    with np.errstate(invalid="ignore"):  # corrupted rows may hold any NaN
+        restored = ops.dequantize(stored, precision, exact.shape[1])
     return SeenRows(table, precision, ids, hits.astype(np.int64), np.ascontiguousarray(exact[ids]), stored, restored)
 
 
@@ -136,14 +135,19 @@ def _why(rows: SeenRows, k: int, median_range: float) -> str:
     values, precision = rows.exact[k], rows.precision
     lowest, highest = float(values.min()), float(values.max())
     if not np.isfinite(rows.restored[k]).all():
+        if max(-lowest, highest) <= _LARGEST_FP16:
+            return f"what is stored of it is not finite, though it spans only {lowest:g} to {highest:g}"
         return f"spans {lowest:g} to {highest:g}, which overflows the fp16 parts of {precision}"
+    if precision is Precision.FP32:
+        return "other values are stored"
     if not precision.is_rowwise:
-        return "values below the smallest fp16 numbers" if (rows.restored[k] == 0).any() else f"rounding to {precision}"
+        lost = ((rows.restored[k] == 0) & (values != 0)).any()
+        return "values below the smallest fp16 numbers" if lost else f"rounding to {precision}"
     step = float(_steps(rows.stored[k : k + 1])[0])
     span = highest - lowest
     if span == 0:
         return "constant row: what is lost is the rounding of its value to fp16"
-    if step == 0:
+    if _lost(rows.stored[k : k + 1], rows.exact[k : k + 1], rows.restored[k : k + 1])[0]:
         return f"spans {span:g}, so little that its fp16 scale underflows to zero"
     if step < _SMALLEST_NORMAL_FP16:
         return f"spans {span:g}, so little that its fp16 scale has few digits left"
@@ -159,3 +163,13 @@ def _why(rows: SeenRows, k: int, median_range: float) -> str:
 def _steps(stored: NDArray[np.uint8]) -> Floats:
     """Between two codes; a scale may be negative, and then codes fall where values rise."""
     return np.abs(np.ascontiguousarray(stored[:, :2]).view(np.float16)[:, 0].astype(np.float32))
+
+
+def _lost(stored: NDArray[np.uint8], exact: Floats, restored: Floats) -> NDArray[np.bool_]:
+    """Which rows span so little that their fp16 scale became zero: it is stored as 1 then, and every value restores to
+    the bias.
+    """
+    found = np.isin(_steps(stored), (0, 1))
+    spans, restores = (v[found].max(axis=1) > v[found].min(axis=1) for v in (exact, restored))
+    found[found] = spans & ~restores
+    return found
