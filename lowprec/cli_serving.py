@@ -1,4 +1,4 @@
-"""From a plan to what serves: `lowprec debug`, `lowprec export`."""
+"""From a plan to what serves: `lowprec debug`, `lowprec export`, `lowprec bench-serving`."""
 
 from __future__ import annotations
 
@@ -78,3 +78,42 @@ def export(
     with console.Bars().shown() as bars:
         exported = export_plan(config, plan, out, window=window, programs=programs, progress=bars)
     show(console.json_document("export", exported.to_dict()), as_json, render.render_export)
+
+
+@_command("bench-serving", config=False)
+@click.argument("folder", type=LOCAL_PATH, metavar="DIR")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Examples of a request [default: 1, 64, 1024].",
+)
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True)
+@click.option("--threads", "num_threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the exported config.")
+def bench_serving(
+    folder: Path,
+    batch_sizes: tuple[int, ...],
+    seconds: float,
+    num_threads: int,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Requests a second and latencies of an exported folder beside its fp32 model, and the capacity that it saves.
+
+    Each is measured for --seconds at every size, in turns. With --set cost.calibration=FILE also what that predicted.
+    """
+    from lowprec import console, render
+    from lowprec.export import measure_serving
+
+    with console.Bars().shown() as bars:
+        report = measure_serving(
+            folder,
+            batch_sizes=batch_sizes or (1, 64, 1024),
+            seconds=seconds,
+            num_threads=num_threads,
+            overrides=overrides,
+            progress=bars,
+        )
+    show(console.json_document("bench-serving", report.to_dict()), as_json, render.render_serving)

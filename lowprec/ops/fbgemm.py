@@ -16,7 +16,7 @@ from lowprec.plan import Precision
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pooling", "pooled_lookup", "unchecked_lookup"]
+__all__ = ["Pooling", "lookup_op", "pooled_lookup", "unchecked_lookup"]
 
 Pooling = Literal["sum", "mean"]
 
@@ -46,7 +46,7 @@ def pooled_lookup(
     Raises `TrafficError` when an id is not a row of the table or the offsets do not fit: FBGEMM itself takes id -1
     for a pruned row and reads beyond `indices`. Raises `ModelError` for a weighted mean, `KernelError` without FBGEMM.
     """
-    _lookup_op()  # without FBGEMM nothing else is worth saying
+    lookup_op()  # without FBGEMM nothing else is worth saying
     rows = _tensor(stored)
     indices, offsets = _tensor(indices), _tensor(offsets)
     if rows.ndim != 2 or rows.shape[1] != row_bytes(dim, precision):
@@ -78,7 +78,7 @@ def unchecked_lookup(
     end. Raises `KernelError` without FBGEMM.
     """
     fixed = _constants(precision, dim)
-    pooled: torch.Tensor = _lookup_op()(
+    pooled: torch.Tensor = lookup_op()(
         stored,
         fixed.no_device_weights,
         fixed.placements,
@@ -127,7 +127,7 @@ def _constants(precision: Precision, dim: int) -> _Constants:
 
 
 @cache
-def _lookup_op() -> Any:
+def lookup_op() -> Any:
     """The operator, not its packet: the overload is then not looked up in every call."""
     import torch
 

@@ -12,16 +12,16 @@ import torch
 
 from lowprec.layer_form import LayerForm
 from lowprec.ops.linear import LowLinear, low_linear, safe_input_bits
-from lowprec.ops.timing import torch_threads
+from lowprec.ops.timing import spoil_cache, torch_threads
 from lowprec.plan import Precision
 from lowprec.progress import Progress, Silent
 
 __all__ = ["LayerCell", "LayerTime", "measure_layers"]
 
 # Emulated layers are slow here whatever they are on the machine that they stand for.
+# In a row, after one that is not timed.
+_NUM_CALLS = 3
 _TIMED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8_STATIC)
-# A timing covers at least so many multiplications: one call of a small layer is too short for the clock.
-_MIN_PRODUCTS = 1 << 26
 
 
 class LayerCell(NamedTuple):
@@ -53,8 +53,9 @@ def measure_layers(
     """The time of layers of these shapes (outputs, inputs) at every precision, in batches of `batch_size` rows.
 
     outliers: the share of weights that int8 layers keep in fp32. Inputs and weights are normal; times do not depend on
-    them. Repetitions go through all cells in an order of their own, so that a machine that is slow for a while is slow
-    for all of them alike. Raises `KernelError` where PyTorch has no such operator.
+    them. One call at a time, as in a model, with the caches as `measure_lookups` leaves them. Repetitions go through
+    all cells in an order of their own, so that a machine that is slow for a while is slow for all of them alike. Raises
+    `KernelError` where PyTorch has no such operator.
     """
     progress = progress or Silent()
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +69,7 @@ def measure_layers(
         for _ in range(num_repeats):
             for index in rng.permutation(len(cells)):
                 cell = cells[index]
-                seconds[index].append(_seconds_per_call(layers[index], inputs[cell.num_in], cell.num_out))
+                seconds[index].append(_seconds_per_call(layers[index], inputs[cell.num_in]))
                 progress.advance()
     return [_summary(cell, seconds[k], batch_size) for k, cell in enumerate(cells)]
 
@@ -83,13 +84,15 @@ def _made(cell: LayerCell, outliers: float, generator: torch.Generator) -> LowLi
     return low_linear(weight, bias, cell.precision, form)
 
 
-def _seconds_per_call(layer: LowLinear, x: torch.Tensor, num_out: int) -> float:
-    num_calls = max(1, _MIN_PRODUCTS // (x.numel() * num_out))
-    layer(x)
-    began = time.perf_counter()
-    for _ in range(num_calls):
+def _seconds_per_call(layer: LowLinear, x: torch.Tensor) -> float:
+    seconds = []
+    for _ in range(1 + _NUM_CALLS):
+        spoil_cache()
+        x.add_(0)  # as the layer before has made it just now
+        began = time.perf_counter()
         layer(x)
-    return (time.perf_counter() - began) / num_calls
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 
 def _summary(cell: LayerCell, seconds: Sequence[float], batch_size: int) -> LayerTime:

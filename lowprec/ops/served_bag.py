@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import KernelError, ModelError
+from lowprec.errors import KernelError, ModelError, TrafficError
 from lowprec.ops.bags import flat_bags
-from lowprec.ops.fbgemm import Pooling
+from lowprec.ops.fbgemm import Pooling, lookup_op
 from lowprec.ops.layout import lookup_dim, row_bytes
 from lowprec.plan import Precision
 
@@ -21,8 +20,10 @@ __all__ = ["ServedBag"]
 class ServedBag(nn.Module):
     """A table of stored rows in the place of an `nn.EmbeddingBag`, called like it: float32[B, dim].
 
-    `tbe` is the `IntNBitTableBatchedEmbeddingBagsCodegen` that looks up, of this one table, over the very memory that
-    was given. An id that is no row raises `RuntimeError` (-1 is a pruned row to FBGEMM, and adds nothing).
+    `tbe` is the `IntNBitTableBatchedEmbeddingBagsCodegen` of this one table, over the very memory that was given. Its
+    operator is called directly: the module's own way to it takes longer than the lookup of a batch
+    (`make bench NAME=serving`). An id that is no row, or offsets that do not fit, raise `TrafficError`, in a traced or
+    exported program `RuntimeError` (where -1 is a pruned row to FBGEMM, and adds nothing).
     """
 
     def __init__(
@@ -46,29 +47,49 @@ class ServedBag(nn.Module):
         self.embedding_dim, self.num_embeddings = dim, len(stored)
         self.precision, self.mode = str(precision), mode
         self.include_last_offset, self.padding_idx = include_last_offset, padding_idx
+        self._is_plain = include_last_offset and padding_idx is None
         self.tbe = _tbe(stored, precision, lookup_dim(dim, precision), mode)
+        # Those of its calls, looked up once: attributes of modules are slow.
+        self._before, self._after = _arguments(self.tbe)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool the rows of each bag, as `nn.EmbeddingBag.forward` does."""
         if per_sample_weights is not None and self.mode == "mean":
             raise ModelError("weights need sum pooling: a weighted mean is not defined by PyTorch; use mode sum")
-        ids, bags, weights = flat_bags(
-            input,
-            offsets,
-            per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=self.padding_idx,
-        )
-        # torch.export cannot follow the module through its counters; this is what it comes to.
-        look_up = functools.partial(_looked_up, self.tbe) if torch.compiler.is_exporting() else self.tbe
-        pooled = look_up(ids, bags, weights)
+        ids, bags, weights = self._bags(input, offsets, per_sample_weights)
+        if _is_recorded():
+            _check_in_program(self.tbe, ids, bags, weights)
+        else:
+            self._check(ids, bags)
+        pooled: Tensor = lookup_op()(*self._before, ids, bags, self._after[0], weights, *self._after[1:])
         if pooled.shape[1] == self.embedding_dim:
-            return cast(Tensor, pooled)
-        return cast(Tensor, pooled[:, : self.embedding_dim].contiguous())
+            return pooled
+        return pooled[:, : self.embedding_dim].contiguous()
 
     def extra_repr(self) -> str:
         """What `print(module)` says."""
         return f"{self.num_embeddings}, {self.embedding_dim}, precision={self.precision}, mode={self.mode!r}"
+
+    def _bags(
+        self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        is_short = self._is_plain and weights is None and ids.dim() == 1 and ids.dtype == torch.int64
+        if is_short and offsets is not None and offsets.dtype == torch.int64:
+            return ids.contiguous(), offsets.contiguous(), None  # most calls, and the short way
+        return flat_bags(
+            ids, offsets, weights, include_last_offset=self.include_last_offset, padding_idx=self.padding_idx
+        )
+
+    def _check(self, ids: Tensor, offsets: Tensor) -> None:
+        ends = offsets.numpy()  # a view, because single elements of tensors are slow
+        if not len(ends) or ends[0] != 0 or ends[-1] != len(ids):
+            raise TrafficError(f"offsets must rise from 0 to the {len(ids)} ids, and be one more than the bags")
+        if not len(ids):
+            return
+        low, high = (end.item() for end in torch.aminmax(ids))
+        if low < 0 or high >= self.num_embeddings:
+            wrong = low if low < 0 else high
+            raise TrafficError(f"id {wrong} is outside the {self.num_embeddings} rows of the table")
 
 
 def _tbe(stored: Tensor, precision: Precision, served_dim: int, mode: Pooling) -> Any:
@@ -100,9 +121,21 @@ def _tbe(stored: Tensor, precision: Precision, served_dim: int, mode: Pooling) -
     return tbe
 
 
-def _looked_up(tbe: Any, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-    ops = torch.ops.fbgemm
-    ops.bounds_check_indices(
+def _is_recorded() -> bool:
+    """Whether a program is being made of what is called, which cannot decide by values."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+
+
+def _arguments(tbe: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What a module gives to its operator before the ids, and after the offsets but for the weights of ids."""
+    sizes = (tbe.max_int2_D, tbe.max_int4_D, tbe.max_int8_D, tbe.max_float16_D, tbe.max_float32_D)
+    placed = (tbe.weights_host, tbe.weights_uvm, tbe.weights_placements, tbe.weights_offsets, tbe.weights_tys)
+    before = (*placed, tbe.D_offsets, tbe.total_D, *sizes)
+    return before, (int(tbe.pooling_mode), tbe.output_dtype, None, None, tbe.row_alignment)
+
+
+def _check_in_program(tbe: Any, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+    torch.ops.fbgemm.bounds_check_indices(
         tbe.rows_per_table,
         ids,
         offsets,
@@ -110,29 +143,6 @@ def _looked_up(tbe: Any, ids: Tensor, offsets: Tensor, weights: Tensor | None) -
         tbe.bounds_check_warning,
         weights,
         bounds_check_version=tbe.bounds_check_version,
-    )
-    return cast(
-        Tensor,
-        ops.int_nbit_split_embedding_codegen_lookup_function(
-            dev_weights=tbe.weights_host,
-            uvm_weights=tbe.weights_uvm,
-            weights_placements=tbe.weights_placements,
-            weights_offsets=tbe.weights_offsets,
-            weights_tys=tbe.weights_tys,
-            D_offsets=tbe.D_offsets,
-            total_D=tbe.total_D,
-            max_int2_D=tbe.max_int2_D,
-            max_int4_D=tbe.max_int4_D,
-            max_int8_D=tbe.max_int8_D,
-            max_float16_D=tbe.max_float16_D,
-            max_float32_D=tbe.max_float32_D,
-            indices=ids,
-            offsets=offsets,
-            pooling_mode=int(tbe.pooling_mode),
-            indice_weights=weights,
-            output_dtype=tbe.output_dtype,
-            row_alignment=tbe.row_alignment,
-        ),
     )
 
 

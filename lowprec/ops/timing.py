@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lowprec.errors import ConfigError
-from lowprec.ops.fbgemm import unchecked_lookup
 from lowprec.ops.layout import row_bytes
 from lowprec.plan import TABLE_PRECISIONS, Precision
 from lowprec.progress import Progress, Silent
@@ -36,6 +36,7 @@ __all__ = [
     "machine_facts",
     "measure_lookups",
     "num_cores",
+    "spoil_cache",
     "torch_threads",
 ]
 
@@ -43,8 +44,10 @@ __all__ = [
 # arithmetic takes other times.
 _FILL_BYTE = 0x2E
 
-# A timing covers at least this many ids a bag, in calls of fresh ids: one call at pooling 1 is too short for the clock.
-_MIN_IDS_PER_BAG = 16
+# The second-level cache, where the system does not tell.
+_CACHE_BYTES = 1 << 20
+# In a row, after one that is not timed: it finds what the cell before left in the caches.
+_NUM_CALLS = 3
 
 
 class Cell(NamedTuple):
@@ -109,7 +112,9 @@ class Grid:
                     yield from (Cell(precision, dim, rows, pooling) for pooling in self.poolings)
 
 
-def default_grid(*, quick: bool = False, dims: Sequence[int] = (), memory_limit_bytes: int = 2**31) -> Grid:
+def default_grid(
+    *, quick: bool = False, dims: Sequence[int] = (), num_bags: int = 2048, memory_limit_bytes: int = 2**31
+) -> Grid:
     """The grid of `lowprec calibrate`: at most a minute on one thread, or seconds when `quick`; `dims` replace its own.
 
     Raises `ConfigError` where not even the smallest table fits into the limit.
@@ -121,6 +126,7 @@ def default_grid(*, quick: bool = False, dims: Sequence[int] = (), memory_limit_
         poolings=(1, 64) if quick else (1, 4, 16, 64),
         num_repeats=5 if quick else 25,
         memory_limit_bytes=memory_limit_bytes,
+        num_bags=num_bags,
     )
 
 
@@ -129,11 +135,11 @@ def measure_lookups(
 ) -> list[LookupTime]:
     """The time of every cell of a grid, in its order.
 
-    Timed is the operator that serves all precisions, fp32 too, with sum pooling and without the checks of
-    `pooled_lookup`. Ids are uniform, and fresh in every call: after an untimed call, a table that fits into the CPU's
-    caches is there, and a larger one is not. Repetitions go through all cells in an order of their own, so that a
-    machine that is slow for a while is slow for all of them alike. Times do not depend on the values of a table, so
-    that all tables are views of one buffer, as large as the largest.
+    Timed are the modules that serve, `nn.EmbeddingBag` at fp32 and `ServedBag` below, with sum pooling, call by call as
+    in a model: before each, as much memory is written as the second-level cache holds, as the rest of a model does
+    (`make bench NAME=serving`). Ids are uniform, and fresh in every call. Repetitions go through all cells in an
+    order of their own, so that a machine that is slow for a while is slow for all of them alike. Times do not depend on
+    the values of a table, so that all tables are views of one buffer, as large as the largest.
 
     PyTorch's number of threads is `num_threads` meanwhile. Raises `ConfigError` when the buffer cannot be had,
     `KernelError` without FBGEMM.
@@ -145,9 +151,10 @@ def measure_lookups(
     with torch_threads(num_threads):
         progress.stage("calibrate", grid.num_repeats * len(cells))
         buffer = _filled(max(cell.table_bytes for cell in cells))
+        tables = [_table(buffer, cell) for cell in cells]
         for _ in range(grid.num_repeats):
             for index in rng.permutation(len(cells)):
-                seconds[index].append(_seconds_per_call(buffer, cells[index], grid.num_bags, rng))
+                seconds[index].append(_seconds_per_call(tables[index], cells[index], grid.num_bags, rng))
                 progress.advance()
     return [_summary(cell, seconds[index], grid.num_bags) for index, cell in enumerate(cells)]
 
@@ -214,20 +221,48 @@ def copy_bandwidth(*, num_threads: int = 1, num_bytes: int = 2**28, num_repeats:
     return 2 * num_bytes / min(seconds)
 
 
-def _seconds_per_call(buffer: torch.Tensor, cell: Cell, num_bags: int, rng: np.random.Generator) -> float:
+def spoil_cache() -> None:
+    """Write as much as the second-level cache holds, as the rest of a model does between two of its units."""
+    _spoil().add_(1)
+
+
+@cache
+def _spoil() -> torch.Tensor:
     import torch
 
-    num_calls = max(1, _MIN_IDS_PER_BAG // cell.pooling)
-    ids = torch.from_numpy(rng.integers(0, cell.rows, (1 + num_calls, num_bags * cell.pooling)))
-    warm_up, *timed = ids.unbind()
+    try:
+        num_bytes = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (ValueError, OSError):
+        num_bytes = 0
+    return torch.zeros((num_bytes if num_bytes > 0 else _CACHE_BYTES) // 4)
+
+
+def _table(buffer: torch.Tensor, cell: Cell) -> Any:
+    """The module that serves a table of the cell."""
+    import torch
+
+    from lowprec.ops.served_bag import ServedBag
+
+    stored = buffer[: cell.table_bytes].view(cell.rows, -1)
+    if cell.precision is Precision.FP32:
+        rows = stored.view(torch.float32)
+        return torch.nn.EmbeddingBag.from_pretrained(rows, mode="sum", include_last_offset=True)
+    return ServedBag(stored, cell.precision, cell.dim, mode="sum", include_last_offset=True)
+
+
+def _seconds_per_call(table: Any, cell: Cell, num_bags: int, rng: np.random.Generator) -> float:
+    import torch
+
     offsets = torch.arange(0, num_bags * cell.pooling + 1, cell.pooling)
-    table = buffer[: cell.table_bytes]
-    # The operator alone: checks and their passes over ids take as long as a short lookup, and are not part of FBGEMM.
-    unchecked_lookup(table, cell.precision, cell.dim, warm_up, offsets)
-    began = time.perf_counter()
-    for indices in timed:
-        unchecked_lookup(table, cell.precision, cell.dim, indices, offsets)
-    return (time.perf_counter() - began) / num_calls
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(1 + _NUM_CALLS):
+            ids = torch.from_numpy(rng.integers(0, cell.rows, num_bags * cell.pooling))
+            spoil_cache()
+            began = time.perf_counter()
+            table(ids, offsets)
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 
 def _summary(cell: Cell, seconds: Sequence[float], num_bags: int) -> LookupTime:

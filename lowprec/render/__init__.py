@@ -1,7 +1,7 @@
 """Documents of commands as text for people."""
 
 from lowprec.render.debug import render_debug, render_debug_comparison
-from lowprec.render.export import render_export
+from lowprec.render.export import render_export, render_serving
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.monitor import render_monitor
 from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
@@ -26,6 +26,7 @@ __all__ = [
     "render_monitor",
     "render_search",
     "render_sensitivities",
+    "render_serving",
     "render_submitted",
     "render_train",
     "render_verify",

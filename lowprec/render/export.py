@@ -1,4 +1,4 @@
-"""What was exported."""
+"""What was exported, and how fast it serves."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
+from rich.table import Table
 
 from lowprec.console import stdout
 from lowprec.sizes import bytes_text
 
-__all__ = ["render_export"]
+__all__ = ["render_export", "render_serving"]
 
 
 def render_export(document: Mapping[str, Any]) -> None:
@@ -30,3 +31,41 @@ def render_export(document: Mapping[str, Any]) -> None:
     for warning in document["warnings"]:
         print_line(f"[yellow]warning[/yellow] {escape(warning)}")
     print_line(f"load it: python -c \"import lowprec; print(lowprec.load('{escape(document['folder'])}'))\"")
+
+
+def render_serving(document: Mapping[str, Any]) -> None:
+    """Speeds by size of requests, what is saved, and what was predicted."""
+    table = Table(
+        title=f"{escape(document['folder'])}: on requests of {document['window']}, {document['num_threads']} threads",
+        title_justify="left",
+    )
+    for name in ("examples a request", "model", "p50", "p99", "requests/s", "examples/s", "requests/s/core"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
+    for speed in document["speeds"]:
+        table.add_row(
+            f"{speed['batch_size']:,}",
+            speed["model"],
+            f"{speed['p50_ms']:.3f} ms",
+            f"{speed['p99_ms']:.3f} ms",
+            f"{speed['requests_per_s']:,.0f}",
+            f"{speed['examples_per_s']:,.0f}",
+            f"{speed['requests_per_s'] / document['num_threads']:,.0f}",
+        )
+    stdout.print(table)
+    capacity = document["capacity"]
+    stdout.print(
+        f"bytes: {bytes_text(capacity['served_bytes'])} of {bytes_text(capacity['fp32_bytes'])}, "
+        f"{bytes_text(capacity['bytes_saved'])} saved"
+    )
+    for of in capacity["requests_per_s_per_core"]:
+        stdout.print(
+            f"requests of {of['batch_size']:,}: {of['ratio']:.2f} times as many a second per core "
+            f"({of['served']:,.0f} and {of['fp32']:,.0f})"
+        )
+    units = document["units"]
+    for model, measured in units["measured_ns_per_example"].items():
+        predicted = units["predicted_ns_per_example"]
+        said = f", predicted {predicted[model]:,.0f} ns ({units['latency_error'][model]:+.0%})" if predicted else ""
+        stdout.print(
+            f"tables and layers, {model}: {measured:,.0f} ns an example in requests of {units['batch_size']:,}{said}"
+        )

@@ -16,13 +16,13 @@ from lowprec.search.surrogate import Surrogate
 __all__ = ["describe_job", "notes_on", "what_to_time"]
 
 
-def what_to_time(config: Config) -> tuple[tuple[int, ...], LayerGrid]:
+def what_to_time(config: Config, batch_size: int) -> tuple[tuple[int, ...], LayerGrid]:
     """The dims of a config's tables and the shapes of its model's layers, for `lowprec calibrate`."""
     job = open_job(config, is_placed=False)
     dims = sorted({unit.dim for unit in job.units if not unit.is_layer})
     shapes = sorted({(unit.num_rows, unit.dim) for unit in job.adapter.layers.units})
     outliers = max(config.space.layers.outliers) if config.space.layers else 0.0
-    return tuple(dims), LayerGrid(shapes, config.traffic.batch_size, outliers)
+    return tuple(dims), LayerGrid(shapes, batch_size, outliers)
 
 
 def describe_job(job: Job) -> dict[str, Any]:

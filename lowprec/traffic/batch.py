@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,11 @@ class Batch:
 
     def part(self, k: int, num_parts: int) -> Batch:
         """Part k of the batch cut into `num_parts` stretches of rows; what is said of bad rows stays with part 0."""
-        first, last = k * self.num_rows // num_parts, (k + 1) * self.num_rows // num_parts
+        found = self.rows(k * self.num_rows // num_parts, (k + 1) * self.num_rows // num_parts)
+        return replace(found, bad_rows=self.bad_rows, out_of_range=self.out_of_range) if k == 0 else found
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Rows [first, last), without what is said of bad ones."""
         return Batch(
             index=self.index,
             labels=self.labels[first:last],
@@ -84,6 +88,4 @@ class Batch:
             times=self.times[first:last],
             weights=None if self.weights is None else self.weights[first:last],
             groups=None if self.groups is None else self.groups[first:last],
-            bad_rows=self.bad_rows if k == 0 else (),
-            out_of_range=self.out_of_range if k == 0 else {},
         )

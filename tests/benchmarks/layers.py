@@ -70,7 +70,7 @@ def agreement() -> dict[str, float]:
 
 def with_calibration(config: Config, folder: Path, minimize: str) -> Config:
     """The config with the times of its tables and layers on this machine."""
-    dims, layers = what_to_time(config)
+    dims, layers = what_to_time(config, 2048)
     path = folder / "calibration.json"
     if not path.exists():
         write_calibration(calibrate(default_grid(quick=True, dims=dims), layers), path)

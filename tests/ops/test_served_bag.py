@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowprec import ops
-from lowprec.errors import ModelError
+from lowprec.errors import ModelError, TrafficError
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 
@@ -70,11 +70,24 @@ def test_weights_of_ids():
         served(ids, ends, weights)
 
 
-@pytest.mark.parametrize("wrong", [50, -2])
+@pytest.mark.parametrize("wrong", [50, -1, -2])
 def test_ids_that_are_no_rows_are_refused(wrong):
     served, _ = both(Precision.INT4)
-    with pytest.raises(RuntimeError, match="idx"):
+    with pytest.raises(TrafficError, match=f"id {wrong} is outside the 50 rows"):
         served(torch.tensor([1, wrong]), torch.tensor([0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(served, (torch.tensor([1, 2]), torch.tensor([0])))
+    if wrong != -1:  # a pruned row to FBGEMM
+        with pytest.raises(RuntimeError, match="idx"):
+            traced(torch.tensor([1, wrong]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("ends", [[0, 1], [1, 2], [0, 3], []])
+def test_offsets_that_do_not_fit_are_refused(ends):
+    served, _ = both(Precision.INT4, include_last_offset=True)
+    with pytest.raises(TrafficError, match="offsets must rise from 0 to the 2 ids"):
+        served(torch.tensor([1, 2]), torch.tensor(ends, dtype=torch.int64))
 
 
 def test_rows_of_another_shape_are_refused():

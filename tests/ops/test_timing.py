@@ -1,4 +1,6 @@
-"""Lookup times: every cell of a grid, by the operator that serves, on bytes that are numbers."""
+"""Lookup times: every cell of a grid, by the modules that serve, on bytes that are numbers."""
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from lowprec import ops
 from lowprec.errors import ConfigError
 from lowprec.ops import timing
+from lowprec.ops.served_bag import ServedBag
 from lowprec.ops.timing import Cell, Grid, default_grid, machine_facts, measure_lookups
 from lowprec.plan import TABLE_PRECISIONS, Precision
 
@@ -28,14 +31,16 @@ def test_every_cell_has_a_time() -> None:
 
 @pytest.mark.parametrize("precision", EVERY)
 @pytest.mark.parametrize("dim", [1, 3, 16, 33, 64])
-def test_what_is_timed_is_the_pooled_lookup(precision: Precision, dim: int) -> None:
+def test_what_is_timed_is_what_serves(precision: Precision, dim: int) -> None:
+    cell = Cell(precision, dim, 50, 3)
+    buffer = timing._filled(60 * ops.row_bytes(dim, precision))
+    table = timing._table(buffer, cell)
+    assert isinstance(table, torch.nn.EmbeddingBag if precision is Precision.FP32 else ServedBag)
     rng = np.random.default_rng(dim)
-    stored = torch.from_numpy(ops.quantize(rng.standard_normal((50, dim), dtype=np.float32), precision))
     ids, offsets = torch.from_numpy(rng.integers(0, 50, 60)), torch.arange(0, 61, 3)
+    stored = buffer[: cell.table_bytes].view(50, -1)
     expected = ops.pooled_lookup(stored, precision, dim, ids, offsets, mode="sum")
-    # A dim of no whole bytes of codes is served as the next one that is: the surplus columns are cut off.
-    timed = timing.unchecked_lookup(stored.view(-1), precision, dim, ids, offsets)
-    assert torch.equal(timed[:, :dim], expected)
+    torch.testing.assert_close(table(ids, offsets), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("precision", EVERY)
@@ -50,20 +55,23 @@ def test_the_buffer_holds_normal_numbers_at_every_precision(precision: Precision
 
 def test_ids_are_fresh_in_every_call_and_cover_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[Cell, list[np.ndarray]] = {}
+    spoilt: list[int] = []
 
-    def look_up(table, precision, dim, indices, offsets):
-        rows = table.numel() // ops.row_bytes(dim, precision)
-        cell = Cell(precision, dim, rows, len(indices) // (len(offsets) - 1))
-        assert offsets[-1] == len(indices)
-        seen.setdefault(cell, []).append(indices.numpy())
+    def table(buffer: torch.Tensor, cell: Cell) -> Callable[..., None]:
+        def look_up(ids: torch.Tensor, offsets: torch.Tensor) -> None:
+            assert offsets[-1] == len(ids) and len(offsets) == 257
+            seen.setdefault(cell, []).append(ids.numpy())
+            assert len(spoilt) == sum(map(len, seen.values()))  # before every call
 
-    monkeypatch.setattr(timing, "unchecked_lookup", look_up)
-    grid = small_grid()
+        return look_up
+
+    monkeypatch.setattr(timing, "_table", table)
+    monkeypatch.setattr(timing, "spoil_cache", lambda: spoilt.append(1))
+    grid = small_grid(num_repeats=10)
     measure_lookups(grid)
     assert seen.keys() == set(grid.cells())
     for cell, calls in seen.items():
-        assert len(calls) == grid.num_repeats * (1 + max(1, 16 // cell.pooling))
-        assert len({ids.tobytes() for ids in calls}) == len(calls)
+        assert len(calls) == 40 and len({ids.tobytes() for ids in calls}) == 40  # four for each repetition
         ids = np.concatenate(calls)
         assert 0 <= ids.min() < 0.01 * cell.rows and 0.99 * cell.rows <= ids.max() < cell.rows
 

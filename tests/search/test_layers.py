@@ -285,7 +285,7 @@ def test_every_layer_of_a_dlrm_gets_a_row_for_each_example(small_config):
 
 def test_the_layers_of_a_config_are_measured_and_read_back(small_config, tmp_path):
     config = small_config(LAYERS)
-    dims, layers = what_to_time(config)
+    dims, layers = what_to_time(config, config.traffic.batch_size)
     job = open_job(config)
     assert dims == (8,) and set(layers.shapes) == {(u.num_rows, u.dim) for u in job.units if u.is_layer}
     assert (layers.batch_size, layers.outliers) == (1024, 0.001)
