@@ -58,7 +58,7 @@ def test_metadata_is_that_of_the_project(wheel: Path) -> None:
     assert metadata["Version"] == lowprec.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
-    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda", "dev", "torchrec"}
     assert any(line.startswith("fbgemm-gpu-cpu==1.8") for line in metadata.get_all("Requires-Dist"))
 
 

@@ -87,6 +87,36 @@ def test_search_and_verify_print_for_people(lowprec, trained):
         assert part in done.out
 
 
+def test_from_a_plan_to_what_serves(lowprec, searched):
+    folder, done = searched
+    plan = done.document["plan_path"]
+    debugged = lowprec("debug", "job.yaml", "--plan", plan, "--arrays", "arrays", cwd=folder)
+    assert debugged.code == 0, debugged.err
+    assert "in the order of the model" in debugged.out and (folder / "arrays" / "rows.parquet").exists()
+    exported = lowprec("export", "job.yaml", "--plan", plan, "--out", "served", cwd=folder)
+    assert exported.code == 0 and "equal to the bit to what was evaluated" in exported.out, exported.err
+    again = lowprec("export", "job.yaml", "--plan", plan, "--out", "served", cwd=folder)
+    assert again.code == 3 and "is there already" in again.err
+    served = lowprec("bench-serving", "served", "--batch-size", 64, "--seconds", 0.1, cwd=folder)
+    assert served.code == 0 and "requests of 64:" in served.out, served.err
+    spoilt = folder / "served" / "dense.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"x")
+    broken = lowprec("bench-serving", "served", "--batch-size", 64, cwd=folder)
+    assert broken.code == 3 and "dense.safetensors is not what the manifest says" in broken.err
+
+
+def test_the_gate_for_a_newer_snapshot(lowprec, searched):
+    folder, done = searched
+    arguments = ("--plan", done.document["plan_path"], "--snapshot", "model.safetensors", "--json")
+    gate = lowprec("verify", "job.yaml", *arguments, cwd=folder)
+    assert gate.code == {"certified": 0, "inconclusive": 4}[gate.document["verdict"]]
+    path = gate.document["snapshot"]["plan_path"]
+    assert (path is not None) == (gate.code == 0)
+    repaired = lowprec("verify", "job.yaml", *arguments, "--budget", 0.0001, "--repair", cwd=folder)
+    assert repaired.document["repair"]["budget_pct"] == 0.0001
+    assert repaired.code == {"certified": 0, "rejected": 2, "inconclusive": 4}[repaired.document["final_verdict"]]
+
+
 def test_the_report_of_sensitivities_and_a_profile_used_again(lowprec, searched):
     folder, done = searched
     report = lowprec("results", "sensitivities", cwd=folder)

@@ -76,7 +76,7 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_every_command_is_in_the_readme_and_exists(lowprec):
-    names = set(re.findall(r"^\| `lowprec (\w+)", README, re.MULTILINE))
+    names = set(re.findall(r"^\| `lowprec ([\w-]+)", README, re.MULTILINE))
     assert names == set(cli.commands)
     for name in names:
         assert lowprec(name, "--help").code == 0
