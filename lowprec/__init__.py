@@ -13,8 +13,8 @@ def query(sql: str, root: str = "runs") -> Any:
     return run_query(sql, root)
 
 
-def load(folder: str, *, verify: bool = True) -> Any:
+def load(folder: str, *, verify: bool = True, in_memory: bool = False) -> Any:
     """The `torch.nn.Module` of a folder that `lowprec export` wrote; see `lowprec.export.load`."""
     from lowprec.export import load as load_module
 
-    return load_module(folder, verify=verify)
+    return load_module(folder, verify=verify, in_memory=in_memory)

@@ -91,12 +91,14 @@ def export(
 )
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True)
 @click.option("--threads", "num_threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--in-memory", is_flag=True, help="Tables of both in huge pages, not in mapped files.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the exported config.")
 def bench_serving(
     folder: Path,
     batch_sizes: tuple[int, ...],
     seconds: float,
     num_threads: int,
+    in_memory: bool,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -113,6 +115,7 @@ def bench_serving(
             batch_sizes=batch_sizes or (1, 64, 1024),
             seconds=seconds,
             num_threads=num_threads,
+            in_memory=in_memory,
             overrides=overrides,
             progress=bars,
         )

@@ -43,12 +43,12 @@ def write_arrays(
 def _channels(alone: Mapping[str, ErrorSums], accumulated: Mapping[str, ErrorSums]) -> pa.Table:
     parts = []
     for unit, sums in alone.items():
-        width, n = len(sums.error2), max(sums.num_rows, 1)
+        width, n = len(sums.error2), max(sums.num_summed, 1)
         parts.append(
             {
                 "unit": [unit] * width,
                 "channel": np.arange(width),
-                "num_rows": np.full(width, sums.num_rows),
+                "num_rows": np.full(width, sums.num_summed),
                 "reference_mean_square": sums.reference2 / n,
                 "error_mean_square": sums.error2 / n,
                 "error_mean": sums.error / n,

@@ -76,8 +76,9 @@ def _why(channel: int, weight: Tensor, stored: Mapping[str, Tensor]) -> str:
     values = weight[channel]
     if not torch.isfinite(restored).all():
         return "its weights do not restore to finite values"
-    if bool((restored == 0).all()) and bool((values != 0).any()):
-        return "all its weights became zero"
+    codes = stored["codes"][channel] if "codes" in stored else restored
+    if bool((codes == 0).all()) and bool((values != 0).any()):
+        return "all its weights became zero" + (" but for outliers" if bool(restored.any()) else "")
     peaks = weight.abs().amax(dim=1)
     median = float(peaks.median())
     if "codes" in stored and len(stored["scales"]) == 1 < len(weight) and median:

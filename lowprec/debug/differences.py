@@ -19,8 +19,8 @@ from lowprec.plan import Precision
 
 __all__ = ["changed_files", "dense_differences", "layer_modules_differences", "table_difference"]
 
-# Tables of less in common with the checkpoint's are said to be of another version.
-_SAME_VERSION = 0.99
+# Rows of less in common with the checkpoint's are said to be of another version, and of still less of none.
+_SAME_VERSION, _NO_VERSION = 0.99, 0.3
 
 
 def table_difference(rows: SeenRows, planned: NDArray[np.uint8]) -> str | None:
@@ -104,6 +104,8 @@ def _what(rows: SeenRows, planned: NDArray[np.uint8], where: NDArray[np.int64]) 
         if not heads:
             return "codes are others, scales and biases are the same"
     likeness = _cosine(rows.restored[where], rows.exact[where])
+    if likeness < _NO_VERSION:
+        return f"they are like nothing in the checkpoint (cosine {likeness:.3f} with its rows)"
     if rows.precision is not Precision.INT2 and likeness < _SAME_VERSION:
         return f"they look like rows of another version of the table (cosine {likeness:.3f} with the checkpoint's)"
     return f"other values (cosine {likeness:.3f} with the checkpoint's)"

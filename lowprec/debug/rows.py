@@ -47,6 +47,9 @@ class SeenRows:
         with np.errstate(invalid="ignore", over="ignore"):
             error = self.restored - self.exact
             found = np.einsum("ij,ij->i", error, error).astype(np.float64)
+            # Squares may be beyond fp32 where errors are not.
+            large = np.flatnonzero(~np.isfinite(found))
+            found[large] = np.square(error[large].astype(np.float64)).sum(axis=1)
         return np.where(np.isfinite(found), found, np.inf)
 
     @property
@@ -157,7 +160,7 @@ def _why(rows: SeenRows, k: int, median_range: float) -> str:
         return f"value {outlier} is {values[outlier]:g}; without it the row would span {rest:g} and not {span:g}"
     if median_range * _WIDE < span:
         return f"spans {span:g}, {span / median_range:.1f} times the median row" if median_range else f"spans {span:g}"
-    return f"rounding to {precision}: spans {span:g}, and is asked for often"
+    return f"rounding to {precision}: spans {span:g}, as other rows do"
 
 
 def _steps(stored: NDArray[np.uint8]) -> Floats:

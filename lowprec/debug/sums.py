@@ -23,11 +23,12 @@ MAX_ROWS = 1024
 class ErrorSums:
     """With y the reference's output and e the error of another one, float64[C] by output channel (or value of a row).
 
-    reference2, error2, product: sums of y^2, e^2 and y e; error, magnitude: sums of e and |e|; largest: of |e|. Values
-    that are not finite are counted, and left out of all these.
+    num_rows: of which the first `num_summed` are summed. reference2, error2, product: sums of y^2, e^2 and y e; error,
+    magnitude: sums of e and |e|; largest: of |e|. Values that are not finite are counted, and left out of all these.
     """
 
     num_rows: int
+    num_summed: int
     num_not_finite: int
     reference2: Float
     error2: Float
@@ -46,22 +47,23 @@ class ErrorSums:
         with np.errstate(invalid="ignore", over="ignore"):
             num_wrong = 0 if math.isfinite(float(whole.sum())) else int((~np.isfinite(whole)).sum())
             y, x = reference[:MAX_ROWS].numpy(), whole[:MAX_ROWS]
-            sums = cls._of(y, x, num_wrong)
+            sums = cls._of(y, x, len(whole), num_wrong)
             if not np.isfinite(sums.reference2 + sums.error2).all():  # squares beyond fp32
-                sums = cls._of(y.astype(np.float64), x.astype(np.float64), num_wrong)
+                sums = cls._of(y.astype(np.float64), x.astype(np.float64), len(whole), num_wrong)
         return sums
 
     @classmethod
-    def _of(cls, y: Values, x: Values, num_wrong: int) -> ErrorSums:
+    def _of(cls, y: Values, x: Values, num_rows: int, num_wrong: int) -> ErrorSums:
         if np.shares_memory(x, y):
-            return cls(len(y), 0, _summed(y * y), *(np.zeros(y.shape[1]) for _ in range(5)))
+            return cls(num_rows, len(y), 0, _summed(y * y), *(np.zeros(y.shape[1]) for _ in range(5)))
         e = x - y
         if num_wrong:
             y = y.copy()
             y[~np.isfinite(x)] = e[~np.isfinite(e)] = 0
         size = np.abs(e)
         return cls(
-            num_rows=len(e),
+            num_rows=num_rows,
+            num_summed=len(e),
             num_not_finite=num_wrong,
             reference2=_summed(y * y),
             error2=_summed(e * e),
@@ -72,7 +74,7 @@ class ErrorSums:
         )
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
-        names = ("num_rows", "num_not_finite", "reference2", "error2", "product", "error", "magnitude")
+        names = ("num_rows", "num_summed", "num_not_finite", "reference2", "error2", "product", "error", "magnitude")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         return ErrorSums(**sums, largest=np.maximum(self.largest, other.largest))
 
@@ -102,12 +104,12 @@ class ErrorSums:
         return (y2 + ye) / math.sqrt(y2 * found2) if y2 > 0 and found2 > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For documents; SQNR is None where there is no error."""
-        n = max(self.num_values, 1)
-        sqnr = self.sqnr_db
+        """For documents; SQNR is None where there is no error, the cosine where nothing is left to compare."""
+        n = max(self.num_summed * len(self.error2), 1)
+        sqnr, is_lost = self.sqnr_db, self.num_not_finite > 0 and not self.error2.any()
         return {
             "sqnr_db": sqnr if math.isfinite(sqnr) else None,
-            "cosine": self.cosine,
+            "cosine": None if is_lost else self.cosine,
             "max_error": float(self.largest.max(initial=0.0)),
             "mean_error": float(self.magnitude.sum()) / n,
             "bias": float(self.error.sum()) / n,

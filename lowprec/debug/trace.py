@@ -18,7 +18,7 @@ from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.layer_inputs import InputHistogram
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.layer_form import LayerForm
-from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.models.layers import any_shape, replaced_forwards
 from lowprec.ops.bags import BagCall
 from lowprec.plan import is_layer
@@ -152,15 +152,13 @@ class _Look:
             for module in evaluator.adapter.layers.modules(unit.name)
         }
         self._exact: list[tuple[str, Tensor]] = []
-        self._errors: list[Tensor] = []
         self._position = 0
 
     def add(self) -> None:
         """Look, and add."""
         adapter, batch, inputs = self._evaluator.adapter, self._batch, inputs_of(self._batch)
-        watched = dict.fromkeys(unit for unit in self._trace.units if is_layer(unit))
-        # On few rows also because the evaluator checks the model on the first batch that it sees.
-        part = self._evaluator.differentiated(self._part, dict.fromkeys(watched, ())) if self._part.num_rows else None
+        if self._part.num_rows:  # first, because the evaluator checks the model on the first rows that it sees
+            self._add_part()
         with replaced_forwards({module: self._alone(module) for module in self._modules}):
             reference = self._evaluator.watched(batch, ())
         with torch.inference_mode():
@@ -170,10 +168,32 @@ class _Look:
         z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
         exact = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
         self._trace.exact = exact if self._trace.exact is None else self._trace.exact + exact
-        if part is not None:
-            self._add_shares(*part, reference, outputs)
-            ends = tuple(output[len(output) - self._part.num_rows :] for output in outputs)
-            self._trace.parts.append(TracedPart(self._part, part[0], ends, logits[-self._part.num_rows :]))
+
+    def _add_part(self) -> None:
+        """What each unit does to the logits, to first order, and what single changes are tried on."""
+        adapter, part = self._evaluator.adapter, self._part
+        layers = dict.fromkeys((unit for unit in self._trace.units if is_layer(unit)), ())
+        reference, gradients = self._evaluator.differentiated(part, layers)
+        row = {unit: k for k, unit in enumerate(self._trace.units)}
+        changes = np.zeros((len(row), part.num_rows), np.float32)
+        with torch.inference_mode():
+            outputs = tuple(self._arm.pooled(call) for call in reference.calls)
+            for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
+                changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
+            for layer_call, slope in zip(reference.layer_calls, gradients.layers, strict=True):
+                module = adapter.layers.modules(layer_call.layer)[layer_call.position]
+                flat = layer_call.input.reshape(-1, layer_call.input.shape[-1])
+                self._count_codes(layer_call.layer, flat)
+                if module in self._layers:
+                    error = self._layers[module](flat) - layer_call.output.reshape(len(flat), -1)
+                    changes[row[layer_call.layer]] += _change(error, slope.reshape(error.shape), part.num_rows)
+            logits = logits_with(adapter, inputs_of(part), reference, outputs, self._layers)
+        # Values that are not finite are counted where they are made.
+        changes = np.nan_to_num(changes, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        z, labels = reference.logits.numpy().astype(np.float64), part.labels.astype(np.float64)
+        weights = np.ones(part.num_rows) if part.weights is None else part.weights
+        self._trace.shares = self._trace.shares + unit_sums(changes, z, labels, weights)
+        self._trace.parts.append(TracedPart(part, reference, outputs, logits))
 
     def _table(self, call: BagCall) -> Tensor:
         """What a call of a table returns. What it is asked for depends on no unit: alone and accumulated are one."""
@@ -192,9 +212,6 @@ class _Look:
             flat, exact = input.reshape(-1, input.shape[-1]), output.reshape(-1, output.shape[-1])
             found = self._layers[module](flat.contiguous()) if module in self._layers else exact
             _add(self._trace.alone, layer, ErrorSums.of(exact, found))
-            first = len(exact) - len(exact) * self._part.num_rows // self._batch.num_rows
-            self._errors.append(found[first:] - exact[first:])
-            self._count_codes(layer, flat[first:])
             self._exact.append((layer, exact[:MAX_ROWS].clone()))  # the model may change it in place
             return output
 
@@ -211,22 +228,6 @@ class _Look:
             return output
 
         return computed
-
-    def _add_shares(
-        self, part: ReferencePass, gradients: Gradients, reference: ReferencePass, outputs: Sequence[Tensor]
-    ) -> None:
-        row, num_rows = {unit: k for k, unit in enumerate(self._trace.units)}, self._part.num_rows
-        changes = np.zeros((len(row), num_rows), np.float32)
-        for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
-            error = (output - call.output)[len(output) - len(slope) :]
-            changes[row[call.table]] += _change(error, slope, num_rows)
-        for (layer, _), error, slope in zip(self._exact, self._errors, gradients.layers, strict=True):
-            changes[row[layer]] += _change(error, slope.reshape(error.shape), num_rows)
-        # Values that are not finite are counted where they are made.
-        changes = np.nan_to_num(changes, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        z, labels = part.logits.numpy().astype(np.float64), self._part.labels.astype(np.float64)
-        weights = np.ones(num_rows) if self._part.weights is None else self._part.weights
-        self._trace.shares = self._trace.shares + unit_sums(changes, z, labels, weights)
 
     def _count_codes(self, layer: str, x: Tensor) -> None:
         form = self._arm.file.layer_forms.get(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from lowprec.ops.linear import served_linear
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import PlanFile, Precision
 
-__all__ = ["ServedLinear", "dense_tensors", "load", "paths_of", "replace_modules", "stored_rows"]
+__all__ = ["ServedLinear", "dense_tensors", "in_huge_pages", "load", "paths_of", "replace_modules", "stored_rows"]
+
+
+_COPIED_BYTES = 64 << 20
 
 
 class ServedLinear(nn.Module):
@@ -37,14 +41,16 @@ class ServedLinear(nn.Module):
         return f"precision={self.precision}"
 
 
-def load(folder: str | Path, *, verify: bool = True) -> nn.Module:
+def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) -> nn.Module:
     """The module of a folder that `lowprec export` wrote, called as the model is.
 
     Tables below fp32 are FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, layers below fp32 PyTorch's quantized
     operators; everything else is the model that the factory makes, which has to be importable. Rows are mapped from
     the folder and not copied, so the folder has to stay as it is while the module lives.
 
-    verify: compare every file with its SHA-256 first, which reads all of them once.
+    verify: compare every file with its SHA-256 first, which reads all of them once. in_memory: read the rows into
+    memory of this process instead, in huge pages where the system has some: lookups in large tables then look for fewer
+    pages (`make bench NAME=serving`).
 
     Raises `ExportError` where the folder is no whole export or a file of it is another one, `ModelError` where the
     factory cannot be imported or makes another model, `KernelError` without FBGEMM.
@@ -60,7 +66,7 @@ def load(folder: str | Path, *, verify: bool = True) -> nn.Module:
     _check_units(adapter, manifest, folder)
     dense = dense_tensors(folder)
     _load_dense(adapter, manifest, dense, folder)
-    replace_modules(model, {**_bags(adapter, manifest, folder), **_layers(adapter, manifest, file, dense)})
+    replace_modules(model, {**_bags(adapter, manifest, folder, in_memory), **_layers(adapter, manifest, file, dense)})
     return model.eval().requires_grad_(False)
 
 
@@ -123,11 +129,13 @@ def _load_dense(adapter: ModelAdapter, manifest: Manifest, dense: Mapping[str, T
         raise ExportError(f"export {folder}: {DENSE} does not fit the model: {' '.join(str(error).split())}") from None
 
 
-def _bags(adapter: ModelAdapter, manifest: Manifest, folder: Path) -> dict[nn.Module, nn.Module]:
+def _bags(adapter: ModelAdapter, manifest: Manifest, folder: Path, in_memory: bool) -> dict[nn.Module, nn.Module]:
     found: dict[nn.Module, nn.Module] = {}
     for table in manifest.tables:
         precision = Precision.parse(table.precision, where=f'export {folder}: "{table.unit}"')
         rows = stored_rows(folder, table)
+        if in_memory:
+            rows = in_huge_pages(rows)
         for bag in adapter.bags[table.unit]:
             if precision is Precision.FP32:
                 # What was certified at fp32 is the model's own lookup.
@@ -158,6 +166,15 @@ def stored_rows(folder: Path, table: ExportedTable) -> Tensor:
             f"{table.num_rows} of {table.row_bytes} bytes; copy the folder again"
         )
     return rows
+
+
+def in_huge_pages(rows: Tensor) -> Tensor:
+    """A copy in memory that NumPy asks huge pages for, as PyTorch does not."""
+    copy = np.empty(rows.shape, rows.numpy().dtype)
+    step = max(1, _COPIED_BYTES // max(1, rows[:1].nbytes))
+    for first in range(0, len(rows), step):
+        copy[first : first + step] = rows[first : first + step].numpy()
+    return torch.from_numpy(copy)
 
 
 def _layers(

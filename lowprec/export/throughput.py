@@ -18,7 +18,7 @@ from lowprec.config import Config, load_config
 from lowprec.errors import ExportError, PlanError
 from lowprec.evaluation.rows import TableUse
 from lowprec.export.manifest import CONFIG, Manifest, read_config_and_plan, read_manifest
-from lowprec.export.module import load, paths_of
+from lowprec.export.module import in_huge_pages, load, paths_of
 from lowprec.models.inputs import arguments_of, inputs_of
 from lowprec.ops.timing import torch_threads
 from lowprec.plan import Plan, PlanFile, Precision
@@ -65,6 +65,7 @@ class ServingReport:
     fp32_bytes: int
     served_bytes: int
     num_threads: int
+    is_in_memory: bool
     units_size: int
     units_ns: dict[str, float]
     predicted_ns: dict[str, float] | None
@@ -82,6 +83,7 @@ class ServingReport:
             "folder": self.folder,
             "window": self.window,
             "num_threads": self.num_threads,
+            "is_in_memory": self.is_in_memory,
             "speeds": [speed.to_dict() for speed in self.speeds],
             "capacity": {
                 "fp32_bytes": self.fp32_bytes,
@@ -113,19 +115,26 @@ def measure_serving(
     seconds: float = 2.0,
     num_threads: int = 1,
     window: str = "confirm",
+    in_memory: bool = False,
     overrides: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> ServingReport:
     """Measure an exported folder and the fp32 model of its checkpoint in turns, so that a slow moment is slow for both.
 
-    batch_sizes: examples of a request. seconds: for each size and model. overrides: of the folder's config, such as
+    batch_sizes: examples of a request. seconds: for each size and model. in_memory: tables of both in memory of this
+    process, in huge pages, instead of mapped files. overrides: of the folder's config, such as
     `model.checkpoint=PATH` where the checkpoint was moved, or `cost.calibration=FILE` for a prediction beside what is
     measured. Raises `ExportError` where the folder is no export, `PlanError` where the checkpoint is another one.
     """
     folder, listener = Path(folder), progress or Silent()
     manifest, (_, file) = read_manifest(folder), read_config_and_plan(folder)
     job = _open(folder, manifest, overrides, max(batch_sizes))
-    models = {"fp32": job.adapter.model, "served": load(folder)}
+    models = {"fp32": job.adapter.model, "served": load(folder, in_memory=in_memory)}
+    if in_memory:
+        for bags in job.adapter.bags.values():
+            weight = nn.Parameter(in_huge_pages(bags[0].weight.detach()), requires_grad=False)
+            for bag in bags:
+                bag.weight = weight
     speeds: list[ServingSpeed] = []
     with torch_threads(num_threads), torch.inference_mode():
         listener.stage("requests", len(batch_sizes) + 1)
@@ -143,6 +152,7 @@ def measure_serving(
         fp32_bytes=job.space.fp32_bytes,
         served_bytes=job.space.size_bytes(file.plan),
         num_threads=num_threads,
+        is_in_memory=in_memory,
         units_size=largest,
         units_ns=units_ns,
         predicted_ns=_predicted(job, file, window, largest),

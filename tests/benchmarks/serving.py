@@ -9,7 +9,7 @@ Prints one JSON object as its last line: for each model bytes, `requests_per_s`,
 layers take for an example, measured by clocks around their modules (`units_ns`) and predicted (`predicted_ns`);
 `latency_error`, the largest relative error of the prediction among the three, and `errors` of each. `out_of_cache`: the
 same requests a second for a model with 8 GB of tables (dim 128, uniform ids, untrained: nothing is certified), int8 and
-int4 everywhere against fp32.
+int4 everywhere against fp32, from mapped files and from memory in huge pages.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def write_uniform(config: Config, precision: Precision, path: Path) -> None:
     )
 
 
-def measured(folder: Path, *overrides: str) -> dict[str, Any]:
+def measured(folder: Path, *overrides: str, in_memory: bool = False) -> dict[str, Any]:
     """One measurement of an exported folder and of its fp32 model."""
-    report = measure_serving(folder, batch_sizes=[BATCH_SIZE], seconds=SECONDS, overrides=overrides)
+    report = measure_serving(
+        folder, batch_sizes=[BATCH_SIZE], seconds=SECONDS, in_memory=in_memory, overrides=overrides
+    )
     return report.to_dict()
 
 
@@ -110,10 +112,12 @@ def out_of_cache(folder: Path) -> dict[str, Any]:
     for precision in (Precision.INT8, Precision.INT4):
         write_uniform(config, precision, folder / "plan.json")
         exported = export_plan(config, folder / "plan.json", folder / str(precision))
-        for speed in measured(folder / str(precision))["speeds"]:
-            model = str(precision) if speed["model"] == "served" else f"fp32 beside {precision}"
-            found[model] = {key: round(speed[key], 3) for key in ("requests_per_s", "p50_ms", "p99_ms")}
-        found[str(precision)]["gb"] = round(exported.plan_bytes / 1e9, 3)
+        found[f"{precision} gb"] = round(exported.plan_bytes / 1e9, 3)
+        for place in ("mapped", "in huge pages"):
+            for speed in measured(folder / str(precision), in_memory=place != "mapped")["speeds"]:
+                model = str(precision) if speed["model"] == "served" else f"fp32 beside {precision}"
+                of = {key: round(speed[key], 3) for key in ("requests_per_s", "p50_ms", "p99_ms")}
+                found[f"{model}, {place}"] = of
     return found
 
 

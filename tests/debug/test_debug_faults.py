@@ -45,7 +45,10 @@ def planted(config, file, folder, what):
         ("scales c4", "scales and biases are others, codes are the same"),
         ("rows c2", r"rows 30 to 41, all 12 that traffic asked for, and no other .* codes are others"),
         ("rows c3", r"rows 30 to 41, all 11 that traffic asked for, and no other .* codes are others"),
-        ("rows c1", r"rows 30 to 41, all 12 that traffic asked for, and no other .* \(cosine -?0\.0\d+ "),
+        (
+            "rows c1",
+            r"rows 30 to 41, all 12 that traffic asked for, and no other .* like nothing in the checkpoint",
+        ),
         ("rows c0", r"rows 30 to 39, all 10 that traffic asked for, and no other .* \(cosine -?0\.0\d+ "),
         ("stale c1", r"another version of the table \(cosine 0\.[89]\d+ with the checkpoint's\)"),
         ("stale c2", r"another version of the table \(cosine 0\.[89]\d+ with the checkpoint's\)"),

@@ -327,7 +327,10 @@ def test_the_job_scripts_do_what_the_commands_do_on_the_cluster_of_the_job(
     searching = ray_job(installation, cluster, jobs, python, "search.py", on_workers, "--max-trials", 5, cwd=user)
     plan = ("--plan", document["document"]["plan_path"])
     verifying = ray_job(installation, cluster, jobs, python, "verify.py", user / config(**changes), *plan, cwd=user)
+    debugging = ray_job(installation, cluster, jobs, python, "debug.py", user / config(**changes), *plan, cwd=user)
     said, code = searching()
     assert code in (0, 2, 4) and '"num_trials": 5' in said, said
     said, code = verifying()
     assert code == done.returncode and f'"verdict": "{document["verdict"]}"' in said, said
+    said, code = debugging()
+    assert code == 0 and '"is_as_planned": true' in said, said

@@ -82,6 +82,15 @@ def test_rows_are_mapped_and_not_copied(exported):
         assert any(start <= pointer < end for start, end in ranges)
 
 
+def test_rows_may_be_read_into_memory(exported):
+    config, file, found = exported()
+    module = lowprec.load(found.folder, in_memory=True)
+    assert str(found.folder / "tables") not in Path("/proc/self/maps").read_text()
+    for inputs, logits in evaluated(config, file):
+        with torch.inference_mode():
+            assert torch.equal(module(inputs.dense, dict(inputs.sparse)), logits)
+
+
 def test_rows_in_the_files_are_what_fbgemm_reads(exported):
     """Dequantized by the definition, and looked up by PyTorch."""
     _, _, found = exported()

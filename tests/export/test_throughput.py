@@ -51,6 +51,12 @@ def test_both_models_are_measured_at_every_size(served):
     assert all(ns > 0 for ns in document["units"]["measured_ns_per_example"].values())
 
 
+def test_tables_may_be_in_memory(served):
+    _, _, folder = served
+    report = measure_serving(folder, batch_sizes=[10], seconds=0.05, in_memory=True)
+    assert report.to_dict()["is_in_memory"] and len(report.speeds) == 2
+
+
 def test_tables_and_layers_take_a_part_of_a_request(served):
     _, _, folder = served
     report = measure_serving(folder, batch_sizes=[200], seconds=0.3)
@@ -91,7 +97,7 @@ def test_the_models_are_left_as_they_were(served, monkeypatch):
     import lowprec.export.throughput as throughput
 
     loaded = throughput.load
-    monkeypatch.setattr(throughput, "load", lambda path: seen.append(loaded(path)) or seen[-1])
+    monkeypatch.setattr(throughput, "load", lambda path, **options: seen.append(loaded(path, **options)) or seen[-1])
     measure_serving(folder, batch_sizes=[10], seconds=0.01)
     (module,) = seen
     assert isinstance(module, nn.Module)

@@ -1,0 +1,12 @@
+"""The debugger as a Ray job: ray job submit --working-dir jobs -- python debug.py CONFIG --plan PLAN [OPTION]...
+
+CONFIG and what it names have to lie where the cluster sees them. Options, exit codes and the JSON document on stdout
+are those of `lowprec debug --json`; it works in one process, on the machine of the job.
+"""
+
+import sys
+
+from lowprec.cli import main
+
+if __name__ == "__main__":
+    main(["debug", "--json", *sys.argv[1:]])
