@@ -106,14 +106,7 @@ class PlannedArm:
         except WeightError:
             ids, where = np.unique(call.indices.numpy(), return_inverse=True)
             rows = ops.dequantize(self.stored(call.table, ids), precision, self._weights[call.table].shape[1])
-            return embedding_bag(
-                torch.from_numpy(where.astype(np.int64)),
-                torch.from_numpy(rows),
-                call.offsets,
-                mode=call.mode,
-                per_sample_weights=call.weights,
-                include_last_offset=True,
-            )
+            return _pooled(call, torch.from_numpy(where.astype(np.int64)), torch.from_numpy(rows))
 
     def layers(self) -> Mapping[nn.Module, Layer]:
         """Those below fp32."""
@@ -170,14 +163,7 @@ class ServedArm:
                 rows, precision, table.dim, call.indices, call.offsets, mode=call.mode, weights=call.weights
             )
         with torch.inference_mode():
-            return embedding_bag(
-                call.indices,
-                rows.view(torch.float32),
-                call.offsets,
-                mode=call.mode,
-                per_sample_weights=call.weights,
-                include_last_offset=True,
-            )
+            return _pooled(call, call.indices, rows.view(torch.float32))
 
     def layers(self) -> Mapping[nn.Module, Layer]:
         """All of them: also a layer at fp32 may be another one here."""
@@ -201,3 +187,15 @@ class ServedArm:
         """Of the modules of a layer, in the order in which the adapter has them."""
         of_module = {module: path for path, module in self._adapter.model.named_modules()}
         return [of_module[module] for module in self._adapter.layers.modules(layer)]
+
+
+def _pooled(call: BagCall, ids: Tensor, rows: Tensor) -> Tensor:
+    """What a call returns of rows float32[n, dim], by these ids."""
+    return embedding_bag(
+        ids,
+        rows,
+        call.offsets,
+        mode=call.mode,
+        per_sample_weights=call.weights,
+        include_last_offset=True,
+    )
