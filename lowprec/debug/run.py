@@ -35,6 +35,7 @@ from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
 from lowprec.storage import Where
 from lowprec.traffic.batch import Batch
+from lowprec.traffic.quarantine import said_of_bad_rows
 
 __all__ = ["debug_arm", "debug_plan", "sample_of"]
 
@@ -116,7 +117,7 @@ def debug_arm(
         units=units,
         suspects=tuple(suspects),
         change=change,
-        notes=tuple(looked.notes()),
+        notes=(*looked.notes(), *said_of_bad_rows([row for read in batches for row in read().bad_rows])),
         arrays=written,
         seconds=time.monotonic() - began,
     )

@@ -16,6 +16,7 @@ from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Plan
 from lowprec.search import Job
+from lowprec.traffic import BadRow
 
 __all__ = ["Certified", "Parity", "certified_outputs", "check_parity", "check_program"]
 
@@ -28,6 +29,7 @@ class Certified:
     tables: tuple[str, ...]
     pooled: tuple[Tensor, ...]
     logits: Tensor
+    bad_rows: tuple[BadRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def certified_outputs(job: Job, plan: Plan, window: str, num_batches: int) -> li
             calls = job.adapter.reference(inputs).calls
             pooled = evaluator.tables.pooled(calls, [{plan[call.table]} for call in calls])
             outputs = tuple(of[plan[call.table]] for of, call in zip(pooled, calls, strict=True))
-            found.append(Certified(inputs, tuple(call.table for call in calls), outputs, logits))
+            tables = tuple(call.table for call in calls)
+            found.append(Certified(inputs, tables, outputs, logits, batch.bad_rows))
     if not found:
         raise ExportError(
             f"export: windows.{window} has no usable row, so that nothing can be compared; choose another"

@@ -42,6 +42,7 @@ from lowprec.search import Job, open_job
 from lowprec.sizes import bytes_text
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_folder import whole_folder
+from lowprec.traffic.quarantine import said_of_bad_rows
 
 __all__ = ["Exported", "export_plan"]
 
@@ -142,7 +143,7 @@ def export_plan(
         fp32_bytes=job.space.fp32_bytes,
         plan_bytes=job.space.size_bytes(file.plan),
         seconds=time.monotonic() - began,
-        notes=_notes(job, file),
+        notes=(*_notes(job, file), *said_of_bad_rows([row for batch in expected for row in batch.bad_rows])),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ from lowprec.errors import TrafficError
 from lowprec.storage import Location, Where
 from lowprec.traffic.batch import BadRow
 
-__all__ = ["check_bad_rows", "read_quarantine", "write_quarantine"]
+__all__ = ["check_bad_rows", "read_quarantine", "said_of_bad_rows", "write_quarantine"]
 
 _SCHEMA = pa.schema({"file": pa.string(), "row": pa.int64(), "reason": pa.string(), "values": pa.string()})
 _ROWS_AT_ONCE = 10_000
@@ -63,3 +63,14 @@ def check_bad_rows(
         f"{example}; all are kept in {quarantine_path}; mend the traffic, or raise traffic.max_bad_fraction to go on "
         "without them"
     )
+
+
+def said_of_bad_rows(bad_rows: Sequence[BadRow]) -> list[str]:
+    """A sentence about the rows of a sample that were left out; none where there were none."""
+    if not bad_rows:
+        return []
+    first = bad_rows[0]
+    return [
+        f"{len(bad_rows)} bad rows of the sample were left out; the first is {first.file}, row {first.row}: "
+        f"{first.reason}; mend the traffic (lowprec verify keeps all bad rows of a window in a file)"
+    ]

@@ -102,7 +102,8 @@ def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
         )
     except (OSError, pa.ArrowException) as error:
         raise TrafficError(
-            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): {sentence(error, file.name)}"
+            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): "
+            f"{sentence(error, file.name)}; write or copy it again, or take it out of traffic.path"
         ) from None
 
 

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 import torch
 from plans import LAYERS, LOW_LAYERS, write_mixed_plan
@@ -17,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 import lowprec
 from lowprec import ops
-from lowprec.errors import ExportError, ModelError, PlanError
+from lowprec.debug import debug_plan
+from lowprec.errors import ExportError, ModelError, PlanError, TrafficError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.export import export_plan, read_manifest
 from lowprec.layer_form import Arithmetic
@@ -326,3 +330,38 @@ def test_every_table_has_its_dtype_for_torchrec(exported):
     # TorchRec's tensors of int4 and int2 count values: two and four in a byte.
     shapes = {"c0": (40, 32), "c1": (80, 16), "c2": (160, 16), "c3": (320, 32), "c4": (640, 64), "c5": (1000, 32)}
     assert {name: tuple(state[f"tables.{name}.weight"].shape) for name in shapes} == shapes
+
+
+@pytest.fixture
+def spoilt(small_config, small_folder, tmp_path):
+    """A config on traffic whose last three rows, of the confirm window, have another value in a column, and a plan."""
+
+    def make(column, value):
+        table = pads.dataset(small_folder / "traffic", format="parquet", exclude_invalid_files=True).to_table()
+        values = table[column].to_numpy().copy()
+        values[-3:] = value
+        (tmp_path / "traffic").mkdir()
+        changed = table.set_column(table.schema.get_field_index(column), column, pa.array(values))
+        pq.write_table(changed, tmp_path / "traffic" / "part.parquet")
+        config = small_config(f"traffic.path={tmp_path}/traffic")
+        write_mixed_plan(config, tmp_path / "plan.json")
+        return config, tmp_path / "plan.json", tmp_path / "served"
+
+    return make
+
+
+def test_bad_rows_of_the_sample_are_said_and_left_out(spoilt):
+    config, plan, out = spoilt("d0", np.nan)
+    exported, debugged = export_plan(config, plan, out).to_dict(), debug_plan(config, plan).to_dict()
+    for document in (exported, debugged):
+        (said,) = document["warnings"][-1:]
+        assert said.startswith("3 bad rows of the sample were left out; the first is ") and "part.parquet, row" in said
+        assert "d0" in said and "mend the traffic" in said
+
+
+def test_an_id_that_is_no_row_stops_what_serves_nothing(spoilt):
+    config, plan, out = spoilt("c5", 10**6)
+    for command in (lambda: export_plan(config, plan, out), lambda: debug_plan(config, plan)):
+        with pytest.raises(TrafficError, match=r'part.parquet, row \d+: feature "c5" has id 1000000; .*bounds_check'):
+            command()
+    assert not out.exists()
