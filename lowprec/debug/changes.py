@@ -47,14 +47,18 @@ def best_change(
     planned: PlannedArm,
     suspects: Sequence[Suspect],
     differing: Sequence[str],
+    broken: Sequence[str],
     parts: Sequence[TracedPart],
 ) -> Change | None:
     """The change of one of the first suspects that takes most from the label-free gap on some examples.
 
     A suspect that differs from the plan is put back; of the others, fp32 shows who matters most, and then the cheapest
-    change of that unit is taken that does nearly as much.
+    change of that unit is taken that does nearly as much. Where suspects are `broken` (they return values that are not
+    finite) it is one of them, at fp32, whatever the gap says: an int8 layer behind makes some code of such a value, and
+    the logits look well.
     """
     first = [suspect.unit for suspect in suspects[:_NUM_SUSPECTS]]
+    first = [unit for unit in first if unit in broken] or first
     if not first:
         return None
     trial = _Trial(job.adapter, arm, planned, parts)
@@ -62,19 +66,22 @@ def best_change(
     restored = {unit: _Choice(unit, None if unit in differing else Precision.FP32) for unit in first}
     after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
     unit = min(after, key=lambda u: after[u] if math.isfinite(after[u]) else math.inf)
-    taken = before - after[unit] if math.isfinite(before) else math.inf
-    if not (taken > 0 and math.isfinite(after[unit])):
-        return None
     choice, found, kept = restored[unit], after[unit], 1.0
-    for cheaper in _cheaper(planned, unit) if choice.precision is Precision.FP32 else ():
-        try:
-            kl = trial.kl_pct(cheaper)
-        except WeightError:
-            continue
-        share = (before - kl) / taken if math.isfinite(before) else float(math.isfinite(kl))
-        if share >= _ENOUGH:
-            choice, found, kept = cheaper, kl, share
-            break
+    if not math.isfinite(found):
+        return None
+    if unit not in broken:
+        taken = before - found if math.isfinite(before) else math.inf
+        if taken <= 0:
+            return None
+        for cheaper in _cheaper(planned, unit) if choice.precision is Precision.FP32 else ():
+            try:
+                kl = trial.kl_pct(cheaper)
+            except WeightError:
+                continue
+            share = (before - kl) / taken if math.isfinite(before) else float(math.isfinite(kl))
+            if share >= _ENOUGH:
+                choice, found, kept = cheaper, kl, share
+                break
     added = _bytes(job, planned, choice) - _bytes(job, planned, _Choice(unit, None))
     return Change(unit, str(choice), before, found, added, trial.num_examples, kept)
 

@@ -101,7 +101,8 @@ def debug_arm(
             suspects = suspects_among(units)
             listener.stage("try changes", 1)
             differing = [unit.unit for unit in units if unit.differs]
-            change = best_change(job, arm, planned, suspects, differing, trace.parts)
+            broken = [unit.unit for unit in units if unit.is_broken]
+            change = best_change(job, arm, planned, suspects, differing, broken, trace.parts)
             listener.advance()
     finally:
         torch.set_num_threads(threads_before)
