@@ -47,7 +47,8 @@ def low_linear(
     int8_static: inputs quantized as they were calibrated, fp32 outputs
     (`quantized::linear_with_input_q_dq_qweight_dq_output_fp32`). emulated: the definition in `ops.reference`, slowly.
 
-    Raises `KernelError` where PyTorch has no such operator on this CPU, `WeightError` for a weight beyond fp16.
+    Raises `KernelError` where PyTorch has no such operator on this CPU or it adds codes of so many bits wrongly (see
+    `safe_input_bits`), `WeightError` for a weight beyond fp16.
     """
     return served_linear(stored_linear(weight, bias, precision, form), precision, form)
 
@@ -89,7 +90,7 @@ def served_linear(
 ) -> LowLinear:
     """The layer that `stored_linear` stored, as a module: float32[B, in] to float32[B, out].
 
-    Raises `KernelError` where PyTorch has no operator for it on this CPU.
+    Raises `KernelError` where PyTorch has no operator for it on this CPU, or this CPU adds inputs of so many bits wrongly.
     """
     bias = stored.get("bias")
     if precision in (Precision.FP32, Precision.BF16):
@@ -102,6 +103,12 @@ def served_linear(
         assert isinstance(form, Arithmetic), "an emulated layer has an arithmetic"
         return _Emulated(stored["weight"], bias, form)
     assert isinstance(form, LayerForm), "an int8 layer has a form"
+    if form.input_bits > safe_input_bits():
+        raise KernelError(
+            f"an int8 layer with inputs of {form.input_bits} bits would overflow on this CPU, which has no VNNI "
+            "instructions; run it on one that has, or search for a plan here or with space.layers.input_bits: 7, which "
+            "both can do"
+        )
     packed = _packed(stored["codes"], stored["scales"], bias)
     low = _Int8Static(packed, form) if form.is_static else _Int8Dynamic(packed, form)
     if "outliers" not in stored:
@@ -123,9 +130,9 @@ def restored_weight(stored: Mapping[str, Tensor]) -> Tensor:
 @cache
 def safe_input_bits() -> int:
     """8 where this CPU adds products of int8 codes exactly, 7 where they overflow 16 bits on the way (no VNNI)."""
-    x, weight = torch.ones(1, 64), torch.ones(8, 64)
-    form = LayerForm(input_scale=1 / 255, input_zero_point=0)
-    found = low_linear(weight, None, Precision.INT8_STATIC, form)(x)
+    x, form = torch.ones(1, 64), LayerForm(input_scale=1 / 255, input_zero_point=0)
+    codes = torch.full((8, 64), WEIGHT_CODES, dtype=torch.int8)
+    found = _Int8Static(_packed(codes, torch.tensor([1 / WEIGHT_CODES]), None), form)(x)
     return 8 if bool((found - 64).abs().max() < 0.1) else 7
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from lowprec.config import Config
 from lowprec.export import export_plan
 from lowprec.layer_form import ClipRange, LayerForm, WeightScale
+from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Form, Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job
 
@@ -19,7 +20,7 @@ from lowprec.search import open_job
 FITTED: dict[str, tuple[Precision, Form | None]] = {
     "layer:bottom.0": (Precision.BF16, None),
     "layer:bottom.2": (Precision.FP16, None),
-    "layer:top.0": (Precision.INT8_DYNAMIC, LayerForm(WeightScale.CHANNEL, ClipRange.MSE, outliers=0.05)),
+    "layer:top.0": (Precision.INT8_DYNAMIC, LayerForm(WeightScale.CHANNEL, ClipRange.MSE, 0.05, safe_input_bits())),
     "layer:top.2": (Precision.INT8_STATIC, LayerForm(input_bits=7, input_scale=5 / 127, input_zero_point=0)),
 }
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from lowprec import ops
 from lowprec.debug import debug_plan
 from lowprec.layer_form import LayerForm, WeightScale
+from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Precision
 from lowprec.search import open_job
 
@@ -207,7 +208,7 @@ def test_one_outlier_under_a_shared_scale_is_said_of_its_layer(planned, changed_
         weights["top.0.bias"][4] *= 200
         weights["top.2.weight"][:, 4] /= 200
 
-    form = LayerForm(WeightScale.TENSOR)
+    form = LayerForm(WeightScale.TENSOR, input_bits=safe_input_bits())
     config, _, path = planned(changed_checkpoint(change), layers={"layer:top.0": (Precision.INT8_DYNAMIC, form)})
     report = debug_plan(config, path)
     first = report.suspects[0]

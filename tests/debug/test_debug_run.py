@@ -227,7 +227,7 @@ def test_a_sample_is_of_batches_at_equal_distances(planned):
 # One example at a time: with one scale for the inputs of a batch, a part of it is no batch.
 BY_ROW = {
     "layer:bottom.2": (Precision.BF16, None),
-    "layer:top.0": (Precision.INT8_STATIC, LayerForm(input_scale=0.1, input_zero_point=128)),
+    "layer:top.0": (Precision.INT8_STATIC, LayerForm(input_bits=7, input_scale=0.2, input_zero_point=64)),
     "layer:top.2": (Precision.FP16, None),
 }
 

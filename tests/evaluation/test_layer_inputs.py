@@ -14,6 +14,7 @@ from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.layer_inputs import BINS, FormTask, InputHistogram, LayerInputs, LayerInputsTask
 from lowprec.evaluation.profile import swaps
 from lowprec.layer_form import ClipRange, LayerForm, WeightScale
+from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 
@@ -88,7 +89,7 @@ def test_the_error_of_a_form_is_the_divergence_that_it_causes_alone(job):
     evaluator, batch = ExactEvaluator(job.adapter), job.window("search").batch(0)
     units = [unit.name for unit in job.units]
     forms = tuple(
-        (unit, Precision.INT8_DYNAMIC, LayerForm(weights, clip))
+        (unit, Precision.INT8_DYNAMIC, LayerForm(weights, clip, input_bits=safe_input_bits()))
         for unit in units
         if unit.startswith("layer:")
         for weights in WeightScale
@@ -107,7 +108,7 @@ def test_the_error_of_a_form_is_the_divergence_that_it_causes_alone(job):
 
 def test_first_order_changes_of_layers_join_those_of_tables(job):
     evaluator, batch = ExactEvaluator(job.adapter), job.window("search").batch(0)
-    forms = {(u.name, Precision.INT8_DYNAMIC): LayerForm() for u in job.units if u.is_layer}
+    forms = {(u.name, Precision.INT8_DYNAMIC): LayerForm(input_bits=safe_input_bits()) for u in job.units if u.is_layer}
     columns = tuple((u.name, Precision.INT8_DYNAMIC if u.is_layer else Precision.INT4) for u in job.units)
     with evaluator.using(forms):
         logits, s = swaps(evaluator, batch, columns)

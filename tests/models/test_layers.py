@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from lowprec.errors import ModelError
-from lowprec.layer_form import ClipRange, LayerForm, WeightScale
+from lowprec.layer_form import LayerForm
 from lowprec.models.adapter import ModelAdapter, ModelInputs
 from lowprec.models.layers import LayerModules
+from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Precision, Unit
 
 
@@ -63,7 +64,7 @@ def by_pytorch(model, dense, sparse):
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
         packed = torch.ops.quantized.linear_prepack(quantized, module.bias)
-        return torch.ops.quantized.linear_dynamic(x, packed, False)
+        return torch.ops.quantized.linear_dynamic(x, packed, safe_input_bits() == 7)
 
     left = model.left(dense)
     right = functional.relu(low(model.table(*sparse["x"]), model.right[0]))
@@ -75,7 +76,7 @@ def test_a_low_layer_is_computed_wherever_its_weight_is(model, inputs):
     adapter = ModelAdapter(model)
     reference = adapter.reference(inputs)
     outputs = [call.output for call in reference.calls]
-    at = (("layer:right.0", Precision.INT8_DYNAMIC, LayerForm(input_bits=8)),)
+    at = (("layer:right.0", Precision.INT8_DYNAMIC, LayerForm(input_bits=safe_input_bits())),)
     before = torch.backends.quantized.engine
     found = adapter.substituted(inputs, reference, outputs, at)
     assert torch.backends.quantized.engine == before
@@ -97,8 +98,8 @@ def test_first_order_changes_are_nearly_what_a_low_layer_does(model, inputs, pre
     """The change of a logit by a layer alone, against the gradient of its output times the change of its output."""
     adapter = ModelAdapter(model)
     reference, gradients = adapter.differentiated(inputs, None, [layer])
-    static = {"input_scale": 0.05, "input_zero_point": 100} if precision is Precision.INT8_STATIC else {}
-    form = LayerForm(WeightScale.CHANNEL, ClipRange.MINMAX, **static)
+    static = {"input_scale": 0.05, "input_zero_point": 64} if precision is Precision.INT8_STATIC else {}
+    form = LayerForm(input_bits=safe_input_bits(), **static)
     change = torch.zeros(30)
     for call, gradient in zip(reference.layer_calls, gradients.layers, strict=True):
         assert gradient.shape == call.output.shape
@@ -136,7 +137,7 @@ def test_low_layers_are_kept_up_to_a_bound(model, monkeypatch):
     layers = LayerModules(model)
     size = 4 * model.again.weight.numel()
     monkeypatch.setattr("lowprec.models.layers.MAX_LOW_BYTES", 2 * size)
-    forms = [LayerForm(WeightScale.CHANNEL, ClipRange.MINMAX, outliers=k) for k in (0, 0.1, 0.2)]
+    forms = [LayerForm(outliers=k, input_bits=safe_input_bits()) for k in (0, 0.1, 0.2)]
     first, second, _ = made = [layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, form) for form in forms]
     # Of three, the last two are kept; one that is asked for again is the youngest of them.
     assert layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, forms[1]) is second

@@ -273,7 +273,7 @@ def test_another_form_of_a_layer_is_another_deployment(deployed):
     file = read_plan(path, units=None, checkpoint_sha256=None)
     plan = file.plan.replace({"layer:top.0": Precision.INT8_DYNAMIC})
     keys = set()
-    for form in (LayerForm(input_bits=8), LayerForm(input_bits=8, outliers=0.1)):
+    for form in (LayerForm(), LayerForm(outliers=0.1)):
         write_plan(replace(file, plan=plan, layer_forms={"layer:top.0": form}), path)
         keys.add(Deployment.of(config, path).key)
     assert len(keys) == 2

@@ -6,14 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowprec.errors import PlanError, WeightError
+from lowprec.errors import KernelError, PlanError, WeightError
 from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, LayerForm, WeightScale
+from lowprec.ops import linear as linear_ops
 from lowprec.ops.clip import PERCENTILE, input_bounds, input_code, weight_bound
-from lowprec.ops.linear import low_linear, outlier_positions, weight_scales
+from lowprec.ops.linear import low_linear, outlier_positions, safe_input_bits, weight_scales
 from lowprec.ops.reference.linear import emulated_linear, int8_linear, quantize_inputs, quantize_weights, rounded
 from lowprec.plan import Precision
 
 FORMS = [(weights, clip) for weights in WeightScale for clip in ClipRange]
+# Without VNNI inputs of 8 bits overflow, and are refused.
+BITS = [7, 8] if safe_input_bits() == 8 else [7]
 SHAPES = [(1, 1), (3, 7), (16, 33), (64, 128)]
 
 
@@ -36,7 +39,7 @@ def calibrated(x, clip, bits):
     return input_code(*input_bounds(edges.astype(np.float64), counts, clip, bits), bits)
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("weights, clip", FORMS)
 @pytest.mark.parametrize("num_out, num_in", SHAPES)
 def test_static_int8_is_its_definition(num_out, num_in, weights, clip, bits):
@@ -51,7 +54,7 @@ def test_static_int8_is_its_definition(num_out, num_in, weights, clip, bits):
     close_to(low_linear(weight, bias, Precision.INT8_STATIC, form)(x), expected, weight, x)
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("weights, clip", FORMS)
 @pytest.mark.parametrize("num_out, num_in", SHAPES)
 def test_dynamic_int8_takes_the_range_of_each_batch(num_out, num_in, weights, clip, bits):
@@ -67,16 +70,16 @@ def test_dynamic_int8_takes_the_range_of_each_batch(num_out, num_in, weights, cl
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(1e-3, 10), st.integers(0, 255), st.integers(0, 2**32 - 1))
+@given(st.floats(1e-3, 10), st.integers(0, 2 ** BITS[-1] - 1), st.integers(0, 2**32 - 1))
 def test_codes_of_inputs_are_those_of_fbgemm_also_where_they_tie(scale, zero_point, seed):
     rng = np.random.default_rng(seed)
     near_ties = (rng.integers(-300, 300, 400) + 0.5) * np.float32(scale)
     x = np.concatenate([near_ties, rng.uniform(-300, 300, 400) * scale]).astype(np.float32)[:, None]
-    form = LayerForm(input_scale=float(np.float32(scale)), input_zero_point=zero_point)
+    form = LayerForm(input_bits=BITS[-1], input_scale=float(np.float32(scale)), input_zero_point=zero_point)
     one = torch.ones(1, 1)
     y = low_linear(one, None, Precision.INT8_STATIC, form)(torch.from_numpy(x)).numpy()
     codes = np.rint(y / (np.float32(scale) * (np.float32(1) / 127) * 127)).astype(int) + zero_point
-    np.testing.assert_array_equal(codes, quantize_inputs(x, form.input_scale, zero_point, 8))
+    np.testing.assert_array_equal(codes, quantize_inputs(x, form.input_scale, zero_point, BITS[-1]))
 
 
 @pytest.mark.parametrize("num_out, num_in", SHAPES)
@@ -99,12 +102,12 @@ def test_fp16_and_bf16_round_what_they_say(num_out, num_in):
 def test_outliers_are_kept_beside_the_int8_part(precision):
     weight, bias, x = layer(16, 40)
     weight[3, 5], weight[9, 1], weight[9, 2] = 60.0, -80.0, 70.0
-    scale, zero_point = calibrated(x, ClipRange.MINMAX, 8)
+    scale, zero_point = calibrated(x, ClipRange.MINMAX, BITS[-1])
     static = {"input_scale": scale, "input_zero_point": zero_point} if precision is Precision.INT8_STATIC else {}
     exact = torch.nn.functional.linear(x, weight, bias)
     error = {}
     for outliers in (0.0, 3 / weight.numel()):
-        form = LayerForm(WeightScale.TENSOR, outliers=outliers, **static)
+        form = LayerForm(WeightScale.TENSOR, outliers=outliers, input_bits=BITS[-1], **static)
         error[outliers] = float((low_linear(weight, bias, precision, form)(x) - exact).square().mean())
     assert error[3 / weight.numel()] < error[0.0] / 50
     rows, columns = outlier_positions(weight, 3 / weight.numel())
@@ -115,14 +118,17 @@ def test_outliers_are_kept_beside_the_int8_part(precision):
 def test_a_channel_of_zeros_gives_its_bias():
     weight, bias, x = layer(4, 6)
     weight[2] = 0.0
-    for precision, form in ((Precision.INT8_DYNAMIC, LayerForm()), (Precision.INT8_STATIC, LayerForm(**static_of(x)))):
+    for precision, form in (
+        (Precision.INT8_DYNAMIC, LayerForm(input_bits=BITS[-1])),
+        (Precision.INT8_STATIC, LayerForm(**static_of(x))),
+    ):
         found = low_linear(weight, bias, precision, form)(x)
         assert torch.equal(found[:, 2], bias[2].expand(len(x)))
 
 
 def static_of(x):
-    scale, zero_point = calibrated(x, ClipRange.MINMAX, 8)
-    return {"input_scale": scale, "input_zero_point": zero_point}
+    scale, zero_point = calibrated(x, ClipRange.MINMAX, BITS[-1])
+    return {"input_bits": BITS[-1], "input_scale": scale, "input_zero_point": zero_point}
 
 
 def test_seven_bits_of_calibrated_inputs_are_clipped_to_seven_bits():
@@ -132,6 +138,25 @@ def test_seven_bits_of_calibrated_inputs_are_clipped_to_seven_bits():
     low = low_linear(weight, bias, Precision.INT8_STATIC, form)
     top = (127 - zero_point) * scale
     assert torch.equal(low(torch.full((1, 6), 100 * top)), low(torch.full((1, 6), top)))
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.INT8_DYNAMIC])
+def test_inputs_of_more_bits_than_the_cpu_adds_exactly_are_refused(precision, monkeypatch):
+    weight, bias, _ = layer(4, 6)
+    static = {"input_scale": 0.1, "input_zero_point": 3} if precision is Precision.INT8_STATIC else {}
+    monkeypatch.setattr(linear_ops, "safe_input_bits", lambda: 7)
+    with pytest.raises(KernelError, match=r"8 bits would overflow on this CPU, which has no VNNI .*input_bits: 7"):
+        low_linear(weight, bias, precision, LayerForm(**static))
+    low_linear(weight, bias, precision, LayerForm(input_bits=7, **static))
+
+
+def test_seven_bits_are_safe_whatever_the_weights_are():
+    """64 products of the largest codes: what overflows is two of them, on a CPU that adds in 16 bits."""
+    weight, x = torch.ones(8, 64), torch.ones(1, 64)
+    for bits in BITS:
+        form = LayerForm(input_bits=bits, input_scale=1 / (2**bits - 1), input_zero_point=0)
+        found = low_linear(weight, None, Precision.INT8_STATIC, form)(x)
+        torch.testing.assert_close(found, torch.full((1, 8), 64.0))
 
 
 def test_a_weight_beyond_fp16_is_refused():

@@ -89,7 +89,7 @@ def test_forms_cover_what_plans_may_choose_and_are_the_best_of_those_tried(small
 
 
 def test_a_search_gives_layers_precisions_and_what_follows_reproduces_them(small_config, tmp_path):
-    config = small_config(LAYERS, ONLY_LAYERS)
+    config = small_config(LAYERS, ONLY_LAYERS, "search.budget=2")  # enough also where inputs have 7 bits
     outcome = run_search(config)
     trial = outcome.recommendations[0].best.choice.trial
     # The first layer has three inputs: its scales would take more bytes than int8 saves.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lowprec.config import Config
 from lowprec.layer_form import ClipRange, LayerForm, WeightScale
+from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import TABLE_PRECISIONS, Form, Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job
 
@@ -13,7 +14,7 @@ LAYERS = "space.layers=[fp32, fp16, bf16, int8_dynamic, int8_static]"
 LOW_LAYERS: dict[str, tuple[Precision, Form | None]] = {
     "layer:bottom.0": (Precision.BF16, None),
     "layer:bottom.2": (Precision.FP16, None),
-    "layer:top.0": (Precision.INT8_DYNAMIC, LayerForm(WeightScale.CHANNEL, ClipRange.MSE, outliers=0.05)),
+    "layer:top.0": (Precision.INT8_DYNAMIC, LayerForm(WeightScale.CHANNEL, ClipRange.MSE, 0.05, safe_input_bits())),
     "layer:top.2": (
         Precision.INT8_STATIC,
         LayerForm(WeightScale.TENSOR, ClipRange.MINMAX, input_bits=7, input_scale=0.02, input_zero_point=3),
