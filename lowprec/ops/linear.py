@@ -90,7 +90,8 @@ def served_linear(
 ) -> LowLinear:
     """The layer that `stored_linear` stored, as a module: float32[B, in] to float32[B, out].
 
-    Raises `KernelError` where PyTorch has no operator for it on this CPU, or this CPU adds inputs of so many bits wrongly.
+    Raises `KernelError` where PyTorch has no operator for it on this CPU, or the CPU adds inputs of so many bits
+    wrongly.
     """
     bias = stored.get("bias")
     if precision in (Precision.FP32, Precision.BF16):
