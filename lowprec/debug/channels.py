@@ -17,6 +17,8 @@ __all__ = ["WeightCodes", "WorstChannel", "weight_codes", "worst_channels"]
 
 # A channel whose largest weight is so many times the median channel's is said to be an outlier.
 _WIDE = 4.0
+# Inputs beyond their codes are said to be the reason of so much of a layer's error.
+_MUCH = 0.3
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ def weight_codes(weight: Tensor, stored: Mapping[str, Tensor]) -> WeightCodes:
     return WeightCodes(weight.numel(), int(beyond.sum()), int(lost.sum()))
 
 
-def worst_channels(alone: ErrorSums, weight: Tensor, stored: Mapping[str, Tensor], count: int) -> list[WorstChannel]:
-    """Those with the largest squared error; none where the layer is exact."""
+def worst_channels(
+    alone: ErrorSums, weight: Tensor, stored: Mapping[str, Tensor], count: int, *, saturated_share: float = 0.0
+) -> list[WorstChannel]:
+    """Those with the largest squared error; none where the layer is exact.
+
+    saturated_share: of the layer's squared error, the part in rows with an input beyond its codes.
+    """
     total = alone.error2.sum()
     order = [int(c) for c in np.argsort(-alone.error2, kind="stable")[:count] if alone.error2[c] > 0]
     sqnr = alone.sqnr_db_by_channel
@@ -65,13 +72,13 @@ def worst_channels(alone: ErrorSums, weight: Tensor, stored: Mapping[str, Tensor
             share=float(alone.error2[c] / total),
             sqnr_db=float(sqnr[c]) if np.isfinite(sqnr[c]) else None,
             max_error=float(alone.largest[c]),
-            why=_why(c, weight, stored),
+            why=_why(c, weight, stored, saturated_share),
         )
         for c in order
     ]
 
 
-def _why(channel: int, weight: Tensor, stored: Mapping[str, Tensor]) -> str:
+def _why(channel: int, weight: Tensor, stored: Mapping[str, Tensor], saturated_share: float) -> str:
     restored = restored_weight(stored)[channel]
     values = weight[channel]
     if not torch.isfinite(restored).all():
@@ -90,6 +97,8 @@ def _why(channel: int, weight: Tensor, stored: Mapping[str, Tensor]) -> str:
             )
     if median and float(peaks[channel]) > _WIDE * median:
         return f"its largest weight is {float(peaks[channel]) / median:.1f} times the median channel's"
+    if saturated_share > _MUCH:
+        return f"inputs beyond their codes: rows with one have {saturated_share:.0%} of the layer's squared error"
     error = (restored - values).square().sum()
     if float(error) == 0:
         return "its weights are exact: the error is that of its inputs or its sums"

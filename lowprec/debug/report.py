@@ -98,8 +98,11 @@ class Change:
 
 @dataclass(frozen=True)
 class DebugReport:
-    """All of it. metrics: of the arm on the sample; suspects: the likeliest first. arrays: paths of
-    the files that were asked for.
+    """All of it. metrics: of the arm on the sample; suspects: the likeliest first.
+
+    num_compared: of the sample, the examples whose outputs were compared; num_traced: those of shares, changes and
+    counts of inputs. differs: what is not what the plan makes of the checkpoint, and no unit's; the notes say it too.
+    arrays: paths of the files that were asked for.
     """
 
     name: str
@@ -107,10 +110,12 @@ class DebugReport:
     checkpoint_sha256: str
     window: str
     metrics: PlanMetrics
+    num_compared: int
     num_traced: int
     units: tuple[UnitReport, ...]
     suspects: tuple[Suspect, ...]
     change: Change | None
+    differs: tuple[str, ...]
     notes: tuple[str, ...]
     arrays: Mapping[str, str]
     seconds: float
@@ -118,12 +123,7 @@ class DebugReport:
     @property
     def is_as_planned(self) -> bool:
         """Whether everything is finite and what the plan makes of the checkpoint."""
-        return not any(unit.differs or unit.is_broken for unit in self.units) and not self.notes_of_dense
-
-    @property
-    def notes_of_dense(self) -> tuple[str, ...]:
-        """Those of tensors that are no units."""
-        return tuple(note for note in self.notes if note.endswith("is not what the checkpoint has"))
+        return not self.differs and not any(unit.differs or unit.is_broken for unit in self.units)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command."""
@@ -134,6 +134,7 @@ class DebugReport:
             "kind": "exact",
             "window": self.window,
             **self.metrics.to_dict(),
+            "num_compared": self.num_compared,
             "num_traced": self.num_traced,
             "is_as_planned": self.is_as_planned,
             "units": [unit.to_dict() for unit in self.units],

@@ -27,7 +27,7 @@ from lowprec.debug.misfits import misfits
 from lowprec.debug.report import DebugReport, UnitReport
 from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
 from lowprec.debug.suspects import suspects_among
-from lowprec.debug.trace import Trace, trace_batches
+from lowprec.debug.trace import InputCodes, Trace, trace_batches
 from lowprec.errors import TrafficError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.plan import Precision, is_layer
@@ -107,6 +107,7 @@ def debug_arm(
     finally:
         torch.set_num_threads(threads_before)
     written = write_arrays(arrays, trace.alone, trace.accumulated, looked.tables) if arrays else {}
+    differs = looked.differences()
     is_reference = set(arm.file.plan.values()) == {Precision.FP32}
     return DebugReport(
         name=job.config.name,
@@ -114,11 +115,13 @@ def debug_arm(
         checkpoint_sha256=job.checkpoint_sha256,
         window=job.window_text(window),
         metrics=trace.exact.metrics(0, confidence=job.config.search.confidence, is_reference=is_reference),
+        num_compared=trace.num_compared,
         num_traced=trace.num_traced,
         units=units,
         suspects=tuple(suspects),
         change=change,
-        notes=(*looked.notes(), *said_of_bad_rows([row for read in batches for row in read().bad_rows])),
+        differs=differs,
+        notes=(*differs, *looked.notes(), *said_of_bad_rows([row for read in batches for row in read().bad_rows])),
         arrays=written,
         seconds=time.monotonic() - began,
     )
@@ -183,13 +186,15 @@ class _Looked:
             misfits=unfit,
         )
 
+    def differences(self) -> tuple[str, ...]:
+        """How a folder is not what its plan makes of the checkpoint, beside the units that traffic asked."""
+        if not isinstance(self.arm, ServedArm):
+            return ()
+        return (*dense_differences(self.job.adapter, self.arm), *changed_files(self.arm).values())
+
     def notes(self) -> list[str]:
         """What is no unit's."""
-        found = [f"{unit} was not called" for unit in self.arm.file.plan if unit not in self.trace.units]
-        if isinstance(self.arm, ServedArm):
-            found += dense_differences(self.job.adapter, self.arm)
-            found += changed_files(self.arm).values()
-        return found
+        return [f"{unit} was not called" for unit in self.arm.file.plan if unit not in self.trace.units]
 
     def _table(self, name: str) -> _Seen:
         weight = self.job.adapter.weights[name].numpy()
@@ -218,8 +223,8 @@ class _Looked:
                 "underflowed": codes.num_underflowed,
             }
         }
-        if name in self.trace.inputs:
-            seen = self.trace.inputs[name]
+        seen = self.trace.inputs.get(name, InputCodes())
+        if seen.num_values:
             counts["inputs"] = {
                 "values": seen.num_values,
                 "saturated": seen.num_saturated,
@@ -229,7 +234,8 @@ class _Looked:
         if isinstance(self.arm, ServedArm):
             modules = len(self.job.adapter.layers.modules(name))
             differs = layer_modules_differences(self.planned, self.arm, name, modules)
-        worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST)
-        histogram = self.trace.inputs[name].histogram if name in self.trace.inputs else None
-        unfit = misfits(self.arm.file.layer_forms.get(name), weight, stored, histogram)
+        worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST, saturated_share=seen.saturated_share)
+        # A form is judged by what the plan makes with it: what else is stored is a difference, and said as one.
+        planned = self.planned.stored_layer(name, 0)
+        unfit = misfits(self.arm.file.layer_forms.get(name), weight, planned, seen.histogram)
         return counts, tuple(worst), tuple(differs), unfit

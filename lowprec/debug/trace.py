@@ -36,12 +36,22 @@ _MAX_INPUTS = 1 << 15
 
 @dataclass
 class InputCodes:
-    """Of the inputs of a calibrated layer: how many there were, lie outside of the codes, and became zero."""
+    """Of the inputs of a calibrated layer: how many there were, lie outside of the codes, and became zero.
+
+    error2, saturated_error2: the squared error of the layer's outputs, and of those for an input outside the codes.
+    """
 
     num_values: int = 0
     num_saturated: int = 0
     num_underflowed: int = 0
+    error2: float = 0.0
+    saturated_error2: float = 0.0
     histogram: InputHistogram | None = None
+
+    @property
+    def saturated_share(self) -> float:
+        """Of the squared error, the part in rows with an input outside the codes."""
+        return self.saturated_error2 / self.error2 if self.error2 > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,8 @@ class Trace:
     """What was seen of each unit, by name in the order of the model's calls.
 
     alone: errors of its output for the inputs of the reference. accumulated: of its output where every unit is the
-    arm's. shares: where the change of the logits comes from, on the examples of `parts`. ids: what each table was asked
-    for, one array for each call.
+    arm's. Both are of the first rows of each batch, `num_compared` in all. shares: where the change of the logits comes
+    from, on the examples of `parts`. ids: what each table was asked for, one array for each call.
     """
 
     units: tuple[str, ...]
@@ -71,6 +81,7 @@ class Trace:
     ids: dict[str, list[NDArray[np.int64]]] = field(default_factory=lambda: defaultdict(list))
     inputs: dict[str, InputCodes] = field(default_factory=lambda: defaultdict(InputCodes))
     parts: list[TracedPart] = field(default_factory=list)
+    num_compared: int = 0
 
     @property
     def num_traced(self) -> int:
@@ -166,6 +177,7 @@ class _Look:
         with replaced_forwards({module: self._accumulated(module) for module in self._modules}):
             logits = adapter.substituted(inputs, reference, outputs)
         z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
+        self._trace.num_compared += min(batch.num_rows, MAX_ROWS)
         exact = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
         self._trace.exact = exact if self._trace.exact is None else self._trace.exact + exact
 
@@ -183,9 +195,9 @@ class _Look:
             for layer_call, slope in zip(reference.layer_calls, gradients.layers, strict=True):
                 module = adapter.layers.modules(layer_call.layer)[layer_call.position]
                 flat = layer_call.input.reshape(-1, layer_call.input.shape[-1])
-                self._count_codes(layer_call.layer, flat)
                 if module in self._layers:
                     error = self._layers[module](flat) - layer_call.output.reshape(len(flat), -1)
+                    self._count_codes(layer_call.layer, flat, error)
                     changes[row[layer_call.layer]] += _change(error, slope.reshape(error.shape), part.num_rows)
             logits = logits_with(adapter, inputs_of(part), reference, outputs, self._layers)
         # Values that are not finite are counted where they are made.
@@ -229,7 +241,7 @@ class _Look:
 
         return computed
 
-    def _count_codes(self, layer: str, x: Tensor) -> None:
+    def _count_codes(self, layer: str, x: Tensor, error: Tensor) -> None:
         form = self._arm.file.layer_forms.get(layer)
         if not isinstance(form, LayerForm) or form.input_scale is None or form.input_zero_point is None:
             return
@@ -241,7 +253,11 @@ class _Look:
         seen.histogram = histogram if seen.histogram is None else seen.histogram + histogram
         codes = torch.round(x / form.input_scale) + form.input_zero_point
         seen.num_values += x.numel()
-        seen.num_saturated += int(((codes < 0) | (codes > 2**form.input_bits - 1)).sum())
+        is_saturated = (codes < 0) | (codes > 2**form.input_bits - 1)
+        seen.num_saturated += int(is_saturated.sum())
+        error2 = error[: len(x)].square().sum(dim=1)
+        seen.error2 += float(error2.sum())
+        seen.saturated_error2 += float(error2[is_saturated.any(dim=1)].sum())
         seen.num_underflowed += int(((codes == form.input_zero_point) & (x != 0)).sum())
 
 

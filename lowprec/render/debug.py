@@ -39,7 +39,8 @@ def render_debug(document: Mapping[str, Any]) -> None:
     stdout.print(table)
     stdout.print(
         f"gap {gap_text(document)} (exact), KL gap {gap_text(document, 'kl')}, on {document['num_examples']:,} "
-        f"examples of {document['window']}; shares on {document['num_traced']:,} of them"
+        f"examples of {document['window']}; SQNR and errors on {document['num_compared']:,} of them, shares and counts "
+        f"of inputs on {document['num_traced']:,}"
     )
     for k, suspect in enumerate(document["suspects"][:_MAX_SUSPECTS], 1):
         stdout.print(f"{k}. {escape(suspect['unit'])}: {escape('; '.join(suspect['why']))}")

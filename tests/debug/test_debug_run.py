@@ -1,6 +1,7 @@
 """What is said of each unit, against the same worked out by hand, and that nothing in the model changes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,13 @@ def test_units_come_in_the_order_of_the_model_with_what_the_plan_says(planned):
     assert sum(unit.size_bytes for unit in report.units) == file.size_bytes
     assert report.is_as_planned and not report.notes and not any(unit.is_broken for unit in report.units)
     assert report.checkpoint_sha256 == job.checkpoint_sha256 and report.num_traced == 6000 // 16
+    assert report.num_compared == 6000  # batches of 1,024
+
+
+def test_the_first_rows_of_large_batches_are_compared_and_it_is_said(planned):
+    config, _, path = planned("traffic.batch_size=2048", layers=None)
+    report = debug_plan(config, path)
+    assert report.num_compared == report.to_dict()["num_compared"] == 3 * 1024
 
 
 def test_fp32_units_are_exact_and_nothing_is_before_the_first_ones(planned):
@@ -263,6 +271,27 @@ def test_shares_are_to_first_order_and_add_up(planned, layers):
     assert [unit.kl_pct for unit in report.units] == pytest.approx(list(100 * second / entropy), **close)
     assert [unit.first_pct for unit in report.units] == pytest.approx(list(100 * first / loss), **close)
     assert [unit.first_error_pct for unit in report.units] == pytest.approx(list(100 * squares**0.5 / loss), **close)
+
+
+def test_inputs_beyond_their_codes_are_the_reason_of_the_error_that_they_make(planned):
+    """The last layer's codes end at 2.48, and some of its inputs beyond."""
+    config, file, path = planned(layers=LOW_LAYERS)
+    (unit,) = [u for u in debug_plan(config, path).units if u.unit == "layer:top.2"]
+    form, job = file.layer_forms["layer:top.2"], open_job(config)
+    low = job.adapter.layers.low("layer:top.2", 0, Precision.INT8_STATIC, form)
+    whole = beyond = 0.0
+    for batch in sampled(job, range(job.window("confirm").num_batches)):
+        x, y = layer_calls(job.adapter.model, PATHS, batch.part(15, 16))[0]["top.2"]
+        error2 = (low(x) - y).square().sum(dim=1)
+        whole += float(error2.sum())
+        beyond += float(error2[(x > (127.5 - 3) * form.input_scale).any(dim=1)].sum())
+    assert beyond / whole > 0.3
+    expected = f"inputs beyond their codes: rows with one have {beyond / whole:.0%} of the layer's squared error"
+    assert unit.worst[0].why == expected
+    fitting = replace(form, input_scale=0.05)
+    config, _, path = planned(layers={"layer:top.2": (Precision.INT8_STATIC, fitting)})
+    (unit,) = [u for u in debug_plan(config, path).units if u.unit == "layer:top.2"]
+    assert "beyond" not in unit.worst[0].why
 
 
 def test_codes_that_end_too_early_and_values_that_are_lost_are_counted(planned):
