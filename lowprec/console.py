@@ -34,8 +34,9 @@ SCHEMA_VERSION = 1
 LINE_EVERY_S = 30.0
 
 # Away from a terminal tables are as wide as they need to be: whoever reads a pipe can scroll.
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+# Names of units are not to become pictures, as :x: would.
+stdout = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
