@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import os
 import signal
@@ -9,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -253,6 +255,7 @@ ASK_AGAIN_S = 1.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `lowprec` command, with the arguments of this process unless some are given; ends the process."""
     asked: list[int] = []
+    report_unraisable = sys.unraisablehook
 
     def end(number: int, _: object) -> None:
         """End as if interrupted; SIGTERM has a code of its own."""
@@ -265,16 +268,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
+    def report_others(unraisable: sys.UnraisableHookArgs) -> None:
+        """Report what was lost inside a callback, but for an interrupt, which comes again."""
+        if not (asked and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            report_unraisable(unraisable)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread:
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
         signal.signal(signal.SIGALRM, ask_again)
+        sys.unraisablehook = report_others
+    is_interrupted = False
     try:
         code = cli.main(arguments, standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
+        is_interrupted = True
         is_term = signal.SIGTERM in asked
         click.echo("terminated" if is_term else "interrupted", err=True)
         code = exit_codes.TERMINATED if is_term else exit_codes.INTERRUPTED
@@ -284,7 +296,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         # Also where a command took being interrupted for its end, as one that only looks at a job does.
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = report_unraisable
+    if is_main_thread and is_interrupted and "ray" in sys.modules:
+        _leave(code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without taking Python down: threads of a Ray that was interrupted may crash it then."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))  # asked once more: at once
+    atexit._run_exitfuncs()  # Ray's own is among them, which stops what it has started
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _machines(

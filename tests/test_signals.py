@@ -46,6 +46,48 @@ def test_an_interrupt_that_a_library_swallowed_comes_again_and_leaves_cleaning_u
     assert time.monotonic() - began < 20
 
 
+# A command that uses Ray, whose threads crash the process when Python is taken down, and that loses the first interrupt
+# inside a callback, as those around a fork are.
+RAY_COMMAND = """
+import atexit, os, signal, sys, time, types
+import lowprec.doctor
+from lowprec.cli import main
+
+class Crashes:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+class Swallows:
+    def __del__(self):
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+def look(*_args, **_kwargs):
+    sys.modules["ray"], sys.crashes = types.ModuleType("ray"), Crashes()
+    atexit.register(print, "shut down", file=sys.stderr)
+    print("output")
+    Swallows()
+    time.sleep(60)
+
+lowprec.doctor.examine = look
+main(["doctor"])
+"""
+
+
+@pytest.mark.parametrize(
+    "number, code, said", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_an_interrupted_command_that_used_ray_ends_with_its_code_and_no_traceback(number, code, said):
+    command = [sys.executable, "-c", RAY_COMMAND]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "ready\n")
+    assert list(lines) == ["output\n"]  # of a command only the document is on stdout
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.split()) == (code, [said, "shut", "down"]), err
+
+
 def test_asked_to_end_while_ray_begins_it_ends_as_asked_at_any_other_time():
     """Ray's own handler, which it has until it has begun, ends the process with the number of the signal."""
     seen = []
