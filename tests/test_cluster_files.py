@@ -1,7 +1,10 @@
 """The files for clusters: Ray's launcher and KubeRay take them, and what they run and configure is lowprec as it is."""
 
+import os
 import re
 import shlex
+import subprocess
+import time
 import tomllib
 from copy import deepcopy
 from pathlib import Path
@@ -224,6 +227,48 @@ def test_schedulers_run_the_monitor_as_it_is(name: str, line: str) -> None:
     command, *rest = shlex.split(found)
     context = cli.commands[command].make_context(command, rest)
     assert str(context.params["plan"]) == "plan.json"
+
+
+STAND_IN = """#!/bin/sh
+echo "$LOWPREC_WEBHOOK"
+echo log >&2
+touch started
+while [ ! -e go_on ]; do sleep 0.02; done
+exit $(cat code)
+"""
+
+
+def test_cron_runs_one_monitor_at_a_time_and_mails_what_matters(tmp_path: Path) -> None:
+    """The line as it is, but for where it lies, with a stand-in for the command."""
+    (line,) = re.findall(r"^15 \* \* \* \* lowprec (.*)$", (SCHEDULED / "crontab").read_text(), re.MULTILINE)
+    assert "%" not in line  # a new line, to cron
+    line = line.replace("/srv/lowprec", str(tmp_path)).replace("/etc/lowprec/environment", f"{tmp_path}/environment")
+    (tmp_path / "environment").write_text("LOWPREC_WEBHOOK='https://hooks/a?b&c'\n")
+    command = tmp_path / ".venv" / "bin" / "lowprec"
+    command.parent.mkdir(parents=True)
+    command.write_text(STAND_IN)
+    command.chmod(0o755)
+
+    def start() -> subprocess.Popen[str]:
+        environment = {"PATH": os.environ["PATH"]}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(["sh", "-c", line], stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    for code, mailed in ((STATES["ok"], ""), (STATES["warn"], "https://hooks/a?b&c\nlog\n")):
+        (tmp_path / "code").write_text(str(code))
+        for name in ("started", "go_on"):
+            (tmp_path / name).unlink(missing_ok=True)
+        at_work = start()
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        overlapping = start()
+        assert overlapping.communicate(timeout=30) == ("", None) and overlapping.returncode == 0
+        (tmp_path / "go_on").touch()
+        assert at_work.communicate(timeout=30)[0] == mailed
+        assert (tmp_path / "monitor.json").read_text() == "https://hooks/a?b&c\n"
+        assert (tmp_path / "monitor.log").read_text() == "log\n"
 
 
 def test_schedulers_know_the_exit_codes_of_the_monitor() -> None:
