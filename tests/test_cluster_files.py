@@ -163,10 +163,24 @@ def test_configs_are_valid_and_mounted_where_the_command_looks(name: str, tmp_pa
         assert volumes["config"]["configMap"]["name"] == config["metadata"]["name"]
         assert f"{mounts['config']}/{file}" in command
         assert loaded.model.checkpoint.startswith(mounts["models"])
-        secret = pod["containers"][0]["envFrom"][0]["secretRef"]["name"]
-        assert f"kubectl create secret generic {secret} " in (KUBERNETES / name).read_text()
+        assert {source["secretRef"]["name"] for source in pod["containers"][0]["envFrom"]} == secrets(name).keys()
     for path in (loaded.traffic.path, loaded.results.root):
         assert path.startswith("s3://")
+
+
+def secrets(name: str) -> dict[str, set[str]]:
+    """The secrets that a file tells people to create, and the keys in each."""
+    text = (KUBERNETES / name).read_text().replace("\\\n#", "")
+    found = re.findall(r"^# +kubectl create secret generic (\S+) (.*)$", text, re.MULTILINE)
+    return {secret: set(re.findall(r"--from-literal=(\w+)=", keys)) for secret, keys in found}
+
+
+def test_a_secret_that_both_files_create_is_the_same_and_the_webhook_has_one() -> None:
+    search, monitor = (secrets(name) for name in FILES)
+    shared = search.keys() & monitor.keys()
+    assert shared and all(search[secret] == monitor[secret] for secret in shared)
+    (webhook,) = re.findall(r"url_env: (\w+)", CRONJOB["ConfigMap"]["data"]["monitor.yaml"])
+    assert any(webhook in keys for keys in monitor.values())
 
 
 def test_pods_have_what_the_workers_need(tmp_path: Path) -> None:
