@@ -94,6 +94,11 @@ class Location:
         """The folder that it is in."""
         return Location(self.text.rpartition("/")[0] if self.is_url else str(Path(self.text).parent))
 
+    @property
+    def looked_from(self) -> str:
+        """For a message that nothing is there: the folder that a relative path was looked up from, in brackets."""
+        return "" if self.is_url or Path(self.text).is_absolute() else f" (looked up from {os.getcwd()})"
+
     def absolute(self) -> Location:
         """The same wherever the current folder is."""
         return self if self.is_url else Location(os.path.abspath(self.text))

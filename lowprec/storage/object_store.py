@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from lowprec.errors import ConfigError, StorageError
 
-__all__ = ["bucket_of", "check_bucket", "delta_options", "filesystem_of", "sentence"]
+__all__ = ["bucket_of", "check_bucket", "delta_options", "filesystem_of", "is_of_the_store", "sentence"]
 
 # An endpoint that refuses is told within seconds, one that never answers within about a minute.
 _CONNECT_TIMEOUT_S = 5
@@ -39,9 +39,15 @@ _REASONS = (
     (r"[Cc]onnection refused|[Cc]ould not connect", "{at} cannot be reached: nothing listens there; {endpoint}"),
     (r"[Cc]ould not resolve|dns error", "{at} cannot be reached: no such host is known; {endpoint}"),
     (r"[Tt]imeout was reached|timed out|REQUEST_TIMEOUT", "{at} cannot be reached: it does not answer; {endpoint}"),
+    (
+        r"TLS connect error.*wrong version number|corrupt message of type InvalidContentType",
+        "{at} does not speak TLS; check whether {variable} begins with http:// or https://",
+    ),
     (r"NETWORK_CONNECTION|error sending request", "{at} cannot be reached: {plain}; {endpoint}"),
     (r"URL scheme is not allowed", "{at} is plain http and AWS_ALLOW_HTTP says no; set AWS_ALLOW_HTTP=true"),
 )
+# What Arrow says of requests that came to nothing, for whatever other reason.
+_OTHER_REASONS = r"AWS Error|curlCode|HTTP status"
 _NO_CONDITIONAL_PUT = (
     "the store has no conditional put (If-None-Match: *), without which commits of two processes would overwrite each "
     "other; keep results in another store or in a folder"
@@ -135,6 +141,7 @@ def sentence(error: BaseException, where: str) -> str:
     words: Mapping[str, str] = {
         "bucket": bucket_of(where),
         "at": endpoint or "the object store",
+        "variable": "AWS_ENDPOINT_URL" if endpoint else "the endpoint",
         "endpoint": f"check {'AWS_ENDPOINT_URL' if endpoint else 'the URL'} and the network",
         "credentials": _credentials_hint(where),
         "conditional": _NO_CONDITIONAL_PUT,
@@ -144,6 +151,12 @@ def sentence(error: BaseException, where: str) -> str:
         if found := re.search(pattern, text):
             return reason.format(found=found[0], **words)
     return text
+
+
+def is_of_the_store(error: BaseException, where: str) -> bool:
+    """Whether what a client said of a URL is about the store or the way there, and not about what it holds."""
+    patterns = (*(pattern for pattern, _ in _REASONS), _OTHER_REASONS)
+    return "://" in where and any(re.search(pattern, _plain(error)) for pattern in patterns)
 
 
 def _endpoint() -> str | None:

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lowprec.errors import TrafficError
-from lowprec.storage.object_store import sentence
 from lowprec.traffic.columns import Layout, check_columns, needed_columns, read_as
 from lowprec.traffic.schema import Schema
-from lowprec.traffic.source import Source, SourceFile, find_files, open_parquet
+from lowprec.traffic.source import Source, SourceFile, find_files, open_parquet, unreadable
 
 __all__ = ["Dataset", "RowGroup", "Rows", "open_dataset"]
 
@@ -90,10 +89,7 @@ class Dataset:
                 yield Rows(self._typed(piece, columns, file), np.arange(position, position + piece.num_rows))
                 position += piece.num_rows
         except (OSError, pa.ArrowException) as error:
-            raise TrafficError(
-                f"traffic file {file.name}, row group {group.group}: cannot be read (truncated or corrupt?): "
-                f"{sentence(error, file.name)}"
-            ) from None
+            raise unreadable(file, error, part=f", row group {group.group}") from None
         if position != group.position + group.num_rows:
             raise TrafficError(
                 f"traffic file {file.name}, row group {group.group}: expected {group.num_rows} rows, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ import pyarrow.parquet as pq
 
 from lowprec.errors import LowprecError, TrafficError
 from lowprec.storage import Location
-from lowprec.storage.object_store import check_bucket, filesystem_of, sentence
+from lowprec.storage.object_store import check_bucket, filesystem_of, is_of_the_store, sentence
 
-__all__ = ["Source", "SourceFile", "find_files", "locate", "open_parquet"]
+__all__ = ["Source", "SourceFile", "find_files", "locate", "open_parquet", "unreadable"]
 
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -53,7 +54,8 @@ def find_files(path: str) -> Source:
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
             check_bucket(path)
-            raise TrafficError(f"traffic {path}: there is no such file or folder; check traffic.path")
+            looked_from = Location.of(path).looked_from
+            raise TrafficError(f"traffic {path}: there is no such file or folder{looked_from}; check traffic.path")
         if info.type == pafs.FileType.File:
             return Source(filesystem, (SourceFile(root, prefix + root),))
         found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
@@ -90,7 +92,7 @@ def locate(path: str) -> tuple[pafs.FileSystem, str, str]:
 
 
 def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
-    """The opened file; raises `TrafficError` with its name when it is truncated, corrupt, gone or no Parquet."""
+    """The opened file; raises `TrafficError` with its name when it is no Parquet, damaged, gone or out of reach."""
     is_local = isinstance(source.filesystem, pafs.LocalFileSystem)
     try:
         return pq.ParquetFile(
@@ -101,10 +103,20 @@ def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
             page_checksum_verification=True,
         )
     except (OSError, pa.ArrowException) as error:
-        raise TrafficError(
-            f"traffic file {file.name}: cannot be read as Parquet (truncated or corrupt?): "
-            f"{sentence(error, file.name)}; write or copy it again, or take it out of traffic.path"
-        ) from None
+        raise unreadable(file, error, what="cannot be read as Parquet") from None
+
+
+def unreadable(file: SourceFile, error: Exception, *, part: str = "", what: str = "cannot be read") -> TrafficError:
+    """The error for a file, or a part of it: as damaged, unless the system or the store says why it gave nothing."""
+    where = f"traffic file {file.name}{part}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return TrafficError(f"{where}: cannot be read: {os.strerror(error.errno)}; check the file and its permissions")
+    reason = sentence(error, file.name)
+    if is_of_the_store(error, file.name):
+        return TrafficError(f"{where}: cannot be read: {reason}")
+    return TrafficError(
+        f"{where}: {what} (truncated or corrupt?): {reason}; write or copy it again, or take it out of traffic.path"
+    )
 
 
 def _partition(inner: str) -> dict[str, str | None]:

@@ -93,6 +93,15 @@ def test_an_endpoint_that_cannot_be_reached(reads, endpoint, reason, filled, mon
 
 
 @both_clients
+def test_an_endpoint_that_does_not_speak_tls(reads, filled, s3, monkeypatch):
+    endpoint = s3.endpoint.replace("http://", "https://")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    said = why(reads, filled)
+    assert said == f"{endpoint} does not speak TLS; check whether AWS_ENDPOINT_URL begins with http:// or https://"
+
+
+@both_clients
 def test_access_denied(reads, filled, s3):
     s3.answer = lambda _: ("403 Forbidden", b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
     assert why(reads, filled).startswith("access is denied (")

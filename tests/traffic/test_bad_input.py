@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lowprec.errors import ConfigError, TrafficError
+from lowprec.storage import Location, object_store
 from lowprec.traffic import Schema, SparseFeature, TrafficReader, Window, open_traffic
 
 Make = Callable[..., dict[str, Any]]
@@ -84,10 +86,11 @@ def test_nothing_there(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "data.csv").write_text("label\n1\n")
     write(columns(0), "norows.parquet")
+    looked_from = f" (looked up from {Path.cwd()}); check traffic.path"
     for path, parts in {
         str(tmp_path / "absent"): ["absent", "no such file or folder", "traffic.path"],
-        "runs/nope.parquet": ["traffic runs/nope.parquet: there is no such file or folder", "traffic.path"],
-        "my runs/nope.parquet": ["traffic my runs/nope.parquet: there is no such file or folder", "traffic.path"],
+        "runs/nope.parquet": ["traffic runs/nope.parquet: there is no such file or folder", looked_from],
+        "my runs/nope.parquet": ["traffic my runs/nope.parquet: there is no such file or folder", looked_from],
         (tmp_path / "absent").as_uri(): ["file:///", "no such file or folder", "traffic.path"],
         str(tmp_path / "empty"): ["empty", "no Parquet file", "traffic.path"],
         str(tmp_path / "other"): ["other", "no Parquet file", "1 entries"],
@@ -109,6 +112,51 @@ def test_a_file_that_was_cut_short(columns: Make, write: Write, schema: Schema) 
         with pytest.raises(TrafficError) as error:
             open_traffic(str(path), schema, batch_size=4)
         check(error, str(path), "truncated or corrupt?")
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(
+    columns: Make, write: Write, schema: Schema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(write(columns(5)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, f"Failed to open local file '{path}'. Detail: [errno 13] Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)  # root, which tests may run as, may read everything
+    with pytest.raises(TrafficError) as error:
+        open_traffic(str(path), schema, batch_size=4)
+    check(error, f"traffic file {path}: cannot be read: Permission denied; check the file and its permissions")
+
+
+def test_a_store_that_fails_is_not_taken_for_damage(
+    columns: Make, write: Write, schema: Schema, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Location.of(f"{bucket}/t.parquet").whole_file() as partial:
+        partial.write_bytes(Path(write(columns(3000), row_group_size=1000)).read_bytes())
+    window = open_traffic(f"{bucket}/t.parquet", schema, batch_size=100).window(Window())
+    dataset = pickle.dumps(window)
+    denied = "403 Forbidden", b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+    slow = "503 Service Unavailable", b"<Error><Code>SlowDown</Code><Message>no</Message></Error>"
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    for answer, reason in ((denied, "access is denied"), (slow, "AWS Error")):
+        s3.answer = lambda environ, answer=answer: answer if environ["REQUEST_METHOD"] == "GET" else None
+        with pytest.raises(TrafficError) as error:
+            open_traffic(f"{bucket}/t.parquet", schema, batch_size=100)
+        assert "corrupt" not in str(error.value) and "copy it again" not in str(error.value)
+        check(error, f"traffic file {bucket}/t.parquet: cannot be read: {reason}")
+    s3.answer = None
+    window = pickle.loads(dataset)
+    window.batch(0)
+    s3.answer = lambda environ: denied
+    with pytest.raises(TrafficError) as error:
+        window.batch(29)
+    check(error, f"traffic file {bucket}/t.parquet, row group 2: cannot be read: access is denied")
+    s3.answer = None
+    with Location.of(f"{bucket}/bad.parquet").whole_file() as partial:
+        partial.write_bytes(b"PAR1" * 100)
+    with pytest.raises(TrafficError) as error:
+        open_traffic(f"{bucket}/bad.parquet", schema, batch_size=100)
+    check(error, "truncated or corrupt?", "write or copy it again, or take it out of traffic.path")
 
 
 @pytest.mark.parametrize("checksums", [True, False])
