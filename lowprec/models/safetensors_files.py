@@ -85,7 +85,10 @@ class Safetensors:
         self._file_of, self._headers = file_of, headers
         for name, file in file_of.items():
             if name not in headers[file].entries:
-                raise CheckpointError(f'checkpoint {file}: the index says that it holds "{name}", but it does not')
+                raise CheckpointError(
+                    f'checkpoint {file}: the index says that it holds "{name}", but it does not: they are not of one '
+                    "checkpoint; copy or save it whole again"
+                )
         self.shapes: Mapping[str, tuple[int, ...]] = {name: self._entry(name).shape for name in file_of}
 
     def tensor(self, name: str) -> Tensor:

@@ -61,7 +61,9 @@ def open_tensors(path: Location, wanted: Collection[str] = (), *, whole: bool = 
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
     if kind is None:
-        raise CheckpointError(f"checkpoint {path}: no such file or folder; train a model, or set model.checkpoint")
+        raise CheckpointError(
+            f"checkpoint {path}: no such file or folder{path.looked_from}; train a model, or set model.checkpoint"
+        )
     if path.name.endswith(".index.json"):
         file_of = read_index(path)
         return Safetensors(path.parent, file_of, read_headers(file_of.values()), is_copied=whole, extra_files=(path,))

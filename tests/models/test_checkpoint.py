@@ -37,6 +37,17 @@ def test_round_trip(write, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_path_that_is_not_there_says_where_it_was_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, said in (
+        ("runs/m.pt", f"file or folder (looked up from {tmp_path}); train"),
+        ("/m.pt", "or folder; train"),
+    ):
+        with pytest.raises(CheckpointError) as raised:
+            load_checkpoint(model_with(1), path)
+        assert f"checkpoint {path}: no such" in str(raised.value) and said in str(raised.value)
+
+
 @every_format
 def test_row_ranges_equal_slices(write, tmp_path):
     saved = model_with(1)
@@ -162,7 +173,7 @@ def test_an_index_that_does_not_match_its_shard(tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["invented"] = "model-1.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match='the index says that it holds "invented"'):
+    with pytest.raises(CheckpointError, match='the index says that it holds "invented", but .*; copy or save it whole'):
         load_checkpoint(model_with(2), path)
 
 
