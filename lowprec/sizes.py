@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-__all__ = ["bytes_text", "parse_bytes", "parse_rate", "parse_seconds"]
+__all__ = ["bytes_text", "bytes_text_above", "parse_bytes", "parse_rate", "parse_seconds"]
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -16,6 +17,13 @@ def bytes_text(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.4g} TB"
+
+
+def bytes_text_above(size: float) -> str:
+    """A size that is no smaller, as people give it."""
+    unit = 10 ** max(0, 3 * ((len(str(int(size))) - 1) // 3))
+    digits = 100 if size / unit < 10 else 10 if size / unit < 100 else 1
+    return bytes_text(math.ceil(size / unit * digits) / digits * unit)
 
 
 def parse_bytes(text: str) -> int:

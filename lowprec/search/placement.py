@@ -16,7 +16,7 @@ from lowprec.shards import hot_bytes
 from lowprec.shards.estimate import WorkerNeeds, limits_of, network_load
 from lowprec.shards.planner import Cuts, Placement, TableLoad, place_tables
 from lowprec.shards.spec import read_tables_spec
-from lowprec.sizes import bytes_text
+from lowprec.sizes import bytes_text, bytes_text_above
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["Demand", "Machines", "demand_of", "describe_placement", "place", "place_spec"]
@@ -78,20 +78,27 @@ def place(
     cuts: where tables are cut, if that is decided. Raises `ConfigError` where the tables do not fit.
     """
     needs = _needs(demand, worker_memory)
+    own_bytes, enough = _enough(demand, num_workers)
     if needs.total >= worker_memory:
         raise ConfigError(
             f"workers of {bytes_text(worker_memory)} have no room for tables: they need {bytes_text(needs.total)} for "
             f"themselves ({bytes_text(needs.process)} process, {bytes_text(needs.dense)} dense part, "
-            f"{bytes_text(needs.batch)} batches of {demand.batch_size}, {bytes_text(needs.caches)} caches); give them "
-            "more, or lower traffic.batch_size"
+            f"{bytes_text(needs.batch)} batches of {demand.batch_size}, {bytes_text(needs.caches)} caches); give each "
+            f"{bytes_text_above(enough)} ({bytes_text(own_bytes)} of it for itself), or lower traffic.batch_size"
         )
-    # What a worker keeps for itself grows with its memory: where more is needed, so is more of that.
-    share = -(-sum(table.num_bytes for table in demand.tables) // num_workers)
-    own_bytes = needs.total
-    for _ in range(4):
-        own_bytes = max(own_bytes, _needs(demand, share + own_bytes).total)
     capacities = [worker_memory - needs.total] * num_workers
-    return needs, place_tables(demand.tables, capacities, cuts, own_bytes=own_bytes)
+    return needs, place_tables(demand.tables, capacities, cuts, own_bytes=max(own_bytes, needs.total))
+
+
+def _enough(demand: Demand, num_workers: int) -> tuple[int, int]:
+    """What each worker needs for itself and in all where they share the tables; what it keeps grows with its memory."""
+    share = -(-sum(table.num_bytes for table in demand.tables) // num_workers)
+    # What is left beside the last row of a worker's may be less than a row.
+    share += max((table.row_bytes for table in demand.tables), default=0)
+    own_bytes = 0
+    for _ in range(8):  # each comes closer by a factor of 50
+        own_bytes = _needs(demand, share + own_bytes).total
+    return own_bytes, share + own_bytes
 
 
 def _needs(demand: Demand, worker_memory: int) -> WorkerNeeds:

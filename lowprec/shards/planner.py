@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 from lowprec.errors import ConfigError
-from lowprec.sizes import bytes_text
+from lowprec.sizes import bytes_text, bytes_text_above
 
 __all__ = ["Cuts", "Placement", "Shard", "TableLoad", "place_tables"]
 
@@ -228,16 +228,9 @@ def _check_fit(tables: Sequence[TableLoad], capacities: Sequence[int], own_bytes
     more = f"{math.ceil(needed / average)} workers like these" if average > widest else "workers with more memory"
     raise ConfigError(
         f"tables of {bytes_text(needed)} do not fit on {len(capacities)} workers that have {bytes_text(held)} for "
-        f"them; use {more}, or give each {_rounded_up(needed / len(capacities) + widest + own_bytes)}"
+        f"them; use {more}, or give each {bytes_text_above(needed / len(capacities) + widest + own_bytes)}"
         + (f" ({bytes_text(own_bytes)} of it for itself)" if own_bytes else "")
     )
-
-
-def _rounded_up(size: float) -> str:
-    """A size that is no smaller, as people give it."""
-    unit = 10 ** max(0, 3 * ((len(str(int(size))) - 1) // 3))
-    digits = 100 if size / unit < 10 else 10 if size / unit < 100 else 1
-    return bytes_text(math.ceil(size / unit * digits) / digits * unit)
 
 
 def _replicated(tables: Sequence[TableLoad], capacities: Sequence[int]) -> frozenset[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from lowprec.errors import ConfigError
 from lowprec.shards.planner import TableLoad
@@ -62,7 +63,8 @@ def read_tables_spec(path: Path, *, row_overhead: int) -> TablesSpec:
     ranges of rows (even); `count` of tables alike (1). Raises `ConfigError` naming the file and each key that is wrong.
     """
     try:
-        document = _Document.model_validate_json(path.read_text())
+        text = path.read_text()
+        document = _Document.model_validate_json(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tables {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except json.JSONDecodeError as error:
@@ -71,12 +73,7 @@ def read_tables_spec(path: Path, *, row_overhead: int) -> TablesSpec:
         problems = error.errors()
         # Where an item of a list is wrong, pydantic also complains of the list being too short without it.
         items = {e["loc"][:-2] for e in problems if len(e["loc"]) > 2}
-        sentences = [
-            f"{'.'.join(map(str, e['loc'])) or 'the file'}: "
-            + ("must not be empty" if e["type"] == "too_short" else f"{e['msg'][0].lower()}{e['msg'][1:]}")
-            for e in problems
-            if not (e["type"] == "too_short" and e["loc"] in items)
-        ]
+        sentences = [_said(e, text) for e in problems if not (e["type"] == "too_short" and e["loc"] in items)]
         more = f"; and {len(sentences) - 3} more" if len(sentences) > 3 else ""
         raise ConfigError(f"tables {path}: {'; '.join(sentences[:3])}{more}") from None
     tables = tuple(load for entry in document.tables for load in entry.loads(row_overhead))
@@ -90,3 +87,17 @@ def read_tables_spec(path: Path, *, row_overhead: int) -> TablesSpec:
             "where lookups are even"
         )
     return TablesSpec(tables, document.dense_bytes, document.batch_size, document.num_examples)
+
+
+def _said(problem: ErrorDetails, text: str) -> str:
+    """What is wrong with a key, of which table, and the value that came."""
+    loc = problem["loc"]
+    where = ".".join(map(str, loc)) or "the file"
+    if problem["type"] == "too_short":
+        return f"{where}: must not be empty"
+    if len(loc) > 2:
+        name = json.loads(text)["tables"][loc[1]].get("name")
+        where += f' (table "{name}")' if isinstance(name, str) else ""
+    found = problem["input"]
+    came = f"; got {json.dumps(found)[:100]}" if loc and isinstance(found, str | int | float) else ""
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{came}"

@@ -116,8 +116,8 @@ def test_what_cannot_be_placed_says_why(lowprec, spec, tmp_path, options, said):
     [
         ("{", "JSON"),
         ({"tables": []}, "tables: "),
-        ({"tables": [{"name": "t", "num_rows": 0, "dim": 4}]}, "tables.0.num_rows: input should be greater than 0"),
-        ({"tables": [{"name": "t", "num_rows": 1, "dim": 4, "rows": 1}]}, "tables.0.rows: extra inputs"),
+        ({"tables": [{"name": "t", "num_rows": 0, "dim": 4}]}, "greater than 0; got 0"),
+        ({"tables": [{"name": "t", "num_rows": 1, "dim": 4, "rows": 1}]}, 'tables.0.rows (table "t"): extra inputs'),
         ({"tables": [{"name": "t", "num_rows": 1, "dim": 4}] * 2}, "need names of their own"),
         ({"tables": [{"name": "t", "num_rows": 1, "dim": 4, "lookups": [-1, 2]}]}, "tables.0.lookups.0"),
     ],
