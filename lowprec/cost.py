@@ -10,8 +10,8 @@ from lowprec.plan import Precision, Unit
 
 __all__ = ["DominatedChoice", "LayerStorage", "plan_bytes", "undominated", "unit_bytes"]
 
-# The scale of an int8 output channel, and the zero point, scale and place of an outlier.
-_SCALE_BYTES, _OUTLIER_BYTES = 4, 8
+# The scale of an int8 output channel; the row, column and value of an outlier.
+_SCALE_BYTES, _OUTLIER_BYTES = 4, 12
 # Between these nothing is known of who is more exact before it is measured.
 _INCOMPARABLE = {Precision.INT8_DYNAMIC, Precision.INT8_STATIC, Precision.EMULATED}
 
@@ -43,7 +43,8 @@ def unit_bytes(unit: Unit, precision: Precision, row_alignment: int, layers: Lay
     """Bytes that serving allocates for a unit.
 
     A table as FBGEMM has it: every row rounded up to `row_alignment` (1 on CPU, 16 on GPU). A layer: its weights, with
-    a scale for each output channel and the outliers of int8; its bias stays fp32 and is not counted.
+    a scale for each output channel and the outliers of int8 (forms with one scale, or without outliers, store a little
+    less); its bias stays fp32 and is not counted.
     """
     if unit.is_layer:
         num_weights = unit.num_rows * unit.dim

@@ -1,8 +1,11 @@
 """Bytes are what FBGEMM allocates, and choices that cost as much as a more exact one are dropped."""
 
 import pytest
+import torch
 
-from lowprec.cost import plan_bytes, undominated, unit_bytes
+from lowprec.cost import LayerStorage, plan_bytes, undominated, unit_bytes
+from lowprec.layer_form import LayerForm
+from lowprec.ops.linear import stored_linear
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, Unit
 
 
@@ -44,3 +47,12 @@ def test_plan_bytes_add_up():
     units = [Unit("table:a", 10, 16), Unit("table:b", 5, 32)]
     plan = Plan({"table:a": Precision.INT4, "table:b": Precision.FP32})
     assert plan_bytes(units, plan, 1) == 10 * (4 + 8) + 5 * 128
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8_dynamic"])
+def test_bytes_of_a_layer_are_those_that_are_stored(precision):
+    unit, share = Unit("layer:top", num_rows=24, dim=50), 0.02
+    form = LayerForm(outliers=share, input_bits=7)
+    stored = stored_linear(torch.randn(24, 50), torch.randn(24), Precision(precision), form)
+    size = sum(tensor.nbytes for name, tensor in stored.items() if name != "bias")
+    assert unit_bytes(unit, Precision(precision), 1, LayerStorage(outliers=share)) == size

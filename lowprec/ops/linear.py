@@ -59,7 +59,7 @@ def stored_linear(
     """What serving stores of the layer: all that `served_linear` needs beside precision and form.
 
     weight: float32[out, in] (fp32, emulated), float16, bfloat16, or for int8 `codes` int8[out, in] and `scales`
-    float32[out or 1], with `outlier_rows`, `outlier_columns` int64[n] and `outliers` float32[n] where the form has
+    float32[out or 1], with `outlier_rows`, `outlier_columns` int32[n] and `outliers` float32[n] where the form has
     some. bias: float32[out] (bfloat16 at bf16) where there is one. Raises `WeightError` for a weight beyond fp16.
     """
     weight = weight.detach()
@@ -148,13 +148,17 @@ def weight_scales(weight: Tensor, form: LayerForm) -> Tensor:
 
 
 def outlier_positions(weight: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the largest `share` of the weights by magnitude, at least one; of equal ones the first."""
+    """Where the largest `share` of the weights by magnitude are, at least one; of equal ones the first.
+
+    Their rows and columns, int32[n] each.
+    """
     if share == 0:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
     count = max(1, round(share * weight.numel()))
     flat = weight.abs().reshape(-1).numpy()
     chosen = np.sort(np.argsort(-flat, kind="stable")[:count])
-    return torch.from_numpy(chosen // weight.shape[1]), torch.from_numpy(chosen % weight.shape[1])
+    rows, columns = (part.astype(np.int32) for part in np.divmod(chosen, weight.shape[1]))
+    return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 class _Plain(nn.Module):
