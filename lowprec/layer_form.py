@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lowprec.errors import PlanError
@@ -57,19 +58,22 @@ class LayerForm:
     input_zero_point: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = None
-        if not 0 <= self.outliers < 1:
-            wrong = f"outliers must be a share from 0 to 1; got {self.outliers}"
-        if self.input_bits not in (7, 8):
-            wrong = f"input_bits must be 7 or 8; got {self.input_bits}"
-        if (self.input_scale is None) != (self.input_zero_point is None):
-            wrong = "input_scale and input_zero_point come together"
-        if self.input_scale is not None and not self.input_scale > 0:
-            wrong = f"input_scale must be positive; got {self.input_scale}"
-        if self.input_zero_point is not None and not 0 <= self.input_zero_point < 1 << self.input_bits:
-            wrong = f"input_zero_point must be a code of {self.input_bits} bits; got {self.input_zero_point}"
-        if wrong:
+        if wrong := next(self._wrong(), None):
             raise PlanError(f"layer form: {wrong}")
+
+    def _wrong(self) -> Iterator[str]:
+        """What no layer can be made of, as a plan file may have it."""
+        scale, zero_point = self.input_scale, self.input_zero_point
+        if not (_is_number(self.outliers) and 0 <= self.outliers < 1):
+            yield f"outliers must be a share from 0 to 1; got {self.outliers!r}"
+        if self.input_bits not in (7, 8):
+            yield f"input_bits must be 7 or 8; got {self.input_bits!r}"
+        if (scale is None) != (zero_point is None):
+            yield "input_scale and input_zero_point come together"
+        if scale is not None and not (_is_number(scale) and 0 < scale < math.inf):
+            yield f"input_scale must be a finite number above 0; got {scale!r}"
+        if zero_point is not None and not (type(zero_point) is int and 0 <= zero_point < 1 << self.input_bits):
+            yield f"input_zero_point must be a code of {self.input_bits} bits; got {zero_point!r}"
 
     @property
     def is_static(self) -> bool:
@@ -91,11 +95,15 @@ class LayerForm:
     @classmethod
     def from_dict(cls, flat: Mapping[str, Any], *, where: str) -> LayerForm:
         """The inverse of `to_dict`; raises `PlanError` naming `where`."""
+        if unknown := flat.keys() - {field.name for field in fields(cls)}:
+            raise PlanError(f"{where}: an int8 layer has no {', '.join(sorted(unknown))}; search again")
         try:
             return cls(**{**flat, "weights": WeightScale(flat["weights"]), "range": ClipRange(flat["range"])})
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise PlanError(f"{where}: misses {error} of an int8 layer; search again") from None
+        except (TypeError, ValueError) as error:
             raise PlanError(f"{where}: is not the form of an int8 layer: {error}") from None
 
     def __str__(self) -> str:
@@ -139,3 +147,7 @@ class Arithmetic:
 
     def __str__(self) -> str:
         return f"{self.inputs} x {self.weights}, sums of {self.block} in {self.accumulate}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -254,7 +254,12 @@ def test_coarser_sums_cost_accuracy():
         ({"outliers": 1.0}, "share from 0 to 1"),
         ({"input_bits": 4}, "must be 7 or 8"),
         ({"input_scale": 0.1}, "come together"),
-        ({"input_scale": -0.1, "input_zero_point": 3}, "must be positive"),
+        ({"outliers": "many"}, "share from 0 to 1; got 'many'"),
+        ({"input_scale": -0.1, "input_zero_point": 3}, "finite number above 0; got -0.1"),
+        ({"input_scale": float("inf"), "input_zero_point": 3}, "finite number above 0; got inf"),
+        ({"input_scale": "x", "input_zero_point": 3}, "finite number above 0; got 'x'"),
+        ({"input_bits": 6, "input_scale": 0.1, "input_zero_point": 100}, "must be 7 or 8; got 6"),
+        ({"input_scale": 0.1, "input_zero_point": 3.5}, "code of 8 bits; got 3.5"),
         ({"input_scale": 0.1, "input_zero_point": 300}, "code of 8 bits"),
     ],
 )
@@ -269,6 +274,10 @@ def test_forms_come_back_from_their_documents():
     arithmetic = Arithmetic(accumulate=FloatFormat.BF16, block=1)
     assert Arithmetic.from_dict(arithmetic.to_dict(), where="here") == arithmetic
     with pytest.raises(PlanError, match="here: is not the form of an int8 layer"):
-        LayerForm.from_dict({"weights": "rows"}, where="here")
+        LayerForm.from_dict({"weights": "rows", "range": "mse"}, where="here")
+    with pytest.raises(PlanError, match="here: misses 'range' of an int8 layer"):
+        LayerForm.from_dict({"weights": "channel"}, where="here")
+    with pytest.raises(PlanError, match="here: an int8 layer has no colour"):
+        LayerForm.from_dict({**LayerForm().to_dict(), "colour": "red"}, where="here")
     with pytest.raises(PlanError, match="here: does not describe an arithmetic"):
         Arithmetic.from_dict({"inputs": "fp12", "block": 1}, where="here")
