@@ -156,6 +156,10 @@ class Plan(Mapping[str, Precision]):
         if missing or unknown:
             wrong = [f"the plan misses {', '.join(missing)}"] * bool(missing)
             wrong += [f"the model does not know {', '.join(unknown)}"] * bool(unknown)
+            if unknown and all(is_layer(name) for name in unknown) and not any(is_layer(name) for name in names):
+                wrong.append(
+                    "the config has no space.layers, so that layers are no units: add it as it was in the search"
+                )
             raise PlanError(f"plan does not fit the model ({len(names)} units: {_preview(names)}): {'; '.join(wrong)}")
         return cls({name: precisions[name] for name in names})
 
@@ -244,7 +248,9 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
     try:
         document = json.loads(Location.of(path).read_bytes())
     except OSError as error:
-        raise PlanError(f"plan {path}: cannot be read: {error.strerror or error}") from None
+        raise PlanError(
+            f"plan {path}: cannot be read: {error.strerror or error}; a search prints where it wrote its plan.json"
+        ) from None
     except ValueError as error:
         raise PlanError(f"plan {path}: is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("schema_version") != PLAN_SCHEMA_VERSION:

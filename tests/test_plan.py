@@ -76,7 +76,7 @@ def test_round_trip_of_layers_with_their_forms(layer_path):
         ("layer:top.0", "precision", "int4", 'int8_static, emulated; got "int4"'),
         ("table:a", "precision", "bf16", 'fp32, fp16, int8, int4, int2; got "bf16"'),
         ("layer:top.0", "weights", "row", 'unit "layer:top.0": is not the form of an int8 layer'),
-        ("layer:top.0", "colour", "red", 'unit "layer:top.0": is not the form of an int8 layer'),
+        ("layer:top.0", "colour", "red", 'unit "layer:top.0": an int8 layer has no colour'),
         ("layer:over", "accumulate", "fp12", 'unit "layer:over": does not describe an arithmetic'),
     ],
 )
