@@ -65,7 +65,7 @@ def open_arm(job: Job, where: Where, *, any_checkpoint: bool = False) -> tuple[J
                 f"{folder}: is a folder without {MANIFEST}; give a plan.json, or what lowprec export wrote"
             )
         manifest = read_manifest(folder)
-        _, file = read_config_and_plan(folder)
+        _, file = read_config_and_plan(folder, manifest)
         if manifest.checkpoint_sha256 != job.checkpoint_sha256:
             raise PlanError(
                 f"export {folder}: was made of checkpoint {manifest.checkpoint_sha256[:12]}, the model's is "

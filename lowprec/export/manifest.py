@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lowprec import __version__
 from lowprec.config import Config, load_config
 from lowprec.errors import ConfigError, ExportError
-from lowprec.plan import PlanFile, read_plan
+from lowprec.plan import PlanFile, Precision, is_layer, read_plan
 
 __all__ = [
     "CONFIG",
@@ -95,9 +95,11 @@ class Manifest:
         document = {"schema_version": _SCHEMA_VERSION, "layouts": _LAYOUTS, "row_alignment": 1, **asdict(self)}
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
 
-    def check_files(self, folder: Path) -> None:
-        """Raise `ExportError` naming the first file that is not what was written."""
+    def check_files(self, folder: Path, names: Collection[str] | None = None) -> None:
+        """Raise `ExportError` naming the first file, of all or of these, that is not what was written."""
         for name, expected in self.files.items():
+            if names is not None and name not in names:
+                continue
             path = folder / name
             try:
                 size = path.stat().st_size
@@ -113,6 +115,27 @@ class Manifest:
                 raise ExportError(
                     f"export {folder}: {name} is not what the manifest says ({what}); copy the folder again"
                 )
+
+    def check_plan(self, folder: Path, file: PlanFile) -> None:
+        """Raise `ExportError` where the plan of the folder is another one than the manifest describes."""
+        described = {table.unit: table.precision for table in self.tables}
+        described |= {layer.unit: layer.precision for layer in self.layers}
+        low = {unit: str(p) for unit, p in file.plan.items() if not is_layer(unit) or p is not Precision.FP32}
+        forms = {unit: form.to_dict() for unit, form in file.layer_forms.items()}
+        wrong = [unit for unit in described.keys() | low.keys() if described.get(unit) != low.get(unit)]
+        wrong += [layer.unit for layer in self.layers if dict(layer.form) != forms.get(layer.unit, {})]
+        if wrong:
+            raise ExportError(
+                f'export {folder}: {MANIFEST} and {PLAN} say different things of "{min(wrong)}"; copy the folder again'
+            )
+
+    def _check_names(self, folder: Path) -> None:
+        needed = {DENSE, CONFIG, PLAN, TORCHREC, *(table.file for table in self.tables), *self.programs.values()}
+        outside = [name for name in self.files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if missing := sorted(needed - self.files.keys()):
+            raise ExportError(f"export {folder}: {MANIFEST} has no SHA-256 of {missing[0]}; copy the folder again")
+        if outside:
+            raise ExportError(f"export {folder}: {MANIFEST} names {outside[0]}, which is not in it; export again")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -135,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
             "export again"
         )
     try:
-        return Manifest(
+        manifest = Manifest(
             name=document["name"],
             checkpoint_sha256=document["checkpoint_sha256"],
             tables=tuple(ExportedTable(**{**t, "modules": tuple(t["modules"])}) for t in document["tables"]),
@@ -147,12 +170,17 @@ def read_manifest(folder: Path) -> Manifest:
             programs=document["programs"],
             lowprec_version=document["lowprec_version"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise ExportError(f"export {folder}: {MANIFEST} misses {error}; copy the folder again") from None
+    except (TypeError, AttributeError) as error:
+        raise ExportError(f"export {folder}: {MANIFEST} is not what lowprec writes ({error}); copy it again") from None
+    manifest._check_names(folder)
+    return manifest
 
 
-def read_config_and_plan(folder: Path) -> tuple[Config, PlanFile]:
-    """The config and the plan that were exported."""
+def read_config_and_plan(folder: Path, manifest: Manifest) -> tuple[Config, PlanFile]:
+    """The config and the plan that were exported; raises `ExportError` where one of them is another file."""
+    manifest.check_files(folder, (CONFIG, PLAN))
     try:
         config = load_config(folder / CONFIG)
     except ConfigError as error:

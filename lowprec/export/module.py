@@ -59,7 +59,9 @@ def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) ->
     manifest = read_manifest(folder)
     if verify:
         manifest.check_files(folder)
-    config, file = read_config_and_plan(folder)
+    config, file = read_config_and_plan(folder, manifest)
+    if verify:
+        manifest.check_plan(folder, file)
     with without_table_init(without_rows=True):
         model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
     adapter = ModelAdapter(model)
@@ -148,6 +150,7 @@ def _bags(adapter: ModelAdapter, manifest: Manifest, folder: Path, in_memory: bo
                 mode="mean" if bag.mode == "mean" else "sum",
                 include_last_offset=bag.include_last_offset,
                 padding_idx=bag.padding_idx,
+                name=f'"{table.unit}"',
             )
     return found
 

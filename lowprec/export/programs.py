@@ -35,14 +35,20 @@ def write_program(kind: str, module: nn.Module, example: ModelInputs, folder: Pa
             f"export: {kind}: the model takes a KeyedJaggedTensor, which is no tensor and no input of such a program; "
             "leave it out: the folder has what TorchRec loads, and lowprec.load gives the module"
         )
+    kinds = {len(bags) for bags in example.sparse.values()}
+    if kind == "torchscript" and len(kinds) > 1:
+        raise ExportError(
+            "export: torchscript: has no type for a dict of features of which some have weights and others have none; "
+            "take torch_export (--torch-export), or lowprec.load"
+        )
     path = folder / FILES[kind]
     inputs = (example.dense, dict(example.sparse))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of tracers, about FBGEMM's module: whether they matter is checked
             return (_torchscript if kind == "torchscript" else _torch_export)(module, inputs, path)
-    except OSError as error:
-        raise ExportError(f"export {path}: cannot be written: {error.strerror or error}") from None
+    except OSError:  # the disk is everybody's
+        raise
     except Exception as error:  # tracers raise anything
         if "LinearPackedParams" in str(error):
             raise ExportError(

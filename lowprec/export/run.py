@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -41,12 +42,14 @@ from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
 from lowprec.sizes import bytes_text
 from lowprec.storage import Location, Where
-from lowprec.storage.whole_folder import whole_folder
+from lowprec.storage.whole_folder import abandoned, whole_folder
 from lowprec.traffic.quarantine import said_of_bad_rows
 
 __all__ = ["Exported", "export_plan"]
 
 _NUM_BATCHES = 8
+# At most, what a folder holds beside weights, and the graph of a program.
+_SMALL_FILES_BYTES, _PROGRAM_BYTES = 64 << 10, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ def export_plan(
     target = Location.of(out).local
     if target is None:
         raise ExportError(f"export {out}: is written to a folder of this machine; give a path, and copy it there")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ExportError(f"export {out}: {parent} is a file; give a path whose folders can be made")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ExportError(f"export {out}: is there already; remove it, or give another folder")
     if wrong := set(programs) - FILES.keys():
@@ -114,7 +120,7 @@ def export_plan(
     file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
     job = job.as_planned(file)
     _check_served(file)
-    _check_room(job, file, target)
+    _check_room(job, file, target, programs)
     try:
         with whole_folder(target) as folder:
             manifest = _write_folder(job, file, folder, listener)
@@ -136,14 +142,18 @@ def export_plan(
     except OSError as error:
         if isinstance(error, ExportError):
             raise
-        raise ExportError(f"export {out}: cannot be written: {error.strerror or error}") from None
+        raise ExportError(_not_written(out, error)) from None
     return Exported(
         folder=target,
         manifest=manifest,
         fp32_bytes=job.space.fp32_bytes,
         plan_bytes=job.space.size_bytes(file.plan),
         seconds=time.monotonic() - began,
-        notes=(*_notes(job, file), *said_of_bad_rows([row for batch in expected for row in batch.bad_rows])),
+        notes=(
+            *_notes(job, file),
+            *_left_behind(target),
+            *said_of_bad_rows([row for batch in expected for row in batch.bad_rows]),
+        ),
     )
 
 
@@ -156,15 +166,24 @@ def _check_served(file: PlanFile) -> None:
         )
 
 
-def _check_room(job: Job, file: PlanFile, target: Path) -> None:
-    """Refuse what will not fit before hours of writing."""
-    needed = sum(u.num_rows * ops.row_bytes(u.dim, file.plan[u.name]) for u in job.adapter.units)
+def _check_room(job: Job, file: PlanFile, target: Path, programs: Collection[str]) -> None:
+    """Refuse what will not fit before hours of writing.
+
+    PyTorch, which writes programs, ends the process on a full disk.
+    """
+    tables = sum(u.num_rows * ops.row_bytes(u.dim, file.plan[u.name]) for u in job.adapter.units)
+    embeddings = {id(parameter) for parameter in job.adapter.table_parameters}
+    state = job.adapter.model.state_dict(keep_vars=True).values()
+    dense = sum(tensor.nbytes for tensor in state if id(tensor) not in embeddings)
+    each = tables + dense + _SMALL_FILES_BYTES
+    needed = each + len(programs) * (each + _PROGRAM_BYTES)
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
+        what = f" and as much for each of {len(programs)} programs" if programs else ""
         raise ExportError(
-            f"export {target}: the tables take {bytes_text(needed)} and the disk has {bytes_text(free)} free; make "
-            "room, or choose another folder"
+            f"export {target}: needs about {bytes_text(needed)} ({bytes_text(tables)} tables, {bytes_text(dense)} "
+            f"dense part{what}) and the disk has {bytes_text(free)} free; make room, or choose another folder"
         )
 
 
@@ -181,6 +200,20 @@ def _notes(job: Job, file: PlanFile) -> tuple[str, ...]:
     if job.adapter.other_embeddings:
         notes.append(f"nn.Embedding stays fp32: {', '.join(job.adapter.other_embeddings[:3])}")
     return tuple(notes)
+
+
+def _not_written(out: Where, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"export {out}: the disk is full; make room, or choose another folder"
+    return f"export {out}: cannot be written: {error.strerror or error}"
+
+
+def _left_behind(target: Path) -> tuple[str, ...]:
+    """What exports that were killed have left beside the target."""
+    return tuple(
+        f"{left} is what an export that was killed has left ({bytes_text(size)}); remove it"
+        for left, size in abandoned(target)
+    )
 
 
 def _write_folder(job: Job, file: PlanFile, folder: Path, listener: Progress) -> Manifest:
@@ -270,6 +303,8 @@ def _write_dense(
         # Tensors that share memory are written once for each name.
         save_file({n: t.detach().clone().contiguous() for n, t in (tensors | state).items()}, folder / DENSE)
     except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from None
         raise ExportError(f"export: {DENSE} cannot be written: {error}") from None
     (folder / DENSE).chmod((folder / TORCHREC).stat().st_mode)  # safetensors makes files that only their owner reads
     return tuple(layers)

@@ -127,7 +127,8 @@ def measure_serving(
     measured. Raises `ExportError` where the folder is no export, `PlanError` where the checkpoint is another one.
     """
     folder, listener = Path(folder), progress or Silent()
-    manifest, (_, file) = read_manifest(folder), read_config_and_plan(folder)
+    manifest = read_manifest(folder)
+    _, file = read_config_and_plan(folder, manifest)
     job = _open(folder, manifest, overrides, max(batch_sizes))
     models = {"fp32": job.adapter.model, "served": load(folder, in_memory=in_memory)}
     if in_memory:

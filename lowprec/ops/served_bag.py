@@ -35,9 +35,11 @@ class ServedBag(nn.Module):
         mode: Pooling,
         include_last_offset: bool,
         padding_idx: int | None = None,
+        name: str = "the table",
     ) -> None:
         """Take rows uint8[num_rows, row_bytes(dim, precision)] without a copy; they may be a mapped file.
 
+        name: what errors call it.
         Raises `KernelError` without FBGEMM, `ModelError` for rows of another shape.
         """
         super().__init__()
@@ -46,7 +48,7 @@ class ServedBag(nn.Module):
             raise ModelError(f"a table stored as {precision} with dim {dim} is {expected}; got {list(stored.shape)}")
         self.embedding_dim, self.num_embeddings = dim, len(stored)
         self.precision, self.mode = str(precision), mode
-        self.include_last_offset, self.padding_idx = include_last_offset, padding_idx
+        self.include_last_offset, self.padding_idx, self._name = include_last_offset, padding_idx, name
         self._is_plain = include_last_offset and padding_idx is None
         self.tbe = _tbe(stored, precision, lookup_dim(dim, precision), mode)
         # Those of its calls, looked up once: attributes of modules are slow.
@@ -83,13 +85,15 @@ class ServedBag(nn.Module):
     def _check(self, ids: Tensor, offsets: Tensor) -> None:
         ends = offsets.numpy()  # a view, because single elements of tensors are slow
         if not len(ends) or ends[0] != 0 or ends[-1] != len(ids):
-            raise TrafficError(f"offsets must rise from 0 to the {len(ids)} ids, and be one more than the bags")
+            raise TrafficError(
+                f"{self._name}: offsets must rise from 0 to the {len(ids)} ids, and be one more than the bags"
+            )
         if not len(ids):
             return
         low, high = (end.item() for end in torch.aminmax(ids))
         if low < 0 or high >= self.num_embeddings:
             wrong = low if low < 0 else high
-            raise TrafficError(f"id {wrong} is outside the {self.num_embeddings} rows of the table")
+            raise TrafficError(f"id {wrong} is outside the {self.num_embeddings} rows of {self._name}")
 
 
 def _tbe(stored: Tensor, precision: Precision, served_dim: int, mode: Pooling) -> Any:

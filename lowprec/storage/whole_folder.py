@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["whole_folder"]
+__all__ = ["abandoned", "whole_folder"]
 
 
 @contextlib.contextmanager
@@ -35,6 +36,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
         raise
+
+
+def abandoned(target: Path) -> list[tuple[Path, int]]:
+    """Folders beside the target that processes of this machine left behind when they were killed, and their bytes."""
+    found = []
+    for path in sorted(target.absolute().parent.glob(f"{glob.escape(target.name)}.*.partial")):
+        process = path.name.removeprefix(f"{target.name}.").removesuffix(".partial")
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
+    return found
 
 
 def _sync(path: Path) -> None:

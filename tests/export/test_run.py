@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import planted_faults as faults
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -24,11 +25,13 @@ from lowprec.debug import debug_plan
 from lowprec.errors import ExportError, ModelError, PlanError, TrafficError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.export import export_plan, read_manifest
+from lowprec.export.programs import write_program
 from lowprec.layer_form import Arithmetic
-from lowprec.models.adapter import inputs_of
+from lowprec.models.adapter import ModelInputs, inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Precision
 from lowprec.search import open_job
+from lowprec.sizes import bytes_text
 
 EMULATED = "space.layers={precisions: [fp32, emulated], arithmetic: {}}"
 
@@ -176,7 +179,7 @@ def test_what_does_not_fit_the_disk_is_said_at_once(small_config, tmp_path, monk
     config = small_config()
     write_mixed_plan(config, tmp_path / "plan.json")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(ExportError, match=r"the tables take .* and the disk has 1 KB free"):
+    with pytest.raises(ExportError, match=r"needs about .* tables, .* dense part\) and the disk has 1 KB free"):
         export_plan(config, tmp_path / "plan.json", tmp_path / "served")
 
 
@@ -206,8 +209,36 @@ def test_a_killed_export_is_not_taken_for_one(small_config, tmp_path):
     assert left.name.endswith(".partial") and (left / "tables").exists()
     with pytest.raises(ExportError, match=r"has no manifest\.json, so it is no export"):
         lowprec.load(left)
-    export_plan(config, tmp_path / "plan.json", out)
+    again = export_plan(config, tmp_path / "plan.json", out)
     lowprec.load(out)
+    size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+    assert f"{left} is what an export that was killed has left ({bytes_text(size)}); remove it" in again.notes
+
+
+def test_a_file_is_no_folder_to_export_to(small_config, tmp_path):
+    write_mixed_plan(config := small_config(), tmp_path / "plan.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"file is a file; give a path whose folders can be made"):
+        export_plan(config, tmp_path / "plan.json", tmp_path / "file" / "deep" / "model")
+
+
+@pytest.mark.parametrize("programs", [(), ("torchscript", "torch_export")])
+def test_programs_count_for_the_room_that_is_needed(small_config, tmp_path, monkeypatch, programs):
+    """PyTorch ends the process where the disk is full while it writes a program."""
+    write_mixed_plan(config := small_config(), tmp_path / "plan.json")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 600_000))
+    if programs:
+        with pytest.raises(ExportError, match=r"and as much for each of 2 programs\) and the disk has 600 KB free"):
+            export_plan(config, tmp_path / "plan.json", tmp_path / "served", programs=programs)
+    else:
+        export_plan(config, tmp_path / "plan.json", tmp_path / "served")
+
+
+def test_torchscript_says_that_it_cannot_mix_features_with_and_without_weights(small_config, tmp_path):
+    ids, ends = torch.arange(3), torch.arange(4)
+    inputs = ModelInputs(torch.zeros(3, 1), {"plain": (ids, ends), "weighted": (ids, ends, torch.ones(3))})
+    with pytest.raises(ExportError, match="has no type for a dict of features of which some have weights"):
+        write_program("torchscript", torch.nn.Identity(), inputs, tmp_path)
 
 
 def broken(folder, what):
@@ -225,6 +256,15 @@ def broken(folder, what):
     elif what == "hash":
         manifest["files"]["dense.safetensors"]["sha256"] = "0" * 64
         (folder / "manifest.json").write_text(json.dumps(manifest))
+    elif what == "unhashed":
+        del manifest["files"]["plan.json"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    elif what == "outside":
+        manifest["files"]["../../else"] = manifest["files"]["plan.json"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    elif what == "form":
+        manifest["tables"][1]["precision"] = "int8"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     elif what == "version":
         (folder / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     elif what == "json":
@@ -241,9 +281,12 @@ def broken(folder, what):
         ("cut", r"0003-c3\.safetensors is not what the manifest says \(it has [\d,]+ of [\d,]+ bytes\)"),
         ("gone", r"0003-c3\.safetensors cannot be read: No such file"),
         ("hash", r"dense\.safetensors is not what the manifest says"),
+        ("unhashed", r"manifest\.json has no SHA-256 of plan\.json"),
+        ("outside", r"manifest\.json names \.\./\.\./else, which is not in it"),
+        ("form", r'manifest\.json and plan\.json say different things of "table:c1"'),
         ("version", "has schema_version 99, this lowprec reads 1; export again"),
         ("json", r"manifest\.json is not JSON"),
-        ("key", r"manifest\.json misses .*row_bytes"),
+        ("key", r"manifest\.json is not what lowprec writes \(.*row_bytes"),
     ],
 )
 def test_a_folder_that_is_not_what_was_written_is_refused(exported, what, said):
@@ -271,10 +314,12 @@ def test_other_code_makes_another_model(exported, monkeypatch):
     ):
         document["model"]["args"] = args
         (found.folder / "config.json").write_text(json.dumps(document))
+        faults._fit_hash(found.folder, found.folder / "config.json")
         with pytest.raises(ExportError, match=f"another model than the one that was exported: .*{said}"):
             lowprec.load(found.folder, verify=False)
     document["model"]["factory"] = "no.such:model"
     (found.folder / "config.json").write_text(json.dumps(document))
+    faults._fit_hash(found.folder, found.folder / "config.json")
     with pytest.raises(ModelError, match="cannot import"):
         lowprec.load(found.folder, verify=False)
 
