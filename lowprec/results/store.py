@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ _MAX_COMMIT_RETRIES = 1000
 # Processes that create the same table at once both commit its metadata, and whoever commits at that moment fails with
 # a conflict that Delta does not retry. Nothing of the failed commit is there, and the keys are checked again.
 _APPEND_ATTEMPTS = 20
+# What the system's errors ENOSPC and EDQUOT are called in Delta's.
+_FULL = re.compile(r"No space left on device|quota exceeded|os error (28|122)\b")
 
 
 class ResultsStore:
@@ -223,13 +227,20 @@ class ResultsStore:
             return ResultsError(
                 f"results table {schema.name} ({self._place(schema)}): {what}: {sentence(error, self._root.text)}"
             )
-        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-        # Delta puts the operating system's reason on a line of its own, before a list of stack frames.
-        reason = " ".join(lines[: 2 if len(lines) > 1 and lines[1].startswith("Error:") else 1])
-        return ResultsError(
-            f"results table {schema.name} ({self._place(schema)}): {what}: {reason or type(error).__name__}; "
-            "check results.root and its permissions"
-        )
+        reason = _reason(error)
+        if _FULL.search(reason):
+            advice = "no space is left there; make room, or choose another results.root"
+        else:
+            advice = f"{reason}; check results.root and its permissions"
+        return ResultsError(f"results table {schema.name} ({self._place(schema)}): {what}: {advice}")
+
+
+def _reason(error: Exception) -> str:
+    """What Delta says of a folder, in one line: its causes, which come one below the other, but no stack frames."""
+    plain = re.sub("\x1b\\[[0-9;]*m", "", str(error))
+    first, *others = [" ".join(line.split()) for line in plain.splitlines() if line.strip()] or [type(error).__name__]
+    causes = takewhile(lambda line: line.startswith(("Error:", "↳")), others)
+    return first + "".join(f": {line[1:].strip()}" if line[0] == "↳" else f" {line}" for line in causes)
 
 
 def _arrow_dataset(table: DeltaTable) -> pads.Dataset:
