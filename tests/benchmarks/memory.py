@@ -108,6 +108,7 @@ def run(folder: Path, cap_bytes: int) -> dict:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
         with open_workers(job, notes.append) as workers:
             pids = workers.process_ids()
+            notes.clear()  # that they took a while to start
             assert len(set(workers.node_ids())) == NUM_WORKERS
             assert set(pids) <= set().union(*caps.members), "a worker is not capped"
             peaks = Peaks([*pids, os.getpid()])
