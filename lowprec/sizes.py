@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["bytes_text", "bytes_text_above", "parse_bytes", "parse_rate", "parse_seconds"]
+__all__ = ["bytes_text", "bytes_text_above", "counted", "parse_bytes", "parse_rate", "parse_seconds"]
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -24,6 +24,11 @@ def bytes_text_above(size: float) -> str:
     unit = 10 ** max(0, 3 * ((len(str(int(size))) - 1) // 3))
     digits = 100 if size / unit < 10 else 10 if size / unit < 100 else 1
     return bytes_text(math.ceil(size / unit * digits) / digits * unit)
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: `1 thread`, `2,048 threads`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def parse_bytes(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,10 @@ def table_difference(rows: SeenRows, planned: NDArray[np.uint8]) -> str | None:
     if len(where) < len(rows.ids) and wrong[between].all() and len(where) > 1:
         count = f"rows {first} to {last}, all {len(where):,} that traffic asked for, and no other"
     elif len(where) <= 3:
-        count = f"rows {', '.join(str(int(rows.ids[k])) for k in where)} of those that traffic asked for"
-    return f"{count} are not what the plan makes of the checkpoint: {_what(rows, planned, where)}"
+        those = ", ".join(str(int(rows.ids[k])) for k in where)
+        count = f"{_plural('row', where)} {those} of those that traffic asked for"
+    verb = "is" if len(where) == 1 else "are"
+    return f"{count} {verb} not what the plan makes of the checkpoint: {_what(rows, planned, where)}"
 
 
 def layer_differences(planned: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -54,7 +56,7 @@ def layer_differences(planned: Mapping[str, Tensor], found: Mapping[str, Tensor]
             said.append(f"{name} is {list(b.shape)} {b.dtype} and not {list(a.shape)} {a.dtype}")
         elif not torch.equal(a, b):
             rows = (a != b).reshape(len(a), -1).any(dim=1).nonzero()[:, 0].tolist() if a.ndim else []
-            some = f" of channels {', '.join(map(str, rows[:4]))}{', ...' if len(rows) > 4 else ''}"
+            some = f" of {_plural('channel', rows)} {', '.join(map(str, rows[:4]))}{', ...' if len(rows) > 4 else ''}"
             said.append(f"{name}{some if rows and len(rows) < len(a) else ''} is not what the plan makes of it")
     return said
 
@@ -92,6 +94,10 @@ def changed_files(served: ServedArm) -> dict[str, str]:
         except OSError as error:
             raise ExportError(f"export {folder}: {name} cannot be read: {error.strerror or error}") from None
     return found
+
+
+def _plural(word: str, of: Sized) -> str:
+    return word if len(of) == 1 else f"{word}s"
 
 
 def _what(rows: SeenRows, planned: NDArray[np.uint8], where: NDArray[np.int64]) -> str:

@@ -20,15 +20,18 @@ from lowprec.evaluation.rows import TableUse
 from lowprec.export.manifest import CONFIG, Manifest, read_config_and_plan, read_manifest
 from lowprec.export.module import in_huge_pages, load, paths_of
 from lowprec.models.inputs import arguments_of, inputs_of
-from lowprec.ops.timing import torch_threads
+from lowprec.ops.timing import num_cores, torch_threads
 from lowprec.plan import Plan, PlanFile, Precision
 from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
+from lowprec.sizes import bytes_text, counted
 
 __all__ = ["ServingReport", "ServingSpeed", "measure_serving"]
 
 # Requests that are made again and again, at most; few enough to be ready before the clock runs.
 _MAX_REQUESTS = 64
+# Of which the last-level cache of a server's core complex holds most.
+_SMALL_MODEL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,24 @@ class ServingReport:
     units_ns: dict[str, float]
     predicted_ns: dict[str, float] | None
 
+    def warnings(self) -> Iterator[str]:
+        """What makes the figures say something else than one would think."""
+        if self.num_threads > num_cores():
+            yield (
+                f"{self.num_threads} threads on {counted(num_cores(), 'core')}: what is given for a core is for a "
+                "thread, and threads wait for each other"
+            )
+        slower = [s.batch_size for s in self.speeds if s.model == "served" and s.requests_per_s < self._fp32(s)]
+        if slower and self.fp32_bytes < _SMALL_MODEL_BYTES:
+            yield (
+                f"the {bytes_text(self.fp32_bytes)} of fp32 units fit into caches, where rows of fp32 are read as fast "
+                "and need no conversion: what low precision saves here is memory; time it saves with larger tables"
+            )
+
+    def _fp32(self, served: ServingSpeed) -> float:
+        (found,) = (s for s in self.speeds if s.model == "fp32" and s.batch_size == served.batch_size)
+        return found.requests_per_s
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command."""
         by_size: dict[int, dict[str, ServingSpeed]] = defaultdict(dict)
@@ -84,6 +105,7 @@ class ServingReport:
             "window": self.window,
             "num_threads": self.num_threads,
             "is_in_memory": self.is_in_memory,
+            "warnings": list(self.warnings()),
             "speeds": [speed.to_dict() for speed in self.speeds],
             "capacity": {
                 "fp32_bytes": self.fp32_bytes,

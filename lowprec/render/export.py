@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowprec.console import stdout
-from lowprec.sizes import bytes_text
+from lowprec.sizes import bytes_text, counted
 
 __all__ = ["render_export", "render_serving"]
 
@@ -35,9 +35,9 @@ def render_export(document: Mapping[str, Any]) -> None:
 
 def render_serving(document: Mapping[str, Any]) -> None:
     """Speeds by size of requests, what is saved, and what was predicted."""
+    threads = counted(document["num_threads"], "thread")
     table = Table(
-        title=f"{escape(document['folder'])}: on requests of {document['window']}, {document['num_threads']} threads",
-        title_justify="left",
+        title=f"{escape(document['folder'])}: on requests of {document['window']}, {threads}", title_justify="left"
     )
     for name in ("examples a request", "model", "p50", "p99", "requests/s", "examples/s", "requests/s/core"):
         table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
@@ -62,6 +62,8 @@ def render_serving(document: Mapping[str, Any]) -> None:
             f"requests of {of['batch_size']:,}: {of['ratio']:.2f} times as many a second per core "
             f"({of['served']:,.0f} and {of['fp32']:,.0f})"
         )
+    for warning in document["warnings"]:
+        stdout.print(f"[yellow]warning[/yellow] {escape(warning)}")
     units = document["units"]
     for model, measured in units["measured_ns_per_example"].items():
         predicted = units["predicted_ns_per_example"]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from lowprec.console import stdout
-from lowprec.sizes import bytes_text
+from lowprec.sizes import bytes_text, counted
 
 __all__ = ["render_placement"]
 
@@ -33,8 +33,8 @@ def render_placement(document: Mapping[str, Any]) -> None:
         stdout.print(f"and {len(workers) - _MOST_LINES} workers more (--json has all)")
     stdout.print(
         f"tables: {bytes_text(document['table_bytes'])} on {document['num_workers']} workers of "
-        f"{bytes_text(document['worker_memory'])}; {_count(len(document['replicated']), 'table')} at every worker, "
-        f"{_count(len({shard['table'] for shard in shards}), 'table')} in {_count(len(shards), 'shard')}"
+        f"{bytes_text(document['worker_memory'])}; {counted(len(document['replicated']), 'table')} at every worker, "
+        f"{counted(len({shard['table'] for shard in shards}), 'table')} in {counted(len(shards), 'shard')}"
     )
     stdout.print(
         f"a worker needs {bytes_text(needs['total'])} for itself: {bytes_text(needs['process'])} process, "
@@ -74,7 +74,3 @@ def _render_time(time: Mapping[str, float] | None) -> None:
         for kind, name in (("profile", "the profile"), ("exact", "plans with every precision"))
     ]
     stdout.print(f"time of {time['num_examples']:,.0f} examples, without the dense part: {'; '.join(parts)}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -104,7 +104,7 @@ def render_sensitivities(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     first = rows[0]
     table = Table(
-        title=f"run {first['run_id']}: each table alone, the others fp32; {first['num_examples']:,} examples of "
+        title=f"run {first['run_id']}: each unit alone, the others fp32; {first['num_examples']:,} examples of "
         f"{first['window']}, the linearization on {first['num_exact']:,} of them",
         title_justify="left",
     )

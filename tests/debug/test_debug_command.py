@@ -55,7 +55,7 @@ def test_a_folder_that_is_not_its_plan_is_rejected(served, debug, tmp_path):
     assert debug(config, "--plan", folder).code == 0
     faults.dead_channel(folder, "layer:bottom.2", 5)
     done = debug(config, "--plan", folder)
-    assert done.code == 2 and "1. layer:bottom.2: weight of channels 5 is not what the plan makes of it" in " ".join(
+    assert done.code == 2 and "1. layer:bottom.2: weight of channel 5 is not what the plan makes of it" in " ".join(
         done.out.split()
     )
     compared = debug(config, "--plan", tmp_path / "plan.json", "--against", folder, "--json")

@@ -56,9 +56,9 @@ def planted(config, file, folder, what):
         ("stale c3", r"another version of the table \(cosine 0\.[89]\d+ with the checkpoint's\)"),
         ("stale c4", r"rows .* other values \(cosine 0\.\d+ with the checkpoint's\)"),
         ("stale c5", r"another version of the table \(cosine 0\.[89]\d+ with the checkpoint's\)"),
-        ("dead bottom.0", r"^weight of channels 5 is not what the plan makes of it$"),
-        ("dead bottom.2", r"^weight of channels 5 is not what the plan makes of it$"),
-        ("dead top.0", r"^codes of channels 5 is not what the plan makes of it$"),
+        ("dead bottom.0", r"^weight of channel 5 is not what the plan makes of it$"),
+        ("dead bottom.2", r"^weight of channel 5 is not what the plan makes of it$"),
+        ("dead top.0", r"^codes of channel 5 is not what the plan makes of it$"),
     ],
 )
 def test_a_fault_of_a_folder_is_the_first_suspect(served, what, said):
@@ -155,7 +155,7 @@ def test_an_fp32_layer_that_changed_is_found(served):
     faults._fit_hash(folder, path)
     report = debug_plan(config, folder)
     assert report.suspects[0].unit == "layer:top.0"
-    assert report.suspects[0].why[0] == "bias of channels 3 is not what the plan makes of it"
+    assert report.suspects[0].why[0] == "bias of channel 3 is not what the plan makes of it"
 
 
 def test_stored_values_that_are_not_finite_are_not_laid_to_the_checkpoint(served):
@@ -169,7 +169,7 @@ def test_stored_values_that_are_not_finite_are_not_laid_to_the_checkpoint(served
     first = report.suspects[0]
     assert first.unit == "table:c1" and not report.is_as_planned
     (unit,) = [u for u in report.units if u.unit == "table:c1"]
-    assert unit.is_broken and unit.differs[0].startswith("rows 3 of those that traffic asked for are not what")
+    assert unit.is_broken and unit.differs[0].startswith("row 3 of those that traffic asked for is not what")
     assert unit.worst[0].id == 3 and unit.worst[0].why.startswith("what is stored of it is not finite, though it spans")
     json.dumps(report.to_dict(), allow_nan=False)
 

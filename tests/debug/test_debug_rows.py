@@ -106,7 +106,7 @@ def test_what_is_said_of_rows_that_differ(table, precision):
     flipped = said(lambda s: np.concatenate([s[:, :4], s[:, 4:] ^ 255], axis=1))
     assert flipped.startswith("rows 10 to 19, all 10 that traffic asked for, and no other are not what the plan makes")
     assert flipped.endswith("codes are others, scales and biases are the same")
-    assert said(lambda s: np.roll(s, 1, axis=1)[:, :], slice(3, 4)).startswith("rows 3 of those")
+    assert said(lambda s: np.roll(s, 1, axis=1)[:, :], slice(3, 4)).startswith("row 3 of those")
     heads = said(lambda s: np.concatenate([s[::-1, :4], s[:, 4:]], axis=1), slice(0, 60, 2))
     assert heads.startswith("30 of 60 rows") and heads.endswith("scales and biases are others, codes are the same")
     swapped = said(lambda s: np.concatenate([s[:, 2:4], s[:, :2], s[:, 4:]], axis=1))

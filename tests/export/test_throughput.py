@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from plans import LAYERS, LOW_LAYERS, write_mixed_plan
@@ -120,3 +121,18 @@ def test_what_cannot_be_measured_is_said(served, small_config, small_folder, tmp
     measure_serving(
         folder, batch_sizes=[8], seconds=0.01, overrides=(f"model.checkpoint={tmp_path}/moved.safetensors",)
     )
+
+
+def test_what_figures_do_not_mean_is_said(served, monkeypatch):
+    monkeypatch.setattr("lowprec.export.throughput.num_cores", lambda: 1)
+    found = measure_serving(served[2], batch_sizes=[64], seconds=0.05, num_threads=2)
+    threads, *small = found.to_dict()["warnings"]
+    assert threads.startswith("2 threads on 1 core: what is given for a core is for a thread")
+    fp32, low = found.speeds
+    assert len(small) == (low.requests_per_s < fp32.requests_per_s)
+    slow = replace(found, speeds=(fp32, replace(low, requests_per_s=fp32.requests_per_s / 2)))
+    assert "fit into caches" in slow.to_dict()["warnings"][1]
+    fast = replace(found, speeds=(fp32, replace(low, requests_per_s=2 * fp32.requests_per_s)))
+    assert len(fast.to_dict()["warnings"]) == 1
+    large = replace(slow, fp32_bytes=10**9)
+    assert len(large.to_dict()["warnings"]) == 1
