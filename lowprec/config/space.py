@@ -64,7 +64,10 @@ class LayersConfig(Section):
     @model_validator(mode="after")
     def _emulation_is_described(self) -> LayersConfig:
         if (Precision.EMULATED in self.precisions) != (self.arithmetic is not None):
-            raise ValueError("precision emulated and arithmetic come together: one says that, the other what")
+            raise ValueError(
+                "precision emulated and arithmetic come together: one says that, the other what, as in "
+                "{precisions: [fp32, emulated], arithmetic: {accumulate: fp16, block: 16}}"
+            )
         return self
 
 

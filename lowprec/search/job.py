@@ -202,7 +202,7 @@ class Job:
         for check, wrong in zip(checks, workers.check_rows(checks), strict=True):
             if wrong:
                 found.setdefault(check.table, wrong)
-        more = "no example of these windows looked it up, but serving stores it too"
+        more = "no example that was evaluated looked it up, but serving stores it too"
         return [f"{wrong}; {more}" for wrong in found.values()]
 
     def evaluate(
