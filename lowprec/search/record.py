@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lowprec import __version__
-from lowprec.errors import ConfigError, LowprecError, PoisonedWorkError, WorkerError
+from lowprec.errors import ConfigError, LowprecError, PoisonedWorkError, TrafficError, WorkerError
+from lowprec.evaluation.measure import MeasuredProfile
+from lowprec.evaluation.profile_file import ProfileOrigin, write_profile
 from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
 from lowprec.search.job import Job
@@ -44,6 +46,10 @@ FREE_TO_CHANGE = (
 )
 
 
+# What may be mended from outside, so that a run can go on: workers, files and stores, disks.
+MENDED_OUTSIDE = (WorkerError, TrafficError, OSError)
+
+
 class RunRecord:
     """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes.
 
@@ -60,6 +66,8 @@ class RunRecord:
         self._changes: list[str] = []
         self._store = ResultsStore(job.config.results.root)
         self._command = command
+        # Whether a resumption finds something that took work.
+        self._has_work = run_id is not None
         if run_id is None:
             now = datetime.now(UTC)
             self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -95,6 +103,11 @@ class RunRecord:
         """The folder for the run's files, below the results root."""
         return self._store.artifacts(self.run_id)
 
+    @property
+    def profile_path(self) -> Location:
+        """Where the run's profile is, once it has one."""
+        return self.artifacts / "profile.npz"
+
     @contextmanager
     def running(self, note: Callable[[str], None]) -> Iterator[None]:
         """Commit that the run has begun, and when the block is left early how it ended; `note` is told what to do."""
@@ -114,7 +127,9 @@ class RunRecord:
         except Exception as failure:
             error = failure
             self._try(lambda: self._failed(error, note), note)
-            if isinstance(error, WorkerError) and is_search:
+            # Of work that is set aside the error says to resume.
+            is_of_use = isinstance(error, PoisonedWorkError) or self._has_work
+            if isinstance(error, MENDED_OUTSIDE) and is_search and is_of_use:
                 note(f"what is committed is kept; {resume}")
             raise
 
@@ -161,6 +176,11 @@ class RunRecord:
         except (LowprecError, OSError) as error:
             note(f"run {self.run_id} still says that it is running: {error}")
 
+    def keep_profile(self, profile: MeasuredProfile, origin: ProfileOrigin) -> None:
+        """Write the profile that the run has measured, where a resumption looks for it."""
+        write_profile(profile, origin, self.profile_path)
+        self._has_work = True
+
     def has_sensitivities(self, window: str) -> bool:
         """Whether the sensitivities of that window are there; they are committed all at once."""
         return window in self._store.read("sensitivities", run_id=self.run_id).column("window").to_pylist()
@@ -179,6 +199,7 @@ class RunRecord:
                 for s in found
             ],
         )
+        self._has_work = True
 
     def trials(self, evaluation: str) -> list[Trial]:
         """The trials of the run of one kind of evaluation (exact, confirm), in order."""
@@ -203,6 +224,7 @@ class RunRecord:
                 for trial in trials
             ],
         )
+        self._has_work = True
 
     def _verdict(self, trial: Trial) -> dict[str, Any]:
         """The tightest budget that the trial is certified for, else the loosest with what is known of it."""

@@ -70,7 +70,7 @@ def run_search(
     given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     with record.running(listener.note):
         if given is not None:
-            write_profile(given, job.profile_origin("search"), record.artifacts / "profile.npz")
+            write_profile(given, job.profile_origin("search"), record.profile_path)
         with open_workers(job, listener.note) as workers:
             outcome = _Search(job, record, workers, listener).run()
         best = outcome.recommendations[0].best
@@ -123,7 +123,7 @@ class _Search:
             fp32_bytes=self._job.space.fp32_bytes,
             rows=rows,
             plan_paths=tuple(self._save_recommended(r) for r in recommendations),
-            profile_path=self._profile_path,
+            profile_path=self._record.profile_path,
             profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
             row_ranges=self._job.spec.row_ranges,
@@ -135,7 +135,7 @@ class _Search:
 
     def _surrogate(self) -> Surrogate:
         """The profile of the search window, measured or as the run has it, and its solved model."""
-        path, origin = self._profile_path, self._job.profile_origin("search")
+        path, origin = self._record.profile_path, self._job.profile_origin("search")
         if path.kind() == "file":
             measured = read_profile(path, origin)
         else:
@@ -149,7 +149,7 @@ class _Search:
                 on_progress=self._progress.advance,
             )
             measured = replace(measured, forms=self._job.forms)
-            write_profile(measured, origin, path)
+            self._record.keep_profile(measured, origin)
         costs = self._job.costs(measured.use)
         for note in costs.notes:
             self._progress.note(note)
@@ -160,15 +160,11 @@ class _Search:
             raise ConfigError(f"search: {surrogate.front.infeasible}")
         return surrogate
 
-    @property
-    def _profile_path(self) -> Location:
-        return self._record.artifacts / "profile.npz"
-
     def _kept_forms(self) -> Forms:
         """The forms of layers that the run's profile is of."""
-        if self._job.config.space.layers is None or self._profile_path.kind() != "file":
+        if self._job.config.space.layers is None or self._record.profile_path.kind() != "file":
             return {}
-        return read_profile(self._profile_path, self._job.profile_origin("search")).forms
+        return read_profile(self._record.profile_path, self._job.profile_origin("search")).forms
 
     def _fitted_forms(self) -> Forms:
         """The forms of layers, calibrated on the search window."""

@@ -10,11 +10,12 @@ import pytest
 
 import lowprec
 from lowprec.calibration import Calibration, LatencyPoint, write_calibration
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, ResultsError, TrafficError, WorkerError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job, run_search
+from lowprec.search.record import RunRecord
 
 
 class Listener:
@@ -76,6 +77,30 @@ def test_the_estimates_of_a_race_hold_on_the_whole_window(small_config):
     for text, metrics in zip(trials["metrics_json"], exact, strict=True):
         lower, upper = json.loads(text)["on_window_pct"]
         assert lower is None or lower - 1e-6 <= metrics.gap_pct <= upper + 1e-6
+
+
+@pytest.mark.parametrize("where", ["add_sensitivities", "add_trials"])
+@pytest.mark.parametrize("error", [ResultsError("full"), TrafficError("gone"), OSError(28, "No space left on device")])
+def test_a_search_that_fails_from_outside_says_how_to_go_on(small_config, monkeypatch, where, error):
+    """As by a store that is gone, or a disk that is full, after the profile was kept."""
+
+    def fails(*_args, **_kwargs):
+        raise error
+
+    listener, config = Listener(), small_config()
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(RunRecord, where, fails)
+        run_search(config, progress=listener)
+    (note,) = (note for note in listener.notes if "--resume" in note)
+    assert note.startswith("what is committed is kept; go on with the options that it had and --resume ")
+    assert run_search(config, resume=note.split()[-1]).verdict
+
+
+def test_a_search_that_never_began_is_not_to_be_resumed(small_config):
+    listener = Listener()
+    with pytest.raises(WorkerError, match="cannot be reached"):
+        run_search(small_config("evaluation.num_workers=1", "evaluation.address=127.0.0.1:9"), progress=listener)
+    assert listener.notes and not any("--resume" in note for note in listener.notes)
 
 
 def test_several_budgets_get_a_plan_each_from_one_search(small_config):
