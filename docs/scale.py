@@ -142,7 +142,7 @@ def page(rates: dict[str, Any]) -> str:
                 "fullest machine",
                 "network, bytes an example: profile, exact",
                 "a day's traffic profiled",
-                f"a search: {SEARCH_EXAMPLES / 1e6:g} M examples, {NUM_PLANS} plans",
+                f"a search: {SEARCH_EXAMPLES / 1e6:g} M examples profiled, {NUM_PLANS} plans on them",
                 f"{CONFIRM_EXAMPLES / 1e6:g} M examples confirmed, 3 plans",
                 "what is used up first",
             ],
@@ -165,23 +165,27 @@ def _row(num_workers: int, placed: dict[str, Any], rates: dict[str, Any], flops:
     seconds = {k: v / EXAMPLES_A_DAY for k, v in placed["time"].items() if k != "num_examples"}  # for one example
     values = sum(table["ids"] for table in spec()["tables"]) + 1
 
-    def took(num_examples: float, *, lookups: float, network: float, passes: float) -> str:
+    def took(num_examples: float, *, lookups: float, network: float, passes: float) -> float:
         dense = passes * flops / rates["dense_flops"] / num_workers / threads
         decode = values / rates["decoded_values_per_s"] / num_workers / threads
-        return _duration(num_examples * (lookups / threads + network + dense + decode))
+        return num_examples * (lookups / threads + network + dense + decode)
 
     profile = {"lookups": seconds["profile_lookup_s"], "network": seconds["profile_network_s"]}
     exact = {"lookups": seconds["exact_lookup_s"], "network": seconds["exact_network_s"]}
+
+    def profiled(num_examples: float) -> float:
+        # A pass forward and one back, which costs two.
+        return took(num_examples, **profile, passes=3)
+
     fullest = max(worker["memory"] for worker in placed["workers"])
     network = placed["network"]
     return [
         str(num_workers),
         f"{fullest / GB:.0f} GB",
         f"{network['profile_bytes_per_example'] / 1e6:.2f} MB, {network['exact_bytes_per_example'] / 1e6:.2f} MB",
-        # A profile is a pass forward and one back, which costs two.
-        took(EXAMPLES_A_DAY, **profile, passes=3),
-        took(SEARCH_EXAMPLES, **exact, passes=NUM_PLANS + 1),
-        took(CONFIRM_EXAMPLES, **exact, passes=4),
+        _duration(profiled(EXAMPLES_A_DAY)),
+        _duration(profiled(SEARCH_EXAMPLES) + took(SEARCH_EXAMPLES, **exact, passes=NUM_PLANS + 1)),
+        _duration(took(CONFIRM_EXAMPLES, **exact, passes=4)),
         placed["limits"][0]["says"],
     ]
 
@@ -214,9 +218,9 @@ is taken to overlap.
 
 {table}
 
-A search needs no whole day. Its window is a sample, and so is the confirmation, whose size decides how small a change
-of accuracy can be proven (`make bench NAME=coverage` says how intervals behave). A whole day is what a monitor would
-pay that profiles everything.
+A search needs no whole day. Its window is a sample that it profiles once and then evaluates its plans on, and so is the
+confirmation, whose size decides how small a change of accuracy can be proven (`make bench NAME=coverage` says how
+intervals behave). A whole day is what a monitor would pay that profiles everything.
 
 Memory decides the number of machines; then every worker asks all others for the rows of its examples, and in an exact
 evaluation each pooled vector comes once for every precision. Small and busy tables are held by all workers as long as
