@@ -33,8 +33,9 @@ from lowprec.export.module import load, paths_of
 from lowprec.export.parity import certified_outputs, check_parity, check_program
 from lowprec.export.programs import FILES, write_program
 from lowprec.export.tables import write_table_tensor
-from lowprec.export.torchrec import torchrec_document
+from lowprec.export.torchrec import is_reordered, torchrec_document
 from lowprec.models.adapter import ModelAdapter
+from lowprec.models.inputs import takes_keyed_jagged
 from lowprec.models.tensor_files import open_tensors
 from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision, read_plan, write_plan
@@ -197,6 +198,11 @@ def _notes(job: Job, file: PlanFile) -> tuple[str, ...]:
     verdict = file.evidence.get("verdict")
     if verdict != "certified":
         notes.append(f"the plan is not certified (its evidence says {verdict or 'nothing'})")
+    if takes_keyed_jagged(job.adapter.model) and is_reordered(job.adapter):
+        notes.append(
+            "TorchRec's quantize_embeddings puts tables of one pooling together, which is another order here: a model "
+            "that reads its pooled embeddings as one tensor, and not by key, gets them in that order"
+        )
     if job.adapter.other_embeddings:
         notes.append(f"nn.Embedding stays fp32: {', '.join(job.adapter.other_embeddings[:3])}")
     return tuple(notes)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lowprec.errors import ExportError
 from lowprec.export.manifest import TORCHREC, ExportedTable, read_manifest
+from lowprec.models.adapter import ModelAdapter
 
-__all__ = ["per_table_weight_dtype", "quantized_state_dict", "torchrec_document"]
+__all__ = ["is_reordered", "per_table_weight_dtype", "quantized_state_dict", "torchrec_document"]
 
 # The names of TorchRec's own: torchrec.modules.embedding_configs, dtype_to_data_type.
 _DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "qint8", "int4": "quint4x2", "int2": "quint2x4"}
@@ -27,6 +28,12 @@ def torchrec_document(tables: tuple[ExportedTable, ...]) -> dict[str, Any]:
         "state_dict": {table.tensor: table.file for table in tables},
         "row_range": {_name(table): table.row_range for table in tables if table.row_range},
     }
+
+
+def is_reordered(adapter: ModelAdapter) -> bool:
+    """Whether tables change places in TorchRec's quantized collection, which groups them by pooling."""
+    modes = [bags[0].mode for bags in adapter.bags.values()]
+    return sorted(modes, key=modes.index) != modes
 
 
 def per_table_weight_dtype(folder: str | Path) -> dict[str, torch.dtype]:

@@ -266,5 +266,7 @@ def test_torchrec_quantizes_by_the_exported_mapping(served):
     found = python(served, QUANTIZED, served.plan)
     assert found["types"] == ["torchrec.quant.embedding_modules"] and set(found["dtypes"]) == {"t_items", "t_users"}
     assert found["tables"] == 2 and found["unexpected"] == [] and found["rows_equal"]
+    # Two tables, one pooling each: they stay where they are.
+    assert not any("puts tables of one pooling together" in w for w in served.done["export"].document["warnings"])
     # Its tables are looked up together and its outputs put in another order of tables: the sums are the same.
     assert found["by_mapping"] < 1e-5 and found["by_state"] < 1e-5

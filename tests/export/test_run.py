@@ -1,11 +1,13 @@
 """A plan becomes a folder that serves what was certified, or nothing."""
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,9 @@ from lowprec.errors import ExportError, ModelError, PlanError, TrafficError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.export import export_plan, read_manifest
 from lowprec.export.programs import write_program
+from lowprec.export.torchrec import is_reordered
 from lowprec.layer_form import Arithmetic
-from lowprec.models.adapter import ModelInputs, inputs_of
+from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Precision
 from lowprec.search import open_job
@@ -410,3 +413,22 @@ def test_an_id_that_is_no_row_stops_what_serves_nothing(spoilt):
         with pytest.raises(TrafficError, match=r'part.parquet, row \d+: feature "c5" has id 1000000; .*bounds_check'):
             command()
     assert not out.exists()
+
+
+@pytest.mark.skipif(find_spec("torchrec") is None and "CI" not in os.environ, reason="make setup installs TorchRec")
+def test_an_order_of_tables_that_torchrec_changes_is_said(tmp_path):
+    """As TorchRec itself does it, and as the note says it."""
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+    from torchrec.inference.modules import quantize_embeddings
+
+    for poolings, moves in ((["SUM", "MEAN", "SUM"], True), (["SUM", "SUM", "MEAN"], False)):
+        tables = [
+            EmbeddingBagConfig(
+                name=f"t{k}", embedding_dim=8, num_embeddings=5, feature_names=[f"f{k}"], pooling=PoolingType[pooling]
+            )
+            for k, pooling in enumerate(poolings)
+        ]
+        model = torch.nn.Sequential(EmbeddingBagCollection(tables=tables))
+        features = KeyedJaggedTensor.from_lengths_sync(["f0", "f1", "f2"], torch.arange(3), torch.ones(3).int())
+        keys = [list(m(features).keys()) for m in (model, quantize_embeddings(model, torch.qint8, inplace=False))]
+        assert (keys[0] != keys[1]) == moves == is_reordered(ModelAdapter(model))
