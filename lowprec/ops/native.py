@@ -75,14 +75,23 @@ def _why_not_there(error: ImportError) -> str:
     package = Path(lowprec.__file__).parent
     others = (Path(folder or os.curdir, "lowprec") for folder in sys.path)
     hidden = next((o for o in others if any(o.glob("_native.*")) and not o.samefile(package)), None)
-    # Where Ray unpacks a working dir, from which jobs import before anything that is installed.
-    if hidden is None and "working_dir_files" not in package.parts:
+    is_submitted = _is_submitted(package)
+    if hidden is None and not is_submitted:
         return f"the native module lowprec._native does not load ({error}); {_HOW_TO_BUILD}"
+    submitted = ", submitted as the working dir of this Ray job" if is_submitted else ""
     hiding = f"they hide the lowprec installed in {hidden.parent}" if hidden else "lowprec has to be installed instead"
     return (
-        f"lowprec was imported from {package}, sources without their native module: {hiding}; keep the source tree out "
-        "of a Ray job's working dir and off the path: submit with `lowprec submit`, or with --working-dir jobs"
+        f"lowprec was imported from {package}, sources without their native module{submitted}: {hiding}; keep the "
+        "source tree out of a Ray job's working dir and off the path: submit with `lowprec submit`, or with "
+        "--working-dir jobs"
     )
+
+
+def _is_submitted(package: Path) -> bool:
+    """Whether the source tree is a Ray job's working dir, from which it imports before anything that is installed."""
+    # Ray unpacks working dirs in a folder of that name; the command of a job runs in its working dir.
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return "working_dir_files" in package.parts or (is_job and Path("lowprec", "__init__.py").is_file())
 
 
 def _use(name: str) -> None:

@@ -207,16 +207,21 @@ except KernelError as error:
     print(error)
 """
 
-    def said(*folders: str) -> str:
+    def said(*folders: str, cwd: Path = tmp_path, **environment: str) -> str:
         paths = [*(str(tmp_path / folder) for folder in folders), sysconfig.get_path("purelib")]
         paths += [path for path in sys.path if Path(path).name == "site-packages"]
         command = [sys.executable, "-S", "-c", code, *paths]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        environment = {**os.environ, **environment}
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd, env=environment).stdout
 
     hides = said("sources", "installed")
     assert f"imported from {tmp_path}/sources/lowprec, sources without their native module" in hides
     assert f"they hide the lowprec installed in {tmp_path}/installed" in hides and "--working-dir jobs" in hides
-    assert "lowprec has to be installed instead" in said("working_dir_files/pkg")
+    submitted = "submitted as the working dir of this Ray job: lowprec has to be installed instead"
+    assert submitted in said("working_dir_files/pkg")
+    # A working dir that was there already, as on the machine of the cluster: the job runs in it.
+    in_job = said("sources", cwd=tmp_path / "sources", RAY_JOB_CONFIG_JSON_ENV_VAR="{}")
+    assert submitted in in_job and "make setup" not in in_job and "--working-dir jobs" in in_job
     assert "lowprec._native does not load" in said("sources") and not said("installed", "sources")
 
 
