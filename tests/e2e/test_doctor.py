@@ -61,6 +61,18 @@ def test_a_cluster_that_was_killed_and_left_its_address_is_not_waited_for(monkey
     assert time.monotonic() - began < 30
 
 
+def test_a_ray_that_takes_too_long_to_start_is_one_sentence(monkeypatch):
+    """Ray raises a plain Exception then, as on a machine that is busy with other things."""
+    connect = importlib.import_module("lowprec.evaluation.cluster.connect")
+
+    def fails(**_kwargs):
+        raise Exception("The current node timed out during startup. This could happen because of load.")
+
+    monkeypatch.setattr(connect.ray, "init", fails)
+    with pytest.raises(WorkerError, match="cannot be reached or started: The current node timed out during startup"):
+        connect.init_ray(1, None)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A Ray cluster of one node with five CPUs, started as a user would, and stopped without those of other tests."""

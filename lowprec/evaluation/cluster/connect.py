@@ -59,7 +59,7 @@ def init_ray(num_cpus: int, address: str | None) -> bool:
                 _check_reachable(address)
                 ray.init(address=address, **quiet)
         return address is None
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a Ray that takes too long to start raises that very class
         # Ray sends no token to an address that it was given, and a cluster that wants one does not say so.
         asks_token = address is not None and "RAY_AUTH_MODE" not in os.environ and "Failed to connect" in str(error)
         raise WorkerError(
