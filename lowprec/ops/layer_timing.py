@@ -18,9 +18,9 @@ from lowprec.progress import Progress, Silent
 
 __all__ = ["LayerCell", "LayerTime", "measure_layers"]
 
-# Emulated layers are slow here whatever they are on the machine that they stand for.
-# In a row, after one that is not timed.
+# For each repetition.
 _NUM_CALLS = 3
+# Emulated layers are slow here whatever they are on the machine that they stand for.
 _TIMED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8_STATIC)
 
 
@@ -33,7 +33,7 @@ class LayerCell(NamedTuple):
 
 
 class LayerTime(NamedTuple):
-    """The median of the repetitions for one row of a batch, and their interquartile range divided by it."""
+    """The median of all calls for one row of a batch, and their interquartile range divided by it."""
 
     cell: LayerCell
     ns_per_row: float
@@ -53,9 +53,12 @@ def measure_layers(
     """The time of layers of these shapes (outputs, inputs) at every precision, in batches of `batch_size` rows.
 
     outliers: the share of weights that int8 layers keep in fp32. Inputs and weights are normal; times do not depend on
-    them. One call at a time, as in a model, with the caches as `measure_lookups` leaves them. Repetitions go through
-    all cells in an order of their own, so that a machine that is slow for a while is slow for all of them alike. Raises
-    `KernelError` where PyTorch has no such operator.
+    them. A model calls each of its layers once, after something else. So every call here comes after one of another
+    layer, with the caches as `measure_lookups` leaves them: in a row, calls of a small layer find their code in place
+    and take half as long (`make bench NAME=serving`). Calls go through all cells again and again, each time in another
+    order, so that a machine that is slow for a while is slow for all of them alike.
+
+    Raises `KernelError` where PyTorch has no such operator.
     """
     progress = progress or Silent()
     generator = torch.Generator().manual_seed(seed)
@@ -67,10 +70,9 @@ def measure_layers(
     with torch_threads(num_threads), torch.inference_mode():
         progress.stage("layers", num_repeats * len(cells))
         for _ in range(num_repeats):
-            for index in rng.permutation(len(cells)):
-                cell = cells[index]
-                seconds[index].append(_seconds_per_call(layers[index], inputs[cell.num_in]))
-                progress.advance()
+            for index in (k for _ in range(_NUM_CALLS) for k in rng.permutation(len(cells))):
+                seconds[index].append(_seconds_of_call(layers[index], inputs[cells[index].num_in]))
+            progress.advance(len(cells))
     return [_summary(cell, seconds[k], batch_size) for k, cell in enumerate(cells)]
 
 
@@ -84,15 +86,12 @@ def _made(cell: LayerCell, outliers: float, generator: torch.Generator) -> LowLi
     return low_linear(weight, bias, cell.precision, form)
 
 
-def _seconds_per_call(layer: LowLinear, x: torch.Tensor) -> float:
-    seconds = []
-    for _ in range(1 + _NUM_CALLS):
-        spoil_cache()
-        x.add_(0)  # as the layer before has made it just now
-        began = time.perf_counter()
-        layer(x)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+def _seconds_of_call(layer: LowLinear, x: torch.Tensor) -> float:
+    spoil_cache()
+    x.add_(0)  # as the layer before has made it just now
+    began = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - began
 
 
 def _summary(cell: LayerCell, seconds: Sequence[float], batch_size: int) -> LayerTime:
