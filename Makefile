@@ -8,8 +8,6 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Modules are compiled when they are first imported: to compile all that is installed takes pip a minute.
-INSTALL := $(PIP) install --no-compile
 
 # Stamps are named for the content that they stand for, so that a checkout or a revert does what it should.
 digest = $(shell { echo "$(CURDIR)"; cat $(1); } | sha256sum | cut -c 1-16)
@@ -37,13 +35,13 @@ $(DEPENDENCIES):
 	@$(BIN)/python -c 'import os, sys, sysconfig; header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	  os.path.exists(header) or sys.exit(f"lowprec builds a native module and misses {header}; on Debian: apt-get install python3-dev")'
 	@rm -f $(VENV)/.dependencies-* $(VENV)/.native-*
-	$(INSTALL) -c constraints.txt cmake ninja nanobind scikit-build-core
-	$(INSTALL) -c constraints.txt --no-build-isolation -e '.[cpu,dev,torchrec]'
-	$(INSTALL) -c constraints.txt --no-deps torchrec
+	$(PIP) install -c constraints.txt cmake ninja nanobind scikit-build-core
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cpu,dev,torchrec]'
+	$(PIP) install -c constraints.txt --no-deps torchrec
 	@touch $@ $(NATIVE)
 
 $(NATIVE): | $(DEPENDENCIES)
-	@test -e $@ || $(INSTALL) --no-build-isolation --no-deps -e .
+	@test -e $@ || $(PIP) install --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.native-*; touch $@
 
 demo: setup  ## Make traffic, train a small model, search, confirm, report: everything on this machine
