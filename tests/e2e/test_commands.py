@@ -120,7 +120,7 @@ def test_the_gate_for_a_newer_snapshot(lowprec, searched):
 def test_the_report_of_sensitivities_and_a_profile_used_again(lowprec, searched):
     folder, done = searched
     report = lowprec("results", "sensitivities", cwd=folder)
-    assert report.code == 0 and "each table alone" in report.out and "table:c0" in report.out
+    assert report.code == 0 and "each unit alone" in report.out and "table:c0" in report.out
     rows = json.loads(lowprec("results", "sensitivities", "--format", "json", cwd=folder).out)["rows"]
     assert len(rows) == 3 * 4 and {"gap_pct", "gap_lower_pct", "gap_upper_pct", "gap_pct_per_mb"} <= rows[0].keys()
     again = lowprec(
