@@ -39,7 +39,7 @@ from lowprec.traffic.quarantine import said_of_bad_rows
 
 __all__ = ["debug_arm", "debug_plan", "sample_of"]
 
-# The backward pass, and exact trials of changes, take one of so many parts of every batch.
+# The backward pass, and exact trials of changes, take one of so many parts of the sample.
 _NUM_PARTS = 16
 _NUM_WORST = 5
 

@@ -21,7 +21,7 @@ from lowprec.layer_form import LayerForm
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.models.layers import any_shape, replaced_forwards
 from lowprec.ops.bags import BagCall
-from lowprec.plan import is_layer
+from lowprec.plan import Precision, is_layer
 from lowprec.traffic.batch import Batch
 
 __all__ = ["InputCodes", "Trace", "TracedPart", "called_units", "logits_with", "trace_batches"]
@@ -111,8 +111,12 @@ def trace_batches(
     num_parts: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """Look at the batches; the changes of logits by unit, which take a backward pass, on one of `num_parts` of each."""
+    """Look at the batches; the changes of logits by unit, which take a backward pass, on one of `num_parts` of each.
+
+    Of every other batch, that is, and twice as much of it: passes over few examples take as long as over more.
+    """
     layers = arm.layers()
+    num_looks = 0
     trace: Trace | None = None
     for read in batches:
         batch = read()
@@ -121,7 +125,9 @@ def trace_batches(
         if trace is None:
             units = called_units(evaluator.adapter, inputs_of(batch.part(0, max(1, batch.num_rows // _FEW_ROWS))))
             trace = Trace(units, shares=UnitSums.zero(len(units)))
-        _Look(trace, evaluator, arm, layers, batch, num_parts).add()
+        part = batch.part(num_parts // 2 - 1, num_parts // 2) if num_looks % 2 == 0 else batch.rows(0, 0)
+        num_looks += 1
+        _Look(trace, evaluator, arm, layers, batch, part).add()
         on_progress()
     return trace or Trace(())
 
@@ -152,10 +158,10 @@ class _Look:
         arm: Arm,
         layers: Mapping[nn.Module, Layer],
         batch: Batch,
-        num_parts: int,
+        part: Batch,
     ) -> None:
         self._trace, self._evaluator, self._arm, self._layers = trace, evaluator, arm, layers
-        self._batch, self._part = batch, batch.part(num_parts - 1, num_parts)
+        self._batch, self._part = batch, part
         self._modules: dict[nn.Module, str] = {
             module: unit.name
             for unit in evaluator.adapter.layers.units
@@ -218,10 +224,14 @@ class _Look:
 
     def _alone(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         layer, forward = self._modules[module], module.forward
+        # With one input scale for a batch a part of it is another batch; elsewhere a row's output is its own.
+        is_by_batch = self._arm.file.plan.get(layer) is Precision.INT8_DYNAMIC
 
         def computed(input: Tensor) -> Tensor:
             output: Tensor = forward(input)
             flat, exact = input.reshape(-1, input.shape[-1]), output.reshape(-1, output.shape[-1])
+            if module in self._layers and not is_by_batch:
+                flat, exact = flat[:MAX_ROWS], exact[:MAX_ROWS]
             found = self._layers[module](flat.contiguous()) if module in self._layers else exact
             _add(self._trace.alone, layer, ErrorSums.of(exact, found))
             self._exact.append((layer, exact[:MAX_ROWS].clone()))  # the model may change it in place
