@@ -17,6 +17,9 @@ __all__ = ["misfits"]
 # Times the squared error of what fits. Ranges that were calibrated on another window, or chosen for what predictions
 # lose and not for squared error, stay below in healthy plans (`make bench NAME=debugger`).
 _MISFIT = 4.0
+# Codes that reach so far beyond the inputs at one end, as a share of their range, and end as much too early at the
+# other: no way to calibrate makes such a range, whatever the error is.
+_SHIFTED = 0.1
 
 
 def misfits(
@@ -42,12 +45,16 @@ def _inputs(form: LayerForm, scale: float, zero_point: int, inputs: InputHistogr
     clip = ClipRange.PERCENTILE if form.range is ClipRange.PERCENTILE else ClipRange.MINMAX
     fitting = input_error(edges, counts, *input_code(*input_bounds(edges, counts, clip, bits), bits), bits)
     found = input_error(edges, counts, scale, zero_point, bits)
-    if not found > _MISFIT * fitting:
-        return []
     lower, upper = -zero_point * scale, (2**bits - 1 - zero_point) * scale
+    # Codes hold zero whatever the inputs are.
+    unused = min(inputs.lower, 0.0) - lower, upper - max(inputs.upper, 0.0)
+    is_shifted = max(unused) > _SHIFTED * (upper - lower) and min(unused) < -_SHIFTED * (upper - lower)
+    if not (found > _MISFIT * fitting or is_shifted):
+        return []
+    better = f"{found / fitting:.0f}" if found >= 10 * fitting else f"{found / fitting:.1f}"
     return [
         f"its input codes reach from {lower:.3g} to {upper:.3g} and its inputs from {inputs.lower:.3g} to "
-        f"{inputs.upper:.3g}: calibrated on these, they would have {found / fitting:.0f} times less squared error "
+        f"{inputs.upper:.3g}: calibrated on these, they would have {better} times less squared error "
         "(a wrong scale or zero point, or inputs that moved)"
     ]
 
