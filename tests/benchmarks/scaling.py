@@ -4,7 +4,9 @@ The demo model on its search window, workers warm, one thread each. On two Ray n
 tables, 2 workers with all tables, and 2 workers of which each holds half of the bytes and asks the other for the rest.
 All three give the same profile and the same metrics (asserted to the bit before anything is timed). Timed in turn,
 round by round. Prints one JSON object as its last line: `speedup` (1 worker / 2 workers), `sharded_over_local` (2
-workers with shared tables / with all tables: what it costs to ask), medians over rounds.
+workers with shared tables / with all tables: what it costs to ask), `machine_limit` (what two processes gain that have
+nothing to do with each other, nor with Ray: each does all of the work, alone and then both at once; cores of one
+machine share caches, memory and their host), medians over rounds.
 """
 
 from __future__ import annotations
@@ -12,34 +14,73 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import numpy as np
 import ray
+import torch
 from demo_model import large_demo_config
 from ray.cluster_utils import Cluster
 
 from lowprec.evaluation.cluster import RayWorkers
+from lowprec.evaluation.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
-from lowprec.search import open_job
+from lowprec.search import Job, open_job
 from lowprec.shards.planner import place_tables
 
 NUM_PLANS, REPEATS = 32, 5
 
 
-def main() -> None:
-    job = open_job(large_demo_config("windows.search={start: 2026-01-06T12:00, end: 2026-01-08}"))
-    demand = job.demand()
-    # Room for half of the bytes: nothing is held by both.
-    placement = place_tables(demand.tables, [int(0.51 * sum(table.num_bytes for table in demand.tables))] * 2)
+def the_job() -> Job:
+    return open_job(large_demo_config("windows.search={start: 2026-01-06T12:00, end: 2026-01-08}"))
+
+
+def work(job: Job, workers: Workers) -> tuple[float, float, tuple[bytes, bytes]]:
+    """Seconds of the profile and of the plans, and what came out."""
     rng = np.random.default_rng(0)
     plans = [
         Plan({u.name: TABLE_PRECISIONS[k] for u, k in zip(job.units, rng.integers(0, 5, len(job.units)), strict=True)})
         for _ in range(NUM_PLANS)
     ]
     window = job.window("search")
+    began = time.perf_counter()
+    profile = job.measure_profile(workers, "search", window, quarantine=Path("unused")).profile
+    middle = time.perf_counter()
+    evaluation = job.evaluate(workers, "search", window, plans, quarantine=Path("unused"))
+    bits = profile.first.tobytes(), evaluation.sums.moments.tobytes()
+    return middle - began, time.perf_counter() - middle, bits
+
+
+def alone() -> None:
+    """A process by itself: does the work for every line that it is given, and says how long it took."""
+    torch.set_num_threads(1)
+    job = the_job()
+    workers = LocalWorkers(job.spec, job.adapter)
+    for _ in sys.stdin:
+        print(sum(work(job, workers)[:2]), flush=True)
+
+
+def seconds_of(processes: list[subprocess.Popen[str]]) -> float:
+    """The longest of processes that begin at once."""
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return max(float(process.stdout.readline()) for process in processes)
+
+
+def main() -> None:
+    job = the_job()
+    demand = job.demand()
+    # Room for half of the bytes: nothing is held by both.
+    placement = place_tables(demand.tables, [int(0.51 * sum(table.num_bytes for table in demand.tables))] * 2)
+    pair = [
+        subprocess.Popen([sys.executable, __file__, "alone"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     cluster = Cluster()
     try:
         for _ in range(2):
@@ -51,22 +92,18 @@ def main() -> None:
             "sharded": RayWorkers(job.spec, num_workers=2, address=None, placement=placement),
         }
         assert len(set(sides["sharded"].node_ids())) == 2, "rows of the other worker would be mapped"
-
-        def work(workers: RayWorkers) -> tuple[float, float, tuple[bytes, bytes]]:
-            began = time.perf_counter()
-            profile = job.measure_profile(workers, "search", window, quarantine=Path("unused")).profile
-            middle = time.perf_counter()
-            evaluation = job.evaluate(workers, "search", window, plans, quarantine=Path("unused"))
-            bits = profile.first.tobytes(), evaluation.sums.moments.tobytes()
-            return middle - began, time.perf_counter() - middle, bits
-
-        found = {name: work(workers)[2] for name, workers in sides.items()}
+        found = {name: work(job, workers)[2] for name, workers in sides.items()}
         assert len(set(found.values())) == 1, "the same work must give the same bits, wherever tables are"
-        rounds = []
+        seconds_of(pair)
+        rounds, limits = [], []
         for _ in range(REPEATS):
-            rounds.append({name: work(workers)[:2] for name, workers in sides.items()})
-            print({name: [round(s, 2) for s in seconds] for name, seconds in rounds[-1].items()}, flush=True)
+            rounds.append({name: work(job, workers)[:2] for name, workers in sides.items()})
+            limits.append(2 * seconds_of(pair[:1]) / seconds_of(pair))
+            said = {name: [round(s, 2) for s in seconds] for name, seconds in rounds[-1].items()}
+            print(said, round(limits[-1], 2), flush=True)
     finally:
+        for process in pair:
+            process.kill()
         ray.shutdown()
         cluster.shutdown()
 
@@ -82,6 +119,8 @@ def main() -> None:
             {
                 "speedup": round(statistics.median(speedups), 3),
                 "speedup_range": spread(speedups),
+                "machine_limit": round(statistics.median(limits), 3),
+                "machine_limit_range": spread(limits),
                 "sharded_over_local": round(statistics.median(overheads), 3),
                 "sharded_over_local_range": spread(overheads),
                 "profile_sharded_over_local": round(
@@ -89,7 +128,7 @@ def main() -> None:
                 ),
                 "exact_sharded_over_local": round(statistics.median(r["sharded"][1] / r["two"][1] for r in rounds), 3),
                 "seconds": {name: round(statistics.median(sum(r[name]) for r in rounds), 2) for name in rounds[0]},
-                "num_examples": window.num_rows,
+                "num_examples": job.window("search").num_rows,
                 "num_plans": NUM_PLANS,
                 "num_cores": os.cpu_count(),
                 "repeats": REPEATS,
@@ -99,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    alone() if sys.argv[1:] == ["alone"] else main()
