@@ -1,13 +1,11 @@
 """A plan becomes a folder that serves what was certified, or nothing."""
 
 import json
-import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +25,8 @@ from lowprec.debug import debug_plan
 from lowprec.errors import ExportError, ModelError, PlanError, TrafficError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.export import export_plan, read_manifest
-from lowprec.export.programs import write_program
-from lowprec.export.torchrec import is_reordered
 from lowprec.layer_form import Arithmetic
-from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
+from lowprec.models.adapter import inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Precision
 from lowprec.search import open_job
@@ -225,25 +221,6 @@ def test_a_file_is_no_folder_to_export_to(small_config, tmp_path):
         export_plan(config, tmp_path / "plan.json", tmp_path / "file" / "deep" / "model")
 
 
-@pytest.mark.parametrize("programs", [(), ("torchscript", "torch_export")])
-def test_programs_count_for_the_room_that_is_needed(small_config, tmp_path, monkeypatch, programs):
-    """PyTorch ends the process where the disk is full while it writes a program."""
-    write_mixed_plan(config := small_config(), tmp_path / "plan.json")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 600_000))
-    if programs:
-        with pytest.raises(ExportError, match=r"and as much for each of 2 programs\) and the disk has 600 KB free"):
-            export_plan(config, tmp_path / "plan.json", tmp_path / "served", programs=programs)
-    else:
-        export_plan(config, tmp_path / "plan.json", tmp_path / "served")
-
-
-def test_torchscript_says_that_it_cannot_mix_features_with_and_without_weights(small_config, tmp_path):
-    ids, ends = torch.arange(3), torch.arange(4)
-    inputs = ModelInputs(torch.zeros(3, 1), {"plain": (ids, ends), "weighted": (ids, ends, torch.ones(3))})
-    with pytest.raises(ExportError, match="has no type for a dict of features of which some have weights"):
-        write_program("torchscript", torch.nn.Identity(), inputs, tmp_path)
-
-
 def broken(folder, what):
     """The exported folder after something happened to it."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -413,22 +390,3 @@ def test_an_id_that_is_no_row_stops_what_serves_nothing(spoilt):
         with pytest.raises(TrafficError, match=r'part.parquet, row \d+: feature "c5" has id 1000000; .*bounds_check'):
             command()
     assert not out.exists()
-
-
-@pytest.mark.skipif(find_spec("torchrec") is None and "CI" not in os.environ, reason="make setup installs TorchRec")
-def test_an_order_of_tables_that_torchrec_changes_is_said(tmp_path):
-    """As TorchRec itself does it, and as the note says it."""
-    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
-    from torchrec.inference.modules import quantize_embeddings
-
-    for poolings, moves in ((["SUM", "MEAN", "SUM"], True), (["SUM", "SUM", "MEAN"], False)):
-        tables = [
-            EmbeddingBagConfig(
-                name=f"t{k}", embedding_dim=8, num_embeddings=5, feature_names=[f"f{k}"], pooling=PoolingType[pooling]
-            )
-            for k, pooling in enumerate(poolings)
-        ]
-        model = torch.nn.Sequential(EmbeddingBagCollection(tables=tables))
-        features = KeyedJaggedTensor.from_lengths_sync(["f0", "f1", "f2"], torch.arange(3), torch.ones(3).int())
-        keys = [list(m(features).keys()) for m in (model, quantize_embeddings(model, torch.qint8, inplace=False))]
-        assert (keys[0] != keys[1]) == moves == is_reordered(ModelAdapter(model))
