@@ -1,6 +1,7 @@
 """Work among workers that come and go, without any worker."""
 
 import random
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,23 +16,65 @@ def given_out(dispatch, up):
     return found
 
 
-def test_work_goes_out_in_order_to_the_emptiest_worker():
-    dispatch = Dispatch(10, 2, in_flight=2, ahead=16)
-    assert given_out(dispatch, [0, 1]) == [(0, 0), (1, 1), (2, 0), (3, 1)]
-    dispatch.finished(1)
-    assert given_out(dispatch, [0, 1]) == [(4, 1)]
-    assert dispatch.at(0) == (0, 2)
+def test_every_worker_has_a_stretch_of_work_and_the_emptiest_is_served_first():
+    dispatch = Dispatch(16, 2, in_flight=2, ahead=100)
+    assert given_out(dispatch, [0, 1]) == [(0, 0), (4, 1), (1, 0), (5, 1)]
+    dispatch.finished(4)
+    assert given_out(dispatch, [0, 1]) == [(6, 1)]
+    assert dispatch.at(0) == (0, 1)
 
 
-def test_nobody_runs_far_ahead_of_a_slow_worker():
-    dispatch = Dispatch(100, 2, in_flight=2, ahead=6)
+def test_stretches_are_long_at_first_and_single_pieces_at_the_end():
+    """A worker reads on where it left off nearly always, and none waits long for another one at the end."""
+    rng = random.Random(0)
+    dispatch, speeds = Dispatch(1000, 4, in_flight=2, ahead=10_000), [1.0, 1.1, 0.9, 0.4]
+    done, ends = [[] for _ in speeds], [0.0] * 4
+    while given_out(dispatch, range(4)) or any(dispatch.at(w) for w in range(4)):
+        busy = [w for w in range(4) if dispatch.at(w)]
+        worker = min(busy, key=lambda w: ends[w] + 1 / speeds[w])
+        ends[worker] += rng.uniform(0.9, 1.1) / speeds[worker]
+        done[worker].append(dispatch.at(worker)[0])
+        dispatch.finished(done[worker][-1])
+    assert sorted(piece for of_worker in done for piece in of_worker) == list(range(1000))
+    jumps = [sum(b != a + 1 for a, b in pairwise(of_worker)) for of_worker in done]
+    assert max(jumps) < 20
+    assert max(ends) - min(ends) < 3 / min(speeds)
+
+
+def test_nobody_runs_far_ahead_of_a_slow_worker_but_does_what_that_has_left():
+    dispatch = Dispatch(100, 2, in_flight=2, ahead=8)
     given_out(dispatch, [0, 1])
+    done = []
     while dispatch.at(1):
-        dispatch.finished(dispatch.at(1)[0])
+        done.append(dispatch.at(1)[0])
+        dispatch.finished(done[-1])
         given_out(dispatch, [0, 1])
-    assert dispatch.at(0) == (0, 2)
+    assert dispatch.at(0) == (0, 1) and sorted(done) == [2, 3, 4, 5, 6, 7]
     dispatch.finished(0)
-    assert given_out(dispatch, [0, 1])[0] == (6, 1)
+    assert given_out(dispatch, [0, 1])[0] == (8, 1)
+
+
+def test_more_results_are_waited_for_once_it_is_known_that_they_are_small():
+    dispatch = Dispatch(1000, 2, in_flight=2, ahead=16)
+    assert given_out(dispatch, [0, 1]) == [(0, 0), (4, 1), (1, 0), (5, 1)]
+    dispatch.ahead = 10_000
+    pieces = []
+    while dispatch.at(1) and len(pieces) < 100:
+        pieces.append(dispatch.at(1)[0])
+        dispatch.finished(pieces[-1])
+        given_out(dispatch, [0, 1])
+    assert pieces == [4, 5, 6, 7, *range(8, 104)]
+
+
+def test_a_slow_worker_is_helped_at_the_end():
+    dispatch = Dispatch(40, 2, in_flight=2, ahead=100)
+    given_out(dispatch, [0, 1])
+    done = []
+    while dispatch.at(1):
+        done.append(dispatch.at(1)[0])
+        dispatch.finished(done[-1])
+        given_out(dispatch, [0, 1])
+    assert dispatch.at(0) == (0, 1) and sorted(done) == list(range(2, 40))
 
 
 def test_a_lost_worker_gives_everything_back_and_one_piece_is_blamed():

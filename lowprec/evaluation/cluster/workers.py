@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -24,8 +25,8 @@ P = TypeVar("P")
 
 # Tasks queued at one worker: it never waits for the driver, and little is lost when it dies.
 TASKS_IN_FLIGHT = 2
-# Results wait for those before them; while one worker is slow, the others get so many tasks each ahead of it.
-TASKS_AHEAD = 8
+# Results wait for those before them: so many of each worker, or as many as take this memory.
+TASKS_AHEAD, MAX_AHEAD_BYTES = 8, 256 << 20
 # Work that ended so often without a result is set aside.
 MAX_TRIES = 3
 # How long to wait for something to happen before looking after workers.
@@ -143,6 +144,7 @@ class _Work(Generic[P]):
     ) -> None:
         self._actors, self._watch, self._pieces, self._send, self._describe = actors, watch, pieces, send, describe
         self._dispatch = Dispatch(len(pieces), len(actors), in_flight=TASKS_IN_FLIGHT, ahead=TASKS_AHEAD * len(actors))
+        self._is_sized = False
         self._sent: dict[Any, tuple[int, int]] = {}
         self._done: dict[int, Any] = {}
         # The piece that each worker is at, and since when.
@@ -194,6 +196,9 @@ class _Work(Generic[P]):
             if isinstance(result, LowprecError):
                 raise result
             self._dispatch.finished(piece)
+            if not self._is_sized:
+                self._is_sized = True
+                self._dispatch.ahead = max(self._dispatch.ahead, MAX_AHEAD_BYTES // len(pickle.dumps(result)))
             self._watch.finished(worker)
             self._done[piece] = result
 
