@@ -27,6 +27,7 @@ from demo_model import large_demo_config
 from ray.cluster_utils import Cluster
 
 from lowprec.evaluation.cluster import RayWorkers
+from lowprec.evaluation.memory import keep_freed
 from lowprec.evaluation.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import Job, open_job
@@ -58,6 +59,7 @@ def work(job: Job, workers: Workers) -> tuple[float, float, tuple[bytes, bytes]]
 def alone() -> None:
     """A process by itself: does the work for every line that it is given, and says how long it took."""
     torch.set_num_threads(1)
+    keep_freed()  # as workers do
     job = the_job()
     workers = LocalWorkers(job.spec, job.adapter)
     for _ in sys.stdin:

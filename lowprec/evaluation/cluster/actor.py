@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import LowprecError, WorkerError
 from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.memory import MemoryUse, give_back_freed, memory_use
+from lowprec.evaluation.memory import MemoryUse, give_back_freed, keep_freed, memory_use
 from lowprec.evaluation.worker import Chunk, RowCheck, ShardLoader, Task, Worker, WorkerSpec
 from lowprec.shards.estimate import kept_bytes
 from lowprec.shards.planner import Placement
@@ -76,7 +76,9 @@ class WorkerActor:
         if self._worker is not None:
             return None
         torch.set_num_threads(spec.threads)
-        if spec.memory_bytes is not None:
+        if spec.memory_bytes is None:
+            keep_freed()
+        else:
             give_back_freed()
         try:
             if placement is None:
