@@ -21,6 +21,7 @@ from lowprec.plan import Precision
 
 __all__ = [
     "LowLinear",
+    "has_bf16_instructions",
     "low_linear",
     "outlier_positions",
     "restored_weight",
@@ -42,7 +43,8 @@ def low_linear(
 ) -> LowLinear:
     """The layer with weight float32[out, in] and bias float32[out] at a precision, ready to be called.
 
-    fp16: weights fp16, sums fp32 (`quantized::linear_dynamic_fp16`). bf16: inputs, weights and outputs bf16.
+    fp16: weights fp16, sums fp32 (`quantized::linear_dynamic_fp16`). bf16: inputs, weights and outputs bf16, sums fp32;
+    by PyTorch's operator where the CPU has instructions for it, else as a product in fp32 of what was rounded.
     int8_dynamic: `quantized::linear_dynamic`, one input scale for each batch: a row's output depends on its company.
     int8_static: inputs quantized as they were calibrated, fp32 outputs
     (`quantized::linear_with_input_q_dq_qweight_dq_output_fp32`). emulated: the definition in `ops.reference`, slowly.
@@ -94,8 +96,10 @@ def served_linear(
     wrongly.
     """
     bias = stored.get("bias")
-    if precision in (Precision.FP32, Precision.BF16):
+    if precision is Precision.FP32:
         return _Plain(stored["weight"], bias)
+    if precision is Precision.BF16:
+        return (_Plain if has_bf16_instructions() else _WidenedBf16)(stored["weight"], bias)
     if precision is Precision.FP16:
         # Every fp16 number is an fp32 one, so that what is packed is what is stored.
         with _engine():
@@ -137,6 +141,12 @@ def safe_input_bits() -> int:
     return 8 if bool((found - 64).abs().max() < 0.1) else 7
 
 
+@cache
+def has_bf16_instructions() -> bool:
+    """Whether PyTorch multiplies bf16 matrices with instructions of this CPU; its loops are 5 to 70 times as slow."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def weight_scales(weight: Tensor, form: LayerForm) -> Tensor:
     """The scale of every output channel's codes, float32[out, 1]: those of a tensor are equal.
 
@@ -174,6 +184,14 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+class _WidenedBf16(_Plain):
+    """The same numbers in fp32: products of two bf16 numbers are exact there, and sums are fp32 either way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return linear(x.bfloat16().float(), self.weight.float(), bias).bfloat16().float()
 
 
 class _Fp16(nn.Module):

@@ -98,6 +98,25 @@ def test_fp16_and_bf16_round_what_they_say(num_out, num_in):
     assert torch.equal(found, found.bfloat16().float())
 
 
+@pytest.mark.parametrize("num_out, num_in", SHAPES)
+@pytest.mark.parametrize("is_biased", [True, False])
+def test_bf16_is_the_same_with_and_without_instructions_for_it(num_out, num_in, is_biased, monkeypatch):
+    """PyTorch's operator, and the product in fp32 of what was rounded: but for the order of sums in fp32."""
+    weight, bias, x = layer(num_out, num_in, rows=2000)
+    bias = bias if is_biased else None
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr("lowprec.ops.linear.has_bf16_instructions", lambda has=has: has)
+        found.append(low_linear(weight, bias, Precision.BF16)(x))
+    exact = torch.nn.functional.linear(x.bfloat16().double(), weight.bfloat16().double())
+    exact = exact if bias is None else exact + bias.bfloat16().double()
+    one_step = 2.0**-7 * exact.abs() + num_in * 2.0**-24 * float((x.abs() @ weight.abs().T).max())
+    for one in found:
+        assert float((one == exact.bfloat16()).float().mean()) > 0.999
+        assert bool(((one - exact).abs() <= one_step).all())
+    assert float((found[0] == found[1]).float().mean()) > 0.999
+
+
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.INT8_DYNAMIC])
 def test_outliers_are_kept_beside_the_int8_part(precision):
     weight, bias, x = layer(16, 40)
