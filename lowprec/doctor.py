@@ -17,6 +17,7 @@ import numpy as np
 from lowprec import __version__, ops
 from lowprec.errors import LowprecError
 from lowprec.ops import reference
+from lowprec.ops.linear import has_bf16_instructions, safe_input_bits
 from lowprec.ops.native import CPU_PATH_VARIABLE
 from lowprec.ops.timing import copy_bandwidth, cpu_model, fbgemm_version, num_cores
 from lowprec.plan import Precision, RowRange
@@ -54,6 +55,7 @@ def examine(*, address: str | None = None, progress: Progress | None = None) -> 
         ("cpu", _cpu),
         ("kernels", _kernels),
         ("fbgemm", _fbgemm),
+        ("layers", _layers),
         ("libraries", _libraries),
         ("threads", _threads),
         ("memory", _memory),
@@ -122,6 +124,13 @@ def _fbgemm() -> Finding:
         raise AssertionError("FBGEMM serves other values than lowprec evaluates: install the pinned version (1.8)")
     version = fbgemm_version()
     return Finding("fbgemm", OK, f"{version}, serves what lowprec evaluates", {"version": version})
+
+
+def _layers() -> Finding:
+    bits, has_bf16 = safe_input_bits(), has_bf16_instructions()
+    int8 = f"int8 with inputs of {bits} bits" + ("" if bits == 8 else " (no VNNI: a plan of 8 bits is refused here)")
+    bf16 = "by instructions of the CPU" if has_bf16 else "as products in fp32 (the CPU has no instructions)"
+    return Finding("layers", OK, f"{int8}, bf16 {bf16}", {"int8_input_bits": bits, "has_bf16_instructions": has_bf16})
 
 
 def _libraries() -> Finding:

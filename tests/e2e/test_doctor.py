@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lowprec.errors import WorkerError
+from lowprec.ops.linear import has_bf16_instructions, safe_input_bits
 
-NAMES = ["python", "cpu", "kernels", "fbgemm", "libraries", "threads", "memory", "gpu", "ray"]
+NAMES = ["python", "cpu", "kernels", "fbgemm", "layers", "libraries", "threads", "memory", "gpu", "ray"]
 
 
 def findings(done):
@@ -30,6 +31,9 @@ def test_a_machine_that_is_well(lowprec, monkeypatch):
     assert facts["cpu_path"] == facts["cpu_paths"][0] and facts["cpu_paths"][-1] == "portable"
     assert min(found["memory"]["facts"]["copy_gb_per_s"].values()) > 0.1
     assert found["memory"]["facts"]["available_bytes"] <= found["memory"]["facts"]["total_bytes"]
+    layers = found["layers"]
+    assert layers["facts"]["int8_input_bits"] == safe_input_bits() and f"{safe_input_bits()} bits" in layers["summary"]
+    assert layers["facts"]["has_bf16_instructions"] is has_bf16_instructions()
     assert found["libraries"]["facts"]["versions"]["ray"].startswith("2.")
     assert found["gpu"]["state"] in ("ok", "absent") and found["ray"]["state"] in ("ok", "absent")
 
