@@ -15,7 +15,8 @@ from ray.cluster_utils import Cluster
 
 from lowprec.errors import PoisonedWorkError, WorkerError
 from lowprec.evaluation.cluster import RayWorkers, Timeouts, watch
-from lowprec.evaluation.cluster.actor import start_actor
+from lowprec.evaluation.cluster.actor import Pulse, start_actor
+from lowprec.evaluation.memory import MemoryUse
 from lowprec.evaluation.worker import ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
 from lowprec.search.job import open_job
@@ -185,6 +186,43 @@ def test_a_worker_that_is_stopped_before_it_first_answers_is_killed(one_ray, job
         found.start("1 CPU")
         assert found.pulse(0).process_id != stopped and not is_alive(stopped)
         assert any("worker 0 has not answered for 2 s" in line for line in told)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_a_worker_whose_killing_was_lost_is_killed_again(one_ray, monkeypatch):
+    (actor,) = actors = (start_actor(1, None),)
+    stopped = ray.get(actor.pulse.remote()).process_id
+    os.kill(stopped, signal.SIGSTOP)
+    told, kill, lost = [], ray.kill, []
+    monkeypatch.setattr(ray, "kill", lambda *args, **how: kill(*args, **how) if lost else lost.append(args))
+    try:
+        found = watch.Watch(actors, lambda *_: None, Timeouts(hung_s=2.0, start_s=120.0), told.append)
+        found.start("1 CPU")
+        assert lost and found.pulse(0).process_id != stopped and not is_alive(stopped)
+        assert sum("worker 0 has not answered for 2 s" in line for line in told) >= 2
+    finally:
+        kill(actor)
+
+
+@ray.remote(max_restarts=-1)
+class SlowToStart:
+    """A worker whose machine has to find its libraries first."""
+
+    def __init__(self):
+        time.sleep(5)
+
+    def pulse(self):
+        return Pulse(os.getpid(), "", MemoryUse(0, None, 0))
+
+
+def test_a_worker_that_is_long_in_starting_is_not_taken_for_hung(one_ray):
+    """It is asked from the beginning, and could answer from when it has a process."""
+    actors, told = tuple(SlowToStart.remote() for _ in range(2)), []
+    try:
+        watch.Watch(actors, lambda *_: None, Timeouts(hung_s=3.0, start_s=120.0), told.append).start("1 CPU")
+        assert not [line for line in told if "has not answered" in line]
     finally:
         for actor in actors:
             ray.kill(actor)

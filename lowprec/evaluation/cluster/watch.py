@@ -40,7 +40,10 @@ class Timeouts:
 
 @dataclass
 class _Seen:
-    """What is known of a worker: `starting` until it answers, `loading` until it has its rows, then `up`."""
+    """What is known of a worker: `starting` until it answers, `loading` until it has its rows, then `up`.
+
+    silent_since: since when an answer could have come and did not; None while it has no process, or has answered.
+    """
 
     state: Literal["starting", "loading", "up"]
     heard_at: float
@@ -48,7 +51,7 @@ class _Seen:
     asked: Any = None
     loading: Any = None
     pulse: Pulse | None = None
-    is_killed: bool = False
+    silent_since: float | None = None
     losses_in_a_row: int = 0
 
 
@@ -143,7 +146,7 @@ class Watch:
         Raises `WorkerError` for one that was lost again and again.
         """
         seen = self._seen[worker]
-        seen.is_killed = False  # the next process may hang as well
+        seen.silent_since = None
         if seen.state == "starting":
             return
         # An answer from before its death would make it look alive.
@@ -157,7 +160,8 @@ class Watch:
 
     def kill(self, worker: int) -> None:
         """Kill a worker's process, also one that does nothing any more; Ray starts another one."""
-        self._seen[worker].is_killed = True
+        # It is counted anew: Ray may lose that it was told, and the next process may hang as well.
+        self._seen[worker].asked_at, self._seen[worker].silent_since = time.monotonic(), None
         ray.kill(self._actors[worker], no_restart=False)
 
     def _listen(self, worker: int, seen: _Seen) -> None:
@@ -177,7 +181,7 @@ class Watch:
             self.lost(worker)
             return
         is_new = seen.pulse is None or seen.pulse.process_id != pulse.process_id
-        seen.heard_at, seen.pulse, seen.is_killed = time.monotonic(), pulse, False
+        seen.heard_at, seen.pulse, seen.silent_since = time.monotonic(), pulse, None
         if is_new or seen.state == "starting":
             seen.state = "loading"
 
@@ -207,7 +211,7 @@ class Watch:
                 min(PULSE_EVERY_S, self._timeouts.hung_s) if seen.state == "up" else START_PULSE_EVERY_S
             ):
                 seen.asked, seen.asked_at = self._actors[worker].pulse.remote(), now
-        elif now - seen.asked_at > self._timeouts.hung_s and not seen.is_killed and self._should_answer(worker, seen):
+        elif self._is_hung(worker, seen, now):
             self._note(
                 f"{self.place(worker)} has not answered for {self._timeouts.hung_s:g} s (evaluation.hung_after_s): it "
                 "is killed and started again"
@@ -220,10 +224,19 @@ class Watch:
                 "room for it; add a machine, or resume with fewer workers (evaluation.num_workers)"
             )
 
-    def _should_answer(self, worker: int, seen: _Seen) -> bool:
-        """Whether a worker has a process: one that Ray has yet to start may wait for a machine."""
-        if seen.state != "starting":
-            return True
+    def _is_hung(self, worker: int, seen: _Seen, now: float) -> bool:
+        """Whether a worker was asked, has had a process for so long that it should have answered, and did not."""
+        if now - seen.asked_at <= self._timeouts.hung_s:
+            return False
+        if seen.silent_since is None and seen.state != "starting":
+            seen.silent_since = seen.asked_at
+        elif seen.silent_since is None and self._has_process(worker):
+            # It was asked before it was started, which takes as long as it takes.
+            seen.silent_since = now
+        return seen.silent_since is not None and now - seen.silent_since > self._timeouts.hung_s
+
+    def _has_process(self, worker: int) -> bool:
+        """Whether Ray has started a worker; one that it has yet to start may wait for a machine."""
         # Ray's public way asks a dashboard, which a Ray of our own has none of.
         actor: dict[str, Any] = ray._private.state.actors(self._actors[worker]._actor_id.hex())
         return actor.get("State") == "ALIVE"
