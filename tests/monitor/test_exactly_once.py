@@ -2,12 +2,11 @@
 
 import contextlib
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from monitor_process import start_monitor
 
 from lowprec.monitor.record import MonitorRecord
 from lowprec.plan import Precision
@@ -16,14 +15,6 @@ from lowprec.results.schema import table_schema
 
 # Columns that say when something was done, and of files in the results root.
 OF_THE_MOMENT = {"judged_at", "raised_at", "committed_at", "proposed_plan", "alert_json"}
-SCRIPT = """
-import sys
-from datetime import UTC, datetime
-from lowprec.config import load_config
-from lowprec.monitor import run_monitor
-print("ready", flush=True)
-run_monitor(load_config(sys.argv[1], tuple(sys.argv[3:])), sys.argv[2], now=datetime(2026, 1, 11, tzinfo=UTC))
-"""
 
 
 def written(root, table):
@@ -35,7 +26,7 @@ def written(root, table):
 
 @pytest.fixture
 def job(deployed, monitored, tmp_path):
-    """A command that watches six days of a promise that breaks, and what it keeps if nothing happens to it."""
+    """Starts a process that watches six days of a promise that breaks, and what it keeps if nothing happens to it."""
     overrides = (
         "windows.train={end: 2026-01-03}",
         "windows.search={start: 2026-01-03, end: 2026-01-04}",
@@ -46,33 +37,33 @@ def job(deployed, monitored, tmp_path):
     monitored(config, plan)
     path = Path(config.results.root) / "config.yaml"
 
-    def command(root):
-        return [sys.executable, "-c", SCRIPT, str(path), str(plan), *overrides, f"results.root={root}"]
+    def start(root):
+        return start_monitor(path, plan, (*overrides, f"results.root={root}"))
 
-    return command, config.results.root
+    return start, config.results.root
 
 
 def test_kills_at_ten_random_moments_lose_and_repeat_nothing(job, tmp_path):
-    command, undisturbed = job
+    start, undisturbed = job
     rng = random.Random(0)
     root = tmp_path / "killed"
     kills = 0
     for _ in range(40):
-        process = subprocess.Popen(command(root), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        try:
-            process.wait(timeout=rng.uniform(0.0, 1.5))
-        except subprocess.TimeoutExpired:
+        process = start(root)
+        process.join(rng.uniform(0.0, 1.5))
+        if process.is_alive():
             process.kill()
             kills += 1
-        process.wait()
+        process.join()
         if kills >= 10:
             break
-        if process.returncode == 0:
+        if process.exitcode == 0:
             # All is judged: begin again, until ten were killed.
             assert written(root, "monitor_windows") == written(undisturbed, "monitor_windows")
             root = tmp_path / f"killed-{kills}"
-    subprocess.run(command(root), check=True, timeout=120)
+    process = start(root)
+    process.join(120)
+    assert process.exitcode == 0
     assert kills == 10
     for table in ("monitor_windows", "alerts"):
         assert written(root, table) == written(undisturbed, table)
@@ -105,11 +96,12 @@ def test_a_kill_beside_a_commit_loses_and_repeats_nothing(deployed, monitored, t
 
 
 def test_two_at_once_keep_one_row_and_one_alert_for_each_window(job, tmp_path):
-    command, undisturbed = job
+    start, undisturbed = job
     root = tmp_path / "together"
-    both = [subprocess.Popen(command(root), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    both = [start(root) for _ in range(2)]
+    for process in both:
+        process.join(200)
+    assert [process.exitcode for process in both] == [0, 0]
     for table in ("monitor_windows", "alerts"):
         assert written(root, table) == written(undisturbed, table)
 

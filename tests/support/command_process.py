@@ -19,6 +19,7 @@ _IMPORTED = (
     "lowprec.demo",
     "lowprec.evaluation.cluster",
     "lowprec.export",
+    "lowprec.monitor.run",
     "lowprec.render",
     "lowprec.search.run",
     "lowprec.search.verify",
@@ -43,7 +44,9 @@ def run_command(arguments: Sequence[str], cwd: Path | None, environment: Mapping
     """Run a command to its end."""
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "out"), Path(folder, "err")
-        process = _server().Process(target=_command, args=(arguments, cwd or Path.cwd(), dict(environment), streams))
+        process = fork_server().Process(
+            target=_command, args=(arguments, cwd or Path.cwd(), dict(environment), streams)
+        )
         process.start()
         process.join()
         assert process.exitcode is not None
@@ -51,7 +54,8 @@ def run_command(arguments: Sequence[str], cwd: Path | None, environment: Mapping
 
 
 @cache
-def _server() -> Any:
+def fork_server() -> Any:
+    """The context whose processes begin with everything imported; what they run must be a module of this folder's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED))
     return context
