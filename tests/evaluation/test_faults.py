@@ -13,6 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from lowprec.config import load_config
 from lowprec.errors import PoisonedWorkError, WorkerError
 from lowprec.evaluation.cluster import RayWorkers, Timeouts, watch
 from lowprec.evaluation.cluster.actor import Pulse, start_actor
@@ -62,7 +63,7 @@ class Doomed:
 @pytest.fixture(scope="module")
 def one_ray():
     """A Ray on this machine for most of the tests; started by RayWorkers it would take seconds each time."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -105,17 +106,32 @@ def on_ray(spec, num_workers, address=None, **options):
         workers.close()
 
 
+@pytest.fixture(scope="module")
+def two_workers(one_ray, small_folder):
+    """Workers for most tests, and what is told of them: to start two takes longer than a test. They end with Ray."""
+    told: list[str] = []
+    spec = open_job(load_config(small_folder / "runs" / "config.yaml")).spec
+    return RayWorkers(spec, num_workers=2, address=None, note=told.append), told
+
+
+@pytest.fixture
+def shared(two_workers):
+    workers, told = two_workers
+    told.clear()
+    return workers, told
+
+
 @pytest.fixture
 def undisturbed(job):
     return bits(LocalWorkers(job.spec, job.adapter).run(job.window("search"), tasks_of(job)))
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("SIGKILL", r"worker \d \(process \d+ on node \w+\) died at"), ("raise", "ZeroDivisionError")]
+    ("how", "said"), [("raise", "ZeroDivisionError"), ("SIGKILL", r"worker \d \(process \d+ on node \w+\) died at")]
 )
-def test_work_that_fails_twice_is_done_again_and_changes_no_bit(one_ray, job, tmp_path, undisturbed, how, said):
-    with on_ray(job.spec, 2) as (workers, told):
-        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=2)))
+def test_work_that_fails_twice_is_done_again_and_changes_no_bit(shared, job, tmp_path, undisturbed, how, said):
+    workers, told = shared
+    found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=2)))
     assert found == undisturbed
     assert len(list((tmp_path / "tries").iterdir())) == 2
     first, second = told
@@ -131,28 +147,29 @@ def test_work_that_fails_twice_is_done_again_and_changes_no_bit(one_ray, job, tm
         ("memory", "MemoryError.*want of memory .*: give workers more of it .*evaluation.worker_memory"),
     ],
 )
-def test_poisoned_work_is_set_aside_after_three_tries(one_ray, job, tmp_path, undisturbed, how, said):
-    with on_ray(job.spec, 2) as (workers, _):
-        chunks = workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=100))
-        assert bits([next(chunks), next(chunks)]) == undisturbed[:2]
-        with pytest.raises(PoisonedWorkError, match=f"batches 2 to 2 came to nothing 3 times.*{said}") as found:
-            next(chunks)
-        assert len(found.value.tries) == 3
-        assert len(list((tmp_path / "tries").iterdir())) == 3
-        # The workers are as good as before.
-        assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
+def test_poisoned_work_is_set_aside_after_three_tries(shared, job, tmp_path, undisturbed, how, said):
+    workers, _ = shared
+    chunks = workers.run(job.window("search"), doomed(job, tmp_path / "tries", how, times=100))
+    assert bits([next(chunks), next(chunks)]) == undisturbed[:2]
+    with pytest.raises(PoisonedWorkError, match=f"batches 2 to 2 came to nothing 3 times.*{said}") as found:
+        next(chunks)
+    assert len(found.value.tries) == 3
+    assert len(list((tmp_path / "tries").iterdir())) == 3
+    # The workers are as good as before.
+    assert bits(workers.run(job.window("search"), tasks_of(job))) == undisturbed
 
 
-def test_a_stopped_worker_is_killed_and_its_work_done_again(one_ray, job, tmp_path, undisturbed, monkeypatch):
+def test_a_stopped_worker_is_killed_and_its_work_done_again(shared, job, tmp_path, undisturbed, monkeypatch):
+    workers, told = shared
     monkeypatch.setattr(watch, "PULSE_EVERY_S", 0.3)
-    with on_ray(job.spec, 2, timeouts=Timeouts(hung_s=4.0)) as (workers, told):
-        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "SIGSTOP", times=1)))
-        (attempt,) = (tmp_path / "tries").iterdir()
-        stopped = int(attempt.read_text())
-        deadline = time.monotonic() + 60
-        while is_alive(stopped):
-            assert time.monotonic() < deadline, "the stopped process is still there"
-            time.sleep(0.1)
+    monkeypatch.setattr(workers._watch, "_timeouts", Timeouts(hung_s=4.0))
+    found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "SIGSTOP", times=1)))
+    (attempt,) = (tmp_path / "tries").iterdir()
+    stopped = int(attempt.read_text())
+    deadline = time.monotonic() + 60
+    while is_alive(stopped):
+        assert time.monotonic() < deadline, "the stopped process is still there"
+        time.sleep(0.1)
     assert found == undisturbed
     stopped_worker = rf"worker \d \(process {stopped} on node \w+\)"
     assert any(re.match(f"{stopped_worker} has not answered for 4 s .evaluation.hung_after_s", line) for line in told)
@@ -228,9 +245,10 @@ def test_a_worker_that_is_long_in_starting_is_not_taken_for_hung(one_ray):
             ray.kill(actor)
 
 
-def test_work_that_does_not_end_is_stopped(one_ray, job, tmp_path, undisturbed):
-    with on_ray(job.spec, 2, timeouts=Timeouts(task_s=3.0)) as (workers, told):
-        found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
+def test_work_that_does_not_end_is_stopped(shared, job, tmp_path, undisturbed, monkeypatch):
+    workers, told = shared
+    monkeypatch.setattr(workers, "_timeouts", Timeouts(task_s=3.0))
+    found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
     assert found == undisturbed
     assert any("has been at Doomed of batches 2 to 2 for 3 s (evaluation.task_timeout_s)" in line for line in told)
 
