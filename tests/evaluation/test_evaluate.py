@@ -1,6 +1,9 @@
 """The same bits for any number of workers, and every row accounted for."""
 
+from dataclasses import replace
+
 import pytest
+import ray
 
 from lowprec.errors import ModelError, TrafficError, WorkerError
 from lowprec.evaluation.cluster import RayWorkers, Timeouts
@@ -13,6 +16,14 @@ from lowprec.search import open_job
 @pytest.fixture
 def job(small_config):
     return open_job(small_config())
+
+
+@pytest.fixture(scope="module")
+def one_ray():
+    """A Ray of two CPUs for the tests with workers, which would start one each."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 def plans_of(job):
@@ -37,7 +48,13 @@ def test_a_sample_of_batches(job):
     assert evaluation.rows.num_read == 2 * 1024
 
 
-def test_one_two_or_no_ray_workers_give_equal_bits(job):
+# Before the tests with a Ray: who has one looks for no other.
+def test_a_cluster_that_is_not_there_is_one_sentence(job):
+    with pytest.raises(WorkerError, match="127.0.0.1:1: cannot be reached"):
+        RayWorkers(job.spec, num_workers=1, address="127.0.0.1:1")
+
+
+def test_one_two_or_no_ray_workers_give_equal_bits(one_ray, job):
     local = evaluate(job, LocalWorkers(job.spec, job.adapter))
     for num_workers in (1, 2):
         workers = RayWorkers(job.spec, num_workers=num_workers, address=None)
@@ -49,20 +66,13 @@ def test_one_two_or_no_ray_workers_give_equal_bits(job):
         assert remote.sums.moments.tobytes() == local.sums.moments.tobytes()
 
 
-def test_errors_of_ours_arrive_as_they_were_raised(job):
-    from dataclasses import replace
-
+def test_errors_of_ours_arrive_as_they_were_raised(one_ray, job):
     workers = RayWorkers(replace(job.spec, factory="no.such:model"), num_workers=1, address=None)
     try:
         with pytest.raises(ModelError, match="no.such"):
             evaluate(job, workers)
     finally:
         workers.close()
-
-
-def test_a_cluster_that_is_not_there_is_one_sentence(job):
-    with pytest.raises(WorkerError, match="127.0.0.1:1: cannot be reached"):
-        RayWorkers(job.spec, num_workers=1, address="127.0.0.1:1")
 
 
 def test_an_id_out_of_range_stops_with_its_place(small_config):
@@ -119,12 +129,6 @@ def test_a_window_that_is_nearly_all_bad_is_given_up_early(small_config, small_f
     assert pq.read_metadata(tmp_path / "q" / "search.parquet").num_rows == 4096
 
 
-def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(job):
-    import ray
-
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        with pytest.raises(WorkerError, match="started [01] of 2 workers .* lower evaluation.num_workers"):
-            RayWorkers(job.spec, num_workers=2, address=None, timeouts=Timeouts(start_s=2.0))
-    finally:
-        ray.shutdown()
+def test_a_cluster_that_is_too_small_is_said_instead_of_waited_for(one_ray, job):
+    with pytest.raises(WorkerError, match="started [012] of 3 workers .* lower evaluation.num_workers"):
+        RayWorkers(job.spec, num_workers=3, address=None, timeouts=Timeouts(start_s=2.0))
