@@ -93,9 +93,14 @@ def cluster(installation):
         process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=folder, env=installation.environment, start_new_session=True
         )
+
+    def refuses():
+        return installation.run("lowprec", "submit", "status", "--address", address).returncode
+
     try:
         deadline = time.monotonic() + 120
-        while installation.run("lowprec", "submit", "status", "--address", address).returncode:
+        # First by its port: the command takes seconds to begin, and would be asked many times.
+        while not _listens(dashboard) or refuses():
             assert process.poll() is None and time.monotonic() < deadline, (folder / "start.log").read_text()
             time.sleep(0.5)
         yield address
@@ -119,6 +124,12 @@ def _free_ports(count):
     for server in servers:
         server.close()
     return ports
+
+
+def _listens(port):
+    """Whether a server is there."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _kill_what_is_left(folder):
