@@ -27,13 +27,23 @@ def only_run(root):
     return package.query("SELECT DISTINCT run_id FROM runs", root=str(root)).run_id
 
 
-@pytest.fixture
-def undisturbed(lowprec, config_file, tmp_path):
-    """A whole run in process, and how long it took."""
+@pytest.fixture(scope="module")
+def whole_run(lowprec, small_folder, tmp_path_factory):
+    """A whole run in process, how long it took, and its root."""
+    root = tmp_path_factory.mktemp("whole") / "runs"
     began = time.monotonic()
-    done = lowprec("search", config_file(results__root=str(tmp_path / "alone")), "--json")
+    settings = ("--set", f"results.root={root}")
+    done = lowprec("search", small_folder / "runs" / "config.yaml", *settings, "--json")
     assert done.code in (0, 2, 4), done.err
-    return done, time.monotonic() - began
+    return done, time.monotonic() - began, root
+
+
+@pytest.fixture
+def undisturbed(whole_run, tmp_path):
+    """That run and how long it took; its root is copied to the folder of the test."""
+    done, seconds, root = whole_run
+    shutil.copytree(root, tmp_path / "alone")
+    return done, seconds
 
 
 @pytest.mark.parametrize(
