@@ -17,7 +17,8 @@ NATIVE := $(VENV)/.native-$(call digest,pyproject.toml $(KERNEL_SOURCES))
 
 # Processes for the tests: many of them wait for Ray, so three keep two cores busy. The longest files (tests/e2e) begin.
 TEST_PROCESSES ?= 3
-PYTEST := $(BIN)/python -m pytest --durations=20 -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# Most of the time is that of processes which begin: they find lowprec compiled, also where Python was told to keep nothing.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --durations=20 -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo lint test test-all test-asan bench clean
 
