@@ -50,7 +50,7 @@ demo: setup  ## Make traffic, train a small model, search, confirm, report: ever
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 
 test: lint  ## What CI checks: ruff, mypy and all tests but the slow ones
 	$(PYTEST) -m 'not slow'
