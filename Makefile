@@ -8,6 +8,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Compiled afterwards, on all cores: pip does it on one. Some packages hold files that are no Python of this version.
+INSTALL := $(PIP) install --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # Stamps are named for the content that they stand for, so that a checkout or a revert does what it should.
 digest = $(shell { echo "$(CURDIR)"; cat $(1); } | sha256sum | cut -c 1-16)
@@ -36,9 +39,10 @@ $(DEPENDENCIES):
 	@$(BIN)/python -c 'import os, sys, sysconfig; header = os.path.join(sysconfig.get_path("include"), "Python.h"); \
 	  os.path.exists(header) or sys.exit(f"lowprec builds a native module and misses {header}; on Debian: apt-get install python3-dev")'
 	@rm -f $(VENV)/.dependencies-* $(VENV)/.native-*
-	$(PIP) install -c constraints.txt cmake ninja nanobind scikit-build-core
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cpu,dev,torchrec]'
-	$(PIP) install -c constraints.txt --no-deps torchrec
+	$(INSTALL) -c constraints.txt cmake ninja nanobind scikit-build-core
+	$(INSTALL) -c constraints.txt --no-build-isolation -e '.[cpu,dev,torchrec]'
+	$(INSTALL) -c constraints.txt --no-deps torchrec
+	$(COMPILE)
 	@touch $@ $(NATIVE)
 
 $(NATIVE): | $(DEPENDENCIES)
