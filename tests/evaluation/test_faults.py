@@ -116,7 +116,10 @@ def two_workers(one_ray, small_folder):
 
 @pytest.fixture
 def shared(two_workers):
+    """The workers as if nothing had happened to them: losses are counted until one finishes something."""
     workers, told = two_workers
+    for worker in range(2):
+        workers._watch.finished(worker)
     told.clear()
     return workers, told
 
@@ -192,35 +195,30 @@ def test_a_worker_that_rays_memory_monitor_killed_is_a_lost_worker(one_ray, job,
     assert len(raised) == 1 and [" died at ExactTask of batches" in line for line in told] == [True]
 
 
-def test_a_worker_that_is_stopped_before_it_first_answers_is_killed(one_ray, job):
-    """Then nobody has heard of it, and the driver waits for it to be started."""
+def test_a_worker_that_is_stopped_before_it_first_answers_is_killed(one_ray, monkeypatch):
+    """Then nobody has heard of it, and the driver waits for it to be started. Ray may lose that it is to be killed."""
     actors = tuple(start_actor(1, None) for _ in range(2))
-    stopped = ray.get(actors[0].pulse.remote()).process_id
-    os.kill(stopped, signal.SIGSTOP)
-    told: list[str] = []
+    stopped = [pulse.process_id for pulse in ray.get([actor.pulse.remote() for actor in actors])]
+    for process in stopped:
+        os.kill(process, signal.SIGSTOP)
+    told, kill, lost = [], ray.kill, []
+
+    def lose_the_first_of_worker_1(actor, **how):
+        if actor == actors[1] and not lost:
+            lost.append(actor)
+        else:
+            kill(actor, **how)
+
+    monkeypatch.setattr(ray, "kill", lose_the_first_of_worker_1)
     try:
         found = watch.Watch(actors, lambda *_: None, Timeouts(hung_s=2.0, start_s=120.0), told.append)
         found.start("1 CPU")
-        assert found.pulse(0).process_id != stopped and not is_alive(stopped)
-        assert any("worker 0 has not answered for 2 s" in line for line in told)
+        for worker, (process, least) in enumerate(zip(stopped, (1, 2), strict=True)):
+            assert found.pulse(worker).process_id != process and not is_alive(process)
+            assert sum(f"worker {worker} has not answered for 2 s" in line for line in told) >= least
     finally:
         for actor in actors:
-            ray.kill(actor)
-
-
-def test_a_worker_whose_killing_was_lost_is_killed_again(one_ray, monkeypatch):
-    (actor,) = actors = (start_actor(1, None),)
-    stopped = ray.get(actor.pulse.remote()).process_id
-    os.kill(stopped, signal.SIGSTOP)
-    told, kill, lost = [], ray.kill, []
-    monkeypatch.setattr(ray, "kill", lambda *args, **how: kill(*args, **how) if lost else lost.append(args))
-    try:
-        found = watch.Watch(actors, lambda *_: None, Timeouts(hung_s=2.0, start_s=120.0), told.append)
-        found.start("1 CPU")
-        assert lost and found.pulse(0).process_id != stopped and not is_alive(stopped)
-        assert sum("worker 0 has not answered for 2 s" in line for line in told) >= 2
-    finally:
-        kill(actor)
+            kill(actor)
 
 
 @ray.remote(max_restarts=-1)
@@ -236,21 +234,21 @@ class SlowToStart:
 
 def test_a_worker_that_is_long_in_starting_is_not_taken_for_hung(one_ray):
     """It is asked from the beginning, and could answer from when it has a process."""
-    actors, told = tuple(SlowToStart.remote() for _ in range(2)), []
+    actor, told = SlowToStart.remote(), []
     try:
-        watch.Watch(actors, lambda *_: None, Timeouts(hung_s=3.0, start_s=120.0), told.append).start("1 CPU")
+        watch.Watch((actor,), lambda *_: None, Timeouts(hung_s=3.0, start_s=120.0), told.append).start("1 CPU")
         assert not [line for line in told if "has not answered" in line]
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        ray.kill(actor)
 
 
 def test_work_that_does_not_end_is_stopped(shared, job, tmp_path, undisturbed, monkeypatch):
     workers, told = shared
-    monkeypatch.setattr(workers, "_timeouts", Timeouts(task_s=3.0))
+    # The first task of a worker that was started again takes seconds on a busy machine.
+    monkeypatch.setattr(workers, "_timeouts", Timeouts(task_s=6.0))
     found = bits(workers.run(job.window("search"), doomed(job, tmp_path / "tries", "sleep", times=1)))
     assert found == undisturbed
-    assert any("has been at Doomed of batches 2 to 2 for 3 s (evaluation.task_timeout_s)" in line for line in told)
+    assert any("has been at Doomed of batches 2 to 2 for 6 s (evaluation.task_timeout_s)" in line for line in told)
 
 
 def test_a_worker_that_dies_while_it_loads_ends_the_run(one_ray, job, tmp_path):
