@@ -143,7 +143,7 @@ def safe_input_bits() -> int:
 
 @cache
 def has_bf16_instructions() -> bool:
-    """Whether PyTorch multiplies bf16 matrices with instructions of this CPU; its loops are 5 to 70 times as slow."""
+    """Whether PyTorch multiplies bf16 matrices with instructions of this CPU; its loops take several times as long."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -16,6 +16,17 @@ def given_out(dispatch, up):
     return found
 
 
+def done_alone_by(worker, dispatch, up, most=1000):
+    """What a worker does while the others finish nothing, until it has nothing left."""
+    done = []
+    given_out(dispatch, up)
+    while dispatch.at(worker) and len(done) < most:
+        done.append(dispatch.at(worker)[0])
+        dispatch.finished(done[-1])
+        given_out(dispatch, up)
+    return done
+
+
 def test_every_worker_has_a_stretch_of_work_and_the_emptiest_is_served_first():
     dispatch = Dispatch(16, 2, in_flight=2, ahead=100)
     assert given_out(dispatch, [0, 1]) == [(0, 0), (4, 1), (1, 0), (5, 1)]
@@ -43,12 +54,7 @@ def test_stretches_are_long_at_first_and_single_pieces_at_the_end():
 
 def test_nobody_runs_far_ahead_of_a_slow_worker_but_does_what_that_has_left():
     dispatch = Dispatch(100, 2, in_flight=2, ahead=8)
-    given_out(dispatch, [0, 1])
-    done = []
-    while dispatch.at(1):
-        done.append(dispatch.at(1)[0])
-        dispatch.finished(done[-1])
-        given_out(dispatch, [0, 1])
+    done = done_alone_by(1, dispatch, [0, 1])
     assert dispatch.at(0) == (0, 1) and sorted(done) == [2, 3, 4, 5, 6, 7]
     dispatch.finished(0)
     assert given_out(dispatch, [0, 1])[0] == (8, 1)
@@ -58,22 +64,12 @@ def test_more_results_are_waited_for_once_it_is_known_that_they_are_small():
     dispatch = Dispatch(1000, 2, in_flight=2, ahead=16)
     assert given_out(dispatch, [0, 1]) == [(0, 0), (4, 1), (1, 0), (5, 1)]
     dispatch.ahead = 10_000
-    pieces = []
-    while dispatch.at(1) and len(pieces) < 100:
-        pieces.append(dispatch.at(1)[0])
-        dispatch.finished(pieces[-1])
-        given_out(dispatch, [0, 1])
-    assert pieces == [4, 5, 6, 7, *range(8, 104)]
+    assert done_alone_by(1, dispatch, [0, 1], most=100) == [4, 5, 6, 7, *range(8, 104)]
 
 
 def test_a_slow_worker_is_helped_at_the_end():
     dispatch = Dispatch(40, 2, in_flight=2, ahead=100)
-    given_out(dispatch, [0, 1])
-    done = []
-    while dispatch.at(1):
-        done.append(dispatch.at(1)[0])
-        dispatch.finished(done[-1])
-        given_out(dispatch, [0, 1])
+    done = done_alone_by(1, dispatch, [0, 1])
     assert dispatch.at(0) == (0, 1) and sorted(done) == list(range(2, 40))
 
 
