@@ -95,7 +95,7 @@ class _Trial:
         self.num_examples = sum(part.batch.num_rows for part in parts)
 
     def kl_pct(self, choice: _Choice | None) -> float:
-        """100 times KL over the loss of the reference, as the label-free gap is; NaN where a logit is not finite."""
+        """The label-free gap in percent; NaN where a logit is not finite."""
         total = None
         for part in self._parts:
             logits = part.logits if choice is None else self._logits(choice, part)

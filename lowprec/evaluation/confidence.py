@@ -21,8 +21,10 @@ __all__ = [
     "RatioMoments",
     "Verdict",
     "design_effect",
+    "deviations",
     "radius",
     "ratio_interval",
+    "standard_error",
     "verdict",
 ]
 
@@ -86,6 +88,20 @@ def radius(num_units: float, alpha: float, *, tuned_for: float) -> float:
     rho_squared = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tuned_for
     spread = num_units * rho_squared + 1
     return math.sqrt(2 * spread / (num_units**2 * rho_squared) * math.log(math.sqrt(spread) / alpha))
+
+
+def deviations(num_units: float, alpha: float) -> float:
+    """Half the width of an interval for one look at `num_units`, in standard errors."""
+    return radius(num_units, alpha, tuned_for=num_units) * math.sqrt(num_units)
+
+
+def standard_error(moments: RatioMoments, blocks: Blocks | None = None) -> float:
+    """The standard error of the ratio, NaN without units; sums over time `blocks` widen it by their design effect."""
+    ratio = moments.ratio
+    if not math.isfinite(ratio):
+        return math.nan
+    variance = max(moments.xx - 2 * ratio * moments.xy + ratio**2 * moments.yy, 0.0)
+    return math.sqrt(variance * (1.0 if blocks is None else design_effect(moments, blocks))) / abs(moments.y)
 
 
 def design_effect(moments: RatioMoments, blocks: Blocks) -> float:

@@ -1,14 +1,16 @@
 """What a race says about a plan's gap on the whole window, and what that says about traffic like it.
 
 With F and Y the sums of predicted loss change and of reference loss over the window, and e and y those of residual and
-loss over the slices seen, the gap is estimated as F / Y + e / y. Two things can be wrong with it, and each has its
-own share of the error rate:
+loss over the slices seen, the gap is estimated as F / Y + e / y. (The KL gap is estimated likewise, with entropies in
+place of losses.) Two things can be wrong with it, and each has its own share of the error rate:
 
 - the slices seen may not be typical of the window. Slices are drawn at random without replacement, so they are the
   units, whatever examples inside them have in common. Sums over m of M such units are to their mean as a Brownian
   bridge is to zero, and a bridge at m is a Brownian motion at m M / (M - m): the confidence sequence for that many
   units holds at every m, and closes at m = M.
 - the window may not be typical of traffic. That is the error of evaluating every row; it cannot be raced away.
+
+The two are independent, so their radii add in quadrature.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from lowprec.evaluation.confidence import (
     design_effect,
     radius,
     ratio_interval,
+    standard_error,
 )
 from lowprec.evaluation.metrics import PlanMetrics, Sums
 from lowprec.evaluation.profile import Profile
@@ -47,14 +50,15 @@ MIN_SLICES = 8
 class PlanEstimate:
     """What is known of a plan during a race; gaps in percent.
 
-    `on_window` is an interval of the gap on this very window, which compares plans raced on it; the intervals of
-    `metrics` are of traffic like it. `unresolved` is the part of the width that further slices can take away,
-    relative to the part that they cannot.
+    `on_window` and `kl_on_window` are intervals of gap and KL gap on this very window, which compare plans raced on it;
+    the intervals of `metrics` are of traffic like it. `window_half_pct` is half the width that the interval of the gap
+    would have if every slice had been seen.
     """
 
     metrics: PlanMetrics
     on_window: Interval
-    unresolved: float
+    kl_on_window: Interval
+    window_half_pct: float
 
 
 def estimates(
@@ -72,7 +76,9 @@ def estimates(
             exact = sums.exact.metrics(k, confidence=confidence, is_reference=is_reference)
             if not is_reference:
                 exact = _widened(exact, sums.exact, k, Blocks(change[k], loss), confidence)
-            found.append(PlanEstimate(exact, Interval(exact.gap_pct, exact.gap_pct), 0.0))
+            interval = exact.gap_interval_pct
+            half = (interval.upper - interval.lower) / 2
+            found.append(PlanEstimate(exact, _point(exact.gap_pct), _point(exact.kl_pct), half))
             continue
         found.append(
             _estimate(
@@ -90,7 +96,7 @@ def estimates(
 
 
 def residual_radius(residuals: Residuals, sums: RaceSums, plan: int, *, num_slices: int, alpha: float) -> float:
-    """Half the width of the (1 - alpha) confidence sequence of e / y over the window, as a fraction of loss.
+    """Half the width of the (1 - alpha) confidence sequence of e / y over the window.
 
     The standard error is that of slice totals, with Student's correction for their number, or that of independent
     examples where it is higher: few slices may happen to agree. Infinite before MIN_SLICES.
@@ -98,15 +104,16 @@ def residual_radius(residuals: Residuals, sums: RaceSums, plan: int, *, num_slic
     m = sums.num_slices
     if m == num_slices:
         return 0.0
-    if m < MIN_SLICES or sums.y <= 0:
+    if m < MIN_SLICES or residuals.y <= 0:
         return math.inf
-    ratio = float(residuals.e[plan]) / sums.y
-    of_slices = residuals.ee_slices[plan] - 2 * ratio * residuals.ey_slices[plan] + ratio**2 * sums.yy_slices
-    of_rows = residuals.ee_rows[plan] - 2 * ratio * residuals.ey_rows[plan] + ratio**2 * sums.yy_rows
+    r = residuals
+    ratio = float(r.e[plan]) / r.y
+    of_slices = r.ee_slices[plan] - 2 * ratio * r.ey_slices[plan] + ratio**2 * r.yy_slices
+    of_rows = r.ee_rows[plan] - 2 * ratio * r.ey_rows[plan] + ratio**2 * r.yy_rows
     # Standard deviations of one slice's share of the ratio, times the square root of m.
     by_slice = math.sqrt(max(of_slices, 0.0) * m / (m - 1)) * _student(m - 1, alpha)
     by_row = math.sqrt(max(of_rows, 0.0))
-    deviation = max(by_slice, by_row) / sums.y * math.sqrt(m)
+    deviation = max(by_slice, by_row) / r.y * math.sqrt(m)
     tuned_for = _effective(max(MIN_SLICES, num_slices // 8), num_slices)
     return deviation * radius(_effective(m, num_slices), alpha, tuned_for=tuned_for)
 
@@ -126,7 +133,8 @@ def _estimate(
     seen = sums.exact.metrics(k, confidence=confidence)
     sampled_gap, sampled_kl = sums.exact.evidence(k)
     # Where no slice seen has a label, nothing is added to what is predicted, and nothing is concluded.
-    window_loss, share = profile.loss, sums.y / profile.loss or math.inf
+    window_loss, share = profile.loss, sums.gap.y / profile.loss or math.inf
+    entropy, kl_share = profile.entropy, sums.kl.y / profile.entropy or math.inf
     of_window = (1 - RESIDUAL_SHARE) * alpha
     rest = [
         residual_radius(residuals, sums, k, num_slices=num_slices, alpha=RESIDUAL_SHARE * alpha)
@@ -144,20 +152,22 @@ def _estimate(
         # As few units carry the change as in the sample.
         xxxx=_fourth(evidence.xx * larger, sampled_gap),
     )
-    kl_xx = sampled_kl.xx / share
+    kl_xx = sampled_kl.xx / kl_share
     kl = RatioMoments(
         num_units=gap.num_units,
-        x=predicted_kl + float(sums.kl.e[k]) / share,
-        y=window_loss,
+        x=predicted_kl + float(sums.kl.e[k]) / kl_share,
+        y=entropy,
         xx=kl_xx,
-        xy=sampled_kl.xy / share,
-        yy=evidence.yy,
+        xy=sampled_kl.xy / kl_share,
+        yy=sampled_kl.yy / kl_share,
         xxxx=_fourth(kl_xx, sampled_kl),
     )
     gap_alone = ratio_interval(gap, of_window, blocks=blocks)
-    on_window = Interval(100 * (gap.ratio - rest[0]), 100 * (gap.ratio + rest[0]))
+    on_window, kl_on_window = (
+        Interval(100 * (of.ratio - radius_of_rest), 100 * (of.ratio + radius_of_rest))
+        for of, radius_of_rest in zip((gap, kl), rest, strict=True)
+    )
     gap_pct = 100 * gap.ratio
-    width = 100 * (gap_alone.upper - gap_alone.lower) / 2
     total = sum(block.weight for block in profile.blocks)
     label = sum(block.label for block in profile.blocks)
     calibration = sum(block.prediction for block in profile.blocks) / label if label else math.nan
@@ -167,9 +177,9 @@ def _estimate(
         num_exact=sums.exact.num_rows,
         num_units=sampled_gap.num_units if sums.exact.groups is not None else profile.num_rows,
         gap_pct=gap_pct,
-        gap_interval_pct=_widen(gap_alone, rest[0]),
+        gap_interval_pct=_widened_by(gap_alone, gap.ratio, rest[0]),
         kl_pct=100 * kl.ratio,
-        kl_interval_pct=_widen(ratio_interval(kl, of_window), rest[1]),
+        kl_interval_pct=_widened_by(ratio_interval(kl, of_window), kl.ratio, rest[1]),
         ne_ref=ne_ref,
         ne_plan=ne_ref * (1 + gap_pct / 100),
         auc_ref=seen.auc_ref,
@@ -179,8 +189,10 @@ def _estimate(
         # Both are of the sample, and the ratio of the two is what a sample tells well.
         calibration_plan=calibration * seen.calibration_plan / seen.calibration_ref,
         confidence=confidence,
+        effective_units=gap.effective_units,
+        standard_error_pct=100 * standard_error(gap, blocks),
     )
-    return PlanEstimate(metrics, on_window, 100 * rest[0] / width if width else math.inf)
+    return PlanEstimate(metrics, on_window, kl_on_window, 100 * (gap_alone.upper - gap_alone.lower) / 2)
 
 
 def _widened(metrics: PlanMetrics, sums: Sums, k: int, blocks: Blocks, confidence: float) -> PlanMetrics:
@@ -189,7 +201,8 @@ def _widened(metrics: PlanMetrics, sums: Sums, k: int, blocks: Blocks, confidenc
     if design_effect(moments, blocks) == 1.0:
         return metrics
     interval = ratio_interval(moments, 1 - confidence, blocks=blocks)
-    return metrics.with_gap_interval(Interval(100 * interval.lower, 100 * interval.upper))
+    error_pct = 100 * standard_error(moments, blocks)
+    return metrics.with_gap_interval(Interval(100 * interval.lower, 100 * interval.upper), error_pct)
 
 
 def _fourth(xx: float, sampled: RatioMoments) -> float:
@@ -202,8 +215,18 @@ def _effective(m: int, num_slices: int) -> float:
     return m * num_slices / (num_slices - m)
 
 
-def _widen(interval: Interval, radius_of_rest: float) -> Interval:
-    return Interval(100 * (interval.lower - radius_of_rest), 100 * (interval.upper + radius_of_rest))
+def _widened_by(interval: Interval, ratio: float, radius_of_rest: float) -> Interval:
+    """An interval around a ratio for an independent second error too, in percent: the two add in quadrature.
+
+    Which slices were drawn says nothing about how the window differs from traffic, so the variances of both errors add.
+    Either radius is so many standard deviations of its error, and the smaller of these numbers holds for the sum.
+    """
+    below, above = (math.hypot(end - ratio, radius_of_rest) for end in (interval.lower, interval.upper))
+    return Interval(100 * (ratio - below), 100 * (ratio + above))
+
+
+def _point(value: float) -> Interval:
+    return Interval(value, value)
 
 
 def _ne(loss: float, label: float, weight: float) -> float:

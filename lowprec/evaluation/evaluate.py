@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowprec.evaluation.metrics import Float, PlanMetrics, Sums
+from lowprec.evaluation.metrics import PlanMetrics, Sums
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
 from lowprec.evaluation.worker import ExactTask, Workers
 from lowprec.plan import Plan, Precision
@@ -56,12 +56,13 @@ def evaluate_plans(
     pieces = pieces_of(window, batches, batches_per_task)
     counter = RowCounter(window, max_bad_fraction)
     total: Sums | None = None
-    totals: list[Float] = []
+    blocks = np.zeros((NUM_BLOCKS, 2 * len(plans) + 2))
     is_complete = True
     tasks = [ExactTask(tuple(plans), piece) for piece in pieces]
     for piece, chunk in zip(pieces, workers.run(window, tasks), strict=True):
         total = chunk.sums if total is None else total + chunk.sums
-        totals.append(chunk.sums.totals())
+        # The blocks of a profile: equal stretches of the window.
+        blocks[piece[0] * NUM_BLOCKS // window.num_batches] += chunk.sums.totals()
         counter.add(chunk)
         if on_progress:
             on_progress(len(piece))
@@ -69,7 +70,6 @@ def evaluate_plans(
             is_complete = False
             break
     assert total is not None, "a window has at least one batch"
-    blocks = np.stack([np.sum(part, axis=0) for part in np.array_split(totals, min(NUM_BLOCKS, len(totals)))])
     metrics = tuple(
         total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32}, blocks=blocks)
         for k, plan in enumerate(plans)

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.confidence import Blocks, Interval, RatioMoments, Verdict, ratio_interval, verdict
+from lowprec.evaluation.confidence import (
+    Blocks,
+    Interval,
+    RatioMoments,
+    Verdict,
+    ratio_interval,
+    standard_error,
+    verdict,
+)
 from lowprec.evaluation.second_moment import mixed
 from lowprec.models.quality import softplus
 
@@ -31,7 +39,7 @@ GROUP_BUCKETS = 1 << 16
 class GroupSums:
     """Sums for every group bucket that was seen: `values` is float64[R, num_buckets].
 
-    In `Sums` the rows are x and kl of every plan, then y.
+    In `Sums` the rows are x and kl of every plan, then y and h.
     """
 
     buckets: NDArray[np.int64]
@@ -50,10 +58,10 @@ class Sums:
     """Sums over the labelled examples of some batches, for the reference and P plans on the same examples.
 
     Model 0 is the reference, models 1 to P are the plans. With w the weight, y the label, l the loss and p the
-    prediction of an example: `weight` is the sum of w, `label` of w y, `loss` float64[P + 1] of w l, `prediction`
-    float64[P + 1] of w p, `histogram` float64[P + 1, 2, AUC_BINS] of w by label and logit. `moments`
-    float64[P, 10] holds what `_row_moments` says where rows are the units of evidence; where groups are, it is zero and
-    `groups` has the sums of each.
+    prediction of an example: `weight` is the sum of w, `label` of w y, `entropy` of w H(p) of the reference, `loss`
+    float64[P + 1] of w l, `prediction` float64[P + 1] of w p, `histogram` float64[P + 1, 2, AUC_BINS] of w by label and
+    logit. `moments` float64[P, 12] holds the sums of `_row_moments` where rows are the units of evidence. Where groups
+    are the units, it is zero and `groups` has the sums of each group.
 
     Adding is associative up to rounding; for bit-equal results add in the order of batches.
     """
@@ -62,6 +70,7 @@ class Sums:
     num_unlabelled: int
     weight: float
     label: float
+    entropy: float
     loss: Float
     prediction: Float
     histogram: Float
@@ -76,6 +85,7 @@ class Sums:
             num_unlabelled=self.num_unlabelled + other.num_unlabelled,
             weight=self.weight + other.weight,
             label=self.label + other.label,
+            entropy=self.entropy + other.entropy,
             loss=self.loss + other.loss,
             prediction=self.prediction + other.prediction,
             histogram=self.histogram + other.histogram,
@@ -89,7 +99,7 @@ class Sums:
         models = np.concatenate([[0], kept + 1])
         groups = None
         if self.groups is not None:
-            rows = np.concatenate([kept, self.num_plans + kept, [2 * self.num_plans]])
+            rows = np.concatenate([kept, self.num_plans + kept, 2 * self.num_plans + np.arange(2)])
             groups = GroupSums(self.groups.buckets, self.groups.values[rows])
         return replace(
             self,
@@ -106,9 +116,9 @@ class Sums:
         return len(self.loss) - 1
 
     def totals(self) -> Float:
-        """The sums of loss change and of KL of every plan, and the reference loss in the last row: float64[2 P + 1]."""
-        kl = self.moments[:, 4] if self.groups is None else self.groups.values[self.num_plans : -1].sum(axis=1)
-        return np.concatenate([self.loss[1:] - self.loss[0], kl, self.loss[:1]])
+        """The sums of loss change and of KL of every plan, then the reference's loss and entropy: float64[2 P + 2]."""
+        kl = self.moments[:, 4] if self.groups is None else self.groups.values[self.num_plans : -2].sum(axis=1)
+        return np.concatenate([self.loss[1:] - self.loss[0], kl, self.loss[:1], [self.entropy]])
 
     def metrics(
         self, plan: int, *, confidence: float, is_reference: bool = False, blocks: Float | None = None
@@ -116,17 +126,19 @@ class Sums:
         """The metrics of one plan (counted from 0) with intervals at `confidence`.
 
         `is_reference` says that the plan is the reference itself: its gap is 0 by definition, not by evidence.
-        blocks: float64[num_blocks, 2 P + 1], the `totals` of time blocks that make up these sums; where blocks vary
+        blocks: float64[num_blocks, 2 P + 2], the `totals` of time blocks that make up these sums; where blocks vary
         more than independent units would, intervals are widened.
         """
         gap, kl = self.evidence(plan)
         alpha = 1 - confidence
 
-        def interval(moments: RatioMoments, column: int) -> Interval:
+        def over_time(column: int, below: int) -> Blocks | None:
+            return None if blocks is None else Blocks(blocks[:, column], blocks[:, below])
+
+        def interval(moments: RatioMoments, column: int, below: int) -> Interval:
             if is_reference:
                 return Interval(0.0, 0.0)
-            over_time = None if blocks is None else Blocks(blocks[:, column], blocks[:, -1])
-            return _percent(ratio_interval(moments, alpha, blocks=over_time))
+            return _percent(ratio_interval(moments, alpha, blocks=over_time(column, below)))
 
         entropy = _entropy(self.label / self.weight) if self.weight else math.nan
         auc_ref, error_ref = _auc(self.histogram[0])
@@ -143,9 +155,9 @@ class Sums:
             num_exact=self.num_rows,
             num_units=gap.num_units,
             gap_pct=100 * gap.ratio,
-            gap_interval_pct=interval(gap, plan),
+            gap_interval_pct=interval(gap, plan, -2),
             kl_pct=100 * kl.ratio,
-            kl_interval_pct=interval(kl, self.num_plans + plan),
+            kl_interval_pct=interval(kl, self.num_plans + plan, -1),
             ne_ref=ne(0),
             ne_plan=ne(plan + 1),
             auc_ref=auc_ref,
@@ -154,29 +166,36 @@ class Sums:
             calibration_ref=calibration(0),
             calibration_plan=calibration(plan + 1),
             confidence=confidence,
+            effective_units=gap.effective_units,
+            standard_error_pct=0.0 if is_reference else 100 * standard_error(gap, over_time(plan, -2)),
         )
 
     def evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
-        """Moments of (loss change, reference loss) and of (KL, reference loss) over the units of evidence."""
+        """Moments of (loss change, reference loss) and of (KL, reference entropy) over the units of evidence."""
         if self.groups is None:
-            x, xx, xy, x4, k, kk, ky, k4, y, yy = map(float, self.moments[plan])
+            x, xx, xy, x4, k, kk, kh, k4, y, yy, h, hh = map(float, self.moments[plan])
             n = self.num_rows
         else:
-            gx, gk, gy = self.groups.values[plan], self.groups.values[self.num_plans + plan], self.groups.values[-1]
+            gx, gk, gy, gh = self.groups.values[[plan, self.num_plans + plan, -2, -1]]
             n = len(gy)
-            terms = (gx, gx**2, gx * gy, gx**4, gk, gk**2, gk * gy, gk**4)
-            x, xx, xy, x4, k, kk, ky, k4 = (float(v.sum()) for v in terms)
-            y, yy = float(gy.sum()), float((gy * gy).sum())
-        return RatioMoments(n, x, y, xx, xy, yy, x4), RatioMoments(n, k, y, kk, ky, yy, k4)
+            terms = (gx, gx**2, gx * gy, gx**4, gk, gk**2, gk * gh, gk**4)
+            x, xx, xy, x4, k, kk, kh, k4 = (float(v.sum()) for v in terms)
+            y, yy, h, hh = (float(v.sum()) for v in (gy, gy * gy, gh, gh * gh))
+        return RatioMoments(n, x, y, xx, xy, yy, x4), RatioMoments(n, k, h, kk, kh, hh, k4)
 
 
 @dataclass(frozen=True)
 class PlanMetrics:
-    """What is known about one plan. Gaps in percent of the reference loss; NE and AUC of both models on the same rows.
+    """What is known about one plan. NE and AUC are of both models on the same rows.
+
+    gap_pct is in percent of the reference's loss. kl_pct is the label-free gap, 100 * mean(w KL(p_ref || p_plan)) /
+    mean(w H(p_ref)): in percent of the reference's entropy, over the same examples.
 
     The gap is over `num_examples`, of which the plan was evaluated exactly on `num_exact`, drawn at random; the profile
     predicts the rest, and NE is that of all of them, while AUC and the plan's calibration come from those drawn.
     `auc_error` bounds how far either AUC can be from the exact one (pairs that share a histogram bin).
+    `effective_units` says how many equal units of evidence would carry as much of the change as the `num_units` do;
+    `standard_error_pct` is that of the gap.
     """
 
     num_examples: int
@@ -194,10 +213,12 @@ class PlanMetrics:
     calibration_ref: float
     calibration_plan: float
     confidence: float
+    effective_units: float = math.nan
+    standard_error_pct: float = math.nan
 
-    def with_gap_interval(self, interval: Interval) -> PlanMetrics:
-        """The same with another interval of the gap (percent)."""
-        return replace(self, gap_interval_pct=interval)
+    def with_gap_interval(self, interval: Interval, standard_error_pct: float) -> PlanMetrics:
+        """The same with another interval and standard error of the gap (percent)."""
+        return replace(self, gap_interval_pct=interval, standard_error_pct=standard_error_pct)
 
     def verdict(self, budget_pct: float) -> Verdict:
         """Whether the plan is within the budget (percent)."""
@@ -260,28 +281,30 @@ def sums_of_batch(
     prediction = np.exp(logits - positive)
     # KL(p_ref || p_plan) of two Bernoulli laws, from logits.
     kl = w * (positive[1:] - positive[0] - prediction[0] * (logits[1:] - logits[0]))
+    entropy = w * (positive[0] - prediction[0] * logits[0])
     y, x = loss[0], loss[1:] - loss[0]
     return Sums(
         num_rows=len(labels),
         num_unlabelled=num_unlabelled,
         weight=float(w.sum()),
         label=float((w * labels).sum()),
+        entropy=float(entropy.sum()),
         loss=loss.sum(axis=1),
         prediction=(prediction * w).sum(axis=1),
         histogram=_histogram(logits, labels, w),
-        moments=_row_moments(x, kl, y) if groups is None else np.zeros((len(plans), 10)),
-        groups=None if groups is None else group_sums(np.concatenate([x, kl, y[None]]), groups),
+        moments=_row_moments(x, kl, y, entropy) if groups is None else np.zeros((len(plans), 12)),
+        groups=None if groups is None else group_sums(np.concatenate([x, kl, y[None], entropy[None]]), groups),
     )
 
 
-def _row_moments(x: Float, kl: Float, y: Float) -> Float:
-    """float64[P, 10]: sums over rows of x, x^2, x y, x^4, k, k^2, k y, k^4, y, y^2.
+def _row_moments(x: Float, kl: Float, y: Float, h: Float) -> Float:
+    """float64[P, 12]: sums over rows of x, x^2, x y, x^4, k, k^2, k h, k^4, y, y^2, h, h^2.
 
-    x is the loss change of a plan, k its KL divergence from the reference, y the reference loss.
+    x is the loss change of a plan, k its KL divergence from the reference, y the loss of the reference, h its entropy.
     """
     xx, kk = x * x, kl * kl
-    columns = [x, xx, x * y, xx * xx, kl, kk, kl * y, kk * kk]
-    constant = np.broadcast_to([y.sum(), (y * y).sum()], (len(x), 2))
+    columns = [x, xx, x * y, xx * xx, kl, kk, kl * h, kk * kk]
+    constant = np.broadcast_to([y.sum(), (y * y).sum(), h.sum(), (h * h).sum()], (len(x), 4))
     return np.concatenate([np.stack([c.sum(axis=1) for c in columns], axis=1), constant], axis=1)
 
 

@@ -53,7 +53,7 @@ class BlockSums:
     """Sums over the labelled examples of one time block; D directions: the K columns, then shift and scale.
 
     weight: of w; label: of w y; prediction: of w p_ref; loss: of w l_ref; first: float64[D], of w r s; second: of
-    w h s s^T.
+    w h s s^T; entropy: of w H(p_ref).
     """
 
     num_rows: int
@@ -62,6 +62,7 @@ class BlockSums:
     label: float
     prediction: float
     loss: float
+    entropy: float
     first: Float
     second: SecondMoment
 
@@ -73,6 +74,7 @@ class BlockSums:
             self.label + other.label,
             self.prediction + other.prediction,
             self.loss + other.loss,
+            self.entropy + other.entropy,
             self.first + other.first,
             self.second + other.second,
         )
@@ -102,7 +104,7 @@ class ProfilePart:
             evidence = DenseMoment.zero(d + 1)
         else:
             evidence = SketchedMoment.zero(d + 1, GROUP_SKETCH_BUCKETS)
-        return cls(BlockSums(0, 0, 0.0, 0.0, 0.0, 0.0, np.zeros(d), second), evidence)
+        return cls(BlockSums(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, np.zeros(d), second), evidence)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Profile:
         return float(sum(block.loss for block in self.blocks))
 
     @property
+    def entropy(self) -> float:
+        """The sum of w H(p_ref)."""
+        return float(sum(block.entropy for block in self.blocks))
+
+    @property
     def first(self) -> Float:
         """The sum of w r s, float64[D]."""
         return np.asarray(sum(block.first for block in self.blocks))
@@ -160,13 +167,13 @@ class Profile:
         return np.pad(chosen.reshape(len(plans), len(self.columns)), ((0, 0), (0, NUM_CALIBRATION_DIRECTIONS)))
 
     def gaps_pct(self, z: Float, first: Float | None = None) -> tuple[Float, Float]:
-        """The proxy gap and KL gap of plans in percent, float64[P] each; z: float64[P, D].
+        """The proxy gap (of the reference's loss) and KL gap (of its entropy) of plans in percent, float64[P] each.
 
-        `first` replaces the measured first-order sums, float64[D].
+        z: float64[P, D]. `first` replaces the measured first-order sums, float64[D].
         """
         quadratic = 0.5 * self.second.quadratic(z)
         linear = _dots(z, self.first if first is None else first)
-        return 100 * (linear + quadratic) / self.loss, 100 * quadratic / self.loss
+        return 100 * (linear + quadratic) / self.loss, 100 * quadratic / self.entropy
 
     def block_sums(self, z: Float) -> tuple[Float, Float]:
         """The predicted loss change of each plan in each block, float64[P, num_blocks], and each block's loss."""
@@ -254,6 +261,7 @@ class ProfileTask:
             label=float((w * y).sum()),
             prediction=float((w * p).sum()),
             loss=float(loss.sum()),
+            entropy=float((w * (positive - p * z)).sum()),
             first=first.astype(np.float64),
             second=second,
         )

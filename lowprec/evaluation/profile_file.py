@@ -20,8 +20,8 @@ from lowprec.storage import Location, Where
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
-FORMAT_VERSION = 2
-_SCALARS = ("num_rows", "num_unlabelled", "weight", "label", "prediction", "loss")
+FORMAT_VERSION = 3
+_SCALARS = ("num_rows", "num_unlabelled", "weight", "label", "prediction", "loss", "entropy")
 
 
 @dataclass(frozen=True)

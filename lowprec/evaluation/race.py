@@ -27,9 +27,10 @@ Float = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Residuals:
-    """Sums of e = exact - predicted and of the reference loss y, over slices of their totals and over examples.
+    """Sums of e = exact - predicted and of what it is a share of, y, over slices of their totals and over examples.
 
-    e: float64[P], with squares and products `ee_slices`, `ey_slices`, `ee_rows`, `ey_rows`.
+    e: float64[P], with squares and products `ee_slices`, `ey_slices`, `ee_rows`, `ey_rows`; y: its sum, with the
+    squares `yy_slices` and `yy_rows`.
     """
 
     e: Float
@@ -37,16 +38,21 @@ class Residuals:
     ey_slices: Float
     ee_rows: Float
     ey_rows: Float
+    y: float
+    yy_slices: float
+    yy_rows: float
 
     @classmethod
     def of_slice(cls, e: Float, y: Float) -> Residuals:
         """Of one slice; e: float64[P, B], y: float64[B]."""
-        total, loss = e.sum(axis=1), float(y.sum())
-        return cls(total, total**2, total * loss, np.square(e).sum(axis=1), (e * y).sum(axis=1))
+        total, below = e.sum(axis=1), float(y.sum())
+        rows = np.square(e).sum(axis=1), (e * y).sum(axis=1)
+        return cls(total, total**2, total * below, *rows, below, below**2, float(np.square(y).sum()))
 
     def only(self, plans: Sequence[int]) -> Residuals:
         """Those of some of the plans."""
-        return Residuals(*(getattr(self, name)[list(plans)] for name in self.__annotations__))
+        of_plans = ("e", "ee_slices", "ey_slices", "ee_rows", "ey_rows")
+        return replace(self, **{name: getattr(self, name)[list(plans)] for name in of_plans})
 
     def __add__(self, other: Residuals) -> Residuals:
         return Residuals(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
@@ -56,18 +62,15 @@ class Residuals:
 class RaceSums:
     """Sums over the slices that P plans have raced on.
 
-    exact: of everything, on their rows; gap, kl: residuals of the loss change and of the KL divergence;
-    y, yy_slices, yy_rows: the sum of the reference loss y, and of its squares by slice and by row; changed, predicted:
-    float64[P], sums over rows of the squared exact change and of the squared first-order change.
+    exact: of everything, on their rows; gap: residuals of the loss change, beside the reference's loss; kl: of the KL
+    divergence, beside the reference's entropy; changed, predicted: float64[P], sums over rows of the squared exact
+    change and of the squared first-order change.
     """
 
     num_slices: int
     exact: Sums
     gap: Residuals
     kl: Residuals
-    y: float
-    yy_slices: float
-    yy_rows: float
     changed: Float
     predicted: Float
 
@@ -134,7 +137,7 @@ class RaceTask:
         moved = np.stack([s[found][:, rows].sum(axis=0) for found in chosen]).astype(np.float64)
         positive = softplus(z)
         p = np.exp(z - positive)
-        loss = w * (positive - y * z)
+        loss, entropy = w * (positive - y * z), w * (positive - p * z)
         rise = softplus(changed) - positive
         change = w * (rise - y * (changed - z))
         divergence = w * (rise - p * (changed - z))
@@ -143,10 +146,7 @@ class RaceTask:
             num_slices=1,
             exact=exact,
             gap=Residuals.of_slice(change - linear - curved, loss),
-            kl=Residuals.of_slice(divergence - curved, loss),
-            y=float(loss.sum()),
-            yy_slices=float(loss.sum()) ** 2,
-            yy_rows=float(np.square(loss).sum()),
+            kl=Residuals.of_slice(divergence - curved, entropy),
             changed=np.square(change).sum(axis=1),
             predicted=np.square(linear).sum(axis=1),
         )

@@ -185,9 +185,9 @@ def observe(
         part = chunk.sums
         for i, counts in enumerate(part.inputs):
             on_inputs((k * stretches + i) * NUM_BLOCKS // (window.num_batches * stretches), counts)
-        change, kl, loss = part.exact.totals()
+        change, kl, loss, entropy = part.exact.totals()
         by_block[:, k * NUM_BLOCKS // window.num_batches] += np.array(
-            [[change, loss], [kl, loss], part.label_free.totals.tolist()]
+            [[change, loss], [kl, entropy], part.label_free.totals.tolist()]
         )
         part = ObservationPart(part.exact, part.label_free, part.units, ())
         total = part if total is None else total + part

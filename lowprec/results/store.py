@@ -19,7 +19,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from lowprec.errors import ResultsError
-from lowprec.results.schema import TABLES, TableSchema, table_schema, to_arrow
+from lowprec.results.schema import SCHEMA_VERSION, TABLES, TableSchema, table_schema, to_arrow
 from lowprec.storage import Location, Where
 from lowprec.storage.object_store import bucket_of, delta_options, filesystem_of, sentence
 
@@ -30,6 +30,7 @@ _MAX_COMMIT_RETRIES = 1000
 # Processes that create the same table at once both commit its metadata, and whoever commits at that moment fails with
 # a conflict that Delta does not retry. Nothing of the failed commit is there, and the keys are checked again.
 _APPEND_ATTEMPTS = 20
+_DESCRIPTION = "lowprec results, schema "
 # What the system's errors ENOSPC and EDQUOT are called in Delta's.
 _FULL = re.compile(r"No space left on device|quota exceeded|os error (28|122)\b")
 
@@ -158,6 +159,12 @@ class ResultsStore:
             return None
         except (DeltaError, OSError, ValueError) as error:
             raise self._error(schema, "cannot be read", error) from None
+        if (version := _schema_version(table)) != SCHEMA_VERSION:
+            raise ResultsError(
+                f"results table {schema.name} ({place}): has results schema {version}, this version of lowprec reads "
+                f"and writes schema {SCHEMA_VERSION}; choose another results.root, or query it with the version that "
+                "wrote it"
+            )
         if {field.name: field.type for field in columns} != {field.name: field.type for field in schema.arrow}:
             differing = sorted({f"{f.name} {f.type}" for f in columns} ^ {f"{f.name} {f.type}" for f in schema.arrow})
             raise ResultsError(
@@ -203,7 +210,13 @@ class ResultsStore:
                     f"results root {self.root}: cannot be written: {error.strerror or error}; "
                     "make it writable or choose another results.root"
                 ) from None
-        return DeltaTable.create(self._place(schema).text, schema.arrow, mode="ignore", storage_options=self._options())
+        return DeltaTable.create(
+            self._place(schema).text,
+            schema.arrow,
+            mode="ignore",
+            description=f"{_DESCRIPTION}{SCHEMA_VERSION}",
+            storage_options=self._options(),
+        )
 
     def _check_folder(self, schema: TableSchema) -> None:
         """Refuse a folder of something else: Delta would add its log to it."""
@@ -233,6 +246,12 @@ class ResultsStore:
         else:
             advice = f"{reason}; check results.root and its permissions"
         return ResultsError(f"results table {schema.name} ({self._place(schema)}): {what}: {advice}")
+
+
+def _schema_version(table: DeltaTable) -> int:
+    """The results schema of a table; 1 for tables from before schemas had a number."""
+    found = re.fullmatch(rf"{_DESCRIPTION}(\d+)", table.metadata().description or "")
+    return int(found[1]) if found else 1
 
 
 def _reason(error: Exception) -> str:

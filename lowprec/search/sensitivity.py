@@ -104,8 +104,8 @@ def sensitivities(
     shrunk: NDArray[np.float64] = np.pad(first_order.sums, (0, z.shape[1] - len(first_order.sums)))
     promised, _ = profile.gaps_pct(z, shrunk)
     intervals = profile.intervals_pct(z, confidence=confidence)
-    exact_kl = [kl for sums in sampled for kl in sums.exact.totals()[sums.exact.num_plans : -1] / sums.y]
-    residual_kl = [e for sums in sampled for e in sums.kl.e / sums.y]
+    exact_kl = [kl for sums in sampled for kl in sums.exact.totals()[sums.exact.num_plans : -2] / sums.kl.y]
+    residual_kl = [e for sums in sampled for e in sums.kl.e / sums.kl.y]
     base = space.fp32_bytes
     return [
         Sensitivity(

@@ -44,7 +44,10 @@ def measure(job, workers=None, *, batches_per_task=2, **options):
 
 
 def arrays(profile):
-    found = [np.array([b.num_rows, b.num_unlabelled, b.weight, b.label, b.prediction, b.loss]) for b in profile.blocks]
+    found = [
+        np.array([b.num_rows, b.num_unlabelled, b.weight, b.label, b.prediction, b.loss, b.entropy])
+        for b in profile.blocks
+    ]
     found += [b.first for b in profile.blocks]
     for moment in (*(b.second for b in profile.blocks), profile.evidence):
         found += [value for value in vars(moment).values() if value is not None]
@@ -147,7 +150,9 @@ def test_the_profile_predicts_gaps_dense_and_sketched(job, max_dense, monkeypatc
     relative = kl / exact_kl - 1
     assert np.abs(relative).max() <= 4 * stated
     # The first order does not go through the sketch.
-    np.testing.assert_allclose(gap - kl, exact_gap - exact_kl, rtol=1e-9)
+    np.testing.assert_allclose(
+        gap - kl * profile.entropy / profile.loss, exact_gap - exact_kl * dense.entropy / dense.loss, rtol=1e-9
+    )
     np.testing.assert_allclose(profile.second.diagonal, dense.second.diagonal, rtol=1e-5)
     if max_dense == 4:
         assert np.abs(relative).max() > 1e-6

@@ -47,7 +47,7 @@ def test_kl_gap_is_that_of_torch_and_the_expected_gap_where_the_reference_is_cal
     m = sums_of_batch(reference, plans, labels, None, None).metrics(0, confidence=0.95)
     p, q = (torch.distributions.Bernoulli(logits=torch.tensor(z)) for z in (reference, plans[0]))
     kl = torch.distributions.kl_divergence(p, q).numpy()
-    assert m.kl_pct == pytest.approx(100 * kl.mean() / losses(reference, labels).mean(), rel=1e-6)
+    assert m.kl_pct == pytest.approx(100 * kl.mean() / p.entropy().numpy().mean(), rel=1e-6)
     # Labels were drawn from the reference, so both estimate the same number; the labelled one with far more noise.
     assert m.gap_interval_pct.lower <= m.kl_pct <= m.gap_interval_pct.upper
     width = {name: getattr(m, f"{name}_interval_pct") for name in ("gap", "kl")}
@@ -150,3 +150,19 @@ def test_metrics_survive_a_round_trip_through_plain_numbers():
     few = sums_of_batch(reference[:5], plans[:, :5], labels[:5], None, None).metrics(1, confidence=0.95)
     assert few.to_dict()["gap_upper_pct"] is None
     assert PlanMetrics.from_dict(few.to_dict()).gap_interval_pct.upper == math.inf
+
+
+@pytest.mark.parametrize("groups", [None, 7])
+def test_the_kl_gap_is_relative_to_the_entropy_of_the_reference(groups):
+    """The same as the gap where each label is replaced by the reference's own prediction, whatever the labels say."""
+    rng = np.random.default_rng(5)
+    z, w = rng.normal(size=3000), rng.exponential(size=3000)
+    plan = z + 0.05 * rng.normal(size=3000)
+    y = (rng.random(3000) < 0.1).astype(float)  # far from calibrated
+    p = 1 / (1 + np.exp(-z))
+    keys = None if groups is None else rng.integers(0, groups * 100, 3000)
+    found = sums_of_batch(z, plan[None], y, w, keys).metrics(0, confidence=0.95)
+    entropy = -p * np.log(p) - (1 - p) * np.log1p(-p)
+    cross = -p * -np.logaddexp(0, -plan) - (1 - p) * -np.logaddexp(0, plan)
+    assert found.kl_pct == pytest.approx(100 * (w * (cross - entropy)).sum() / (w * entropy).sum(), rel=1e-9)
+    assert found.kl_interval_pct.lower < found.kl_pct < found.kl_interval_pct.upper

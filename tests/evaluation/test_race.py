@@ -32,7 +32,7 @@ def lap(job, plans, batches, parts, num_parts, *, workers=None):
 
 
 def arrays(sums):
-    found = [sums.y, sums.yy_slices, sums.yy_rows, sums.changed, sums.predicted]
+    found = [sums.changed, sums.predicted]
     found += [*vars(sums.gap).values(), *vars(sums.kl).values(), sums.exact.loss, sums.exact.moments]
     return [np.asarray(v) for v in found]
 
@@ -66,9 +66,12 @@ def test_sums_are_those_of_their_definitions(job):
     np.testing.assert_allclose(sums.kl.e, f.sum(axis=1), **tolerance)
     np.testing.assert_allclose(sums.changed, (change**2).sum(axis=1), rtol=1e-6)
     np.testing.assert_allclose(sums.predicted, (linear**2).sum(axis=1), **tolerance)
-    assert (sums.y, sums.yy_rows, sums.yy_slices) == pytest.approx(
-        (loss.sum(), (loss**2).sum(), loss.sum() ** 2), rel=1e-9
-    )
+    entropy = losses(z, p)
+    np.testing.assert_allclose(sums.kl.ey_rows, f @ entropy, **tolerance)
+    for residuals, below in ((sums.gap, loss), (sums.kl, entropy)):
+        assert (residuals.y, residuals.yy_rows, residuals.yy_slices) == pytest.approx(
+            (below.sum(), (below**2).sum(), below.sum() ** 2), rel=1e-9
+        )
     assert sums.num_slices == 1 and sums.exact.num_rows == 256
 
 
@@ -115,7 +118,7 @@ def test_only_keeps_the_plans_asked_for_in_that_order(job):
     np.testing.assert_array_equal(some.kl.ee_rows, sums.kl.ee_rows[[3, 0]])
     np.testing.assert_array_equal(some.exact.loss, sums.exact.loss[[0, 4, 1]])
     np.testing.assert_array_equal(some.changed, sums.changed[[3, 0]])
-    assert (some.y, some.num_slices) == (sums.y, sums.num_slices)
+    assert (some.gap.y, some.kl.y, some.num_slices) == (sums.gap.y, sums.kl.y, sums.num_slices)
     assert some.exact.metrics(0, confidence=0.9) == sums.exact.metrics(3, confidence=0.9)
     # A lap of those that are left adds to them.
     more = lap(job, [plans[3], plans[0]], (4,), ((1,),), 4)
@@ -147,7 +150,9 @@ def test_what_is_kept_changes_no_bit(job):
 
 def test_the_fp32_plan_leaves_no_residual(job):
     sums = lap(job, [Plan.uniform(job.units, Precision.FP32)], (0,), ((0,),), 1)
-    assert not any(np.any(v) for v in (*vars(sums.gap).values(), *vars(sums.kl).values(), sums.changed, sums.predicted))
+    of_plans = ("e", "ee_slices", "ey_slices", "ee_rows", "ey_rows")
+    residuals = [getattr(part, name) for part in (sums.gap, sums.kl) for name in of_plans]
+    assert not any(np.any(v) for v in (*residuals, sums.changed, sums.predicted))
 
 
 def test_weights_multiply_and_rows_without_a_label_are_left_out(job):
@@ -168,7 +173,7 @@ def test_weights_multiply_and_rows_without_a_label_are_left_out(job):
     # A weight of 0 is as good as no label, but the row counts.
     zeros = sums(replace(batch, weights=(~np.isnan(holes)).astype(float)), "zeros")
     np.testing.assert_allclose(zeros.gap.e, some.gap.e, rtol=1e-9)
-    np.testing.assert_allclose(zeros.y, some.y, rtol=1e-9)
+    np.testing.assert_allclose(zeros.gap.y, some.gap.y, rtol=1e-9)
     twos = sums(replace(batch, labels=holes, weights=np.full(batch.num_rows, 2.0)), "twos")
     np.testing.assert_allclose(twos.gap.ee_rows, 4 * some.gap.ee_rows)
 
@@ -179,7 +184,7 @@ def test_a_slice_without_rows_counts_as_a_slice(job):
     empty = job.window("search").batch(0).part(0, 5000)
     task = RaceTask(tuple(random_plans(job.units, 2)), job.columns, (0,), ((0,),), (1,), "empty")
     nothing = task.sums(evaluator_of(job.spec, job.adapter), empty)
-    assert nothing.y == 0 and not nothing.gap.e.any() and nothing.num_slices == 1
+    assert nothing.gap.y == nothing.kl.y == 0 and not nothing.gap.e.any() and nothing.num_slices == 1
 
 
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 999))

@@ -10,7 +10,7 @@ from deltalake import write_deltalake
 
 from lowprec.errors import QueryError, ResultsError
 from lowprec.results import ResultsStore, latest_front, query, query_arrow, sensitivity_report
-from lowprec.results.schema import TABLES, to_arrow
+from lowprec.results.schema import SCHEMA_VERSION, TABLES, to_arrow
 
 
 @pytest.fixture
@@ -295,6 +295,6 @@ def test_the_front_survives_no_runs_table(tmp_path):
     """Only sensitivities were written before the process died."""
     empty = TABLES["sensitivities"].arrow.empty_table()
     assert isinstance(empty, pa.Table)
-    write_deltalake(tmp_path / "sensitivities", empty)
+    write_deltalake(tmp_path / "sensitivities", empty, description=f"lowprec results, schema {SCHEMA_VERSION}")
     with pytest.raises(QueryError, match="no search has results"):
         latest_front(tmp_path)

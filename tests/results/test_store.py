@@ -19,7 +19,7 @@ from deltalake import write_deltalake
 
 from lowprec.errors import ResultsError
 from lowprec.results import ResultsStore
-from lowprec.results.schema import TABLES, to_arrow
+from lowprec.results.schema import SCHEMA_VERSION, TABLES, to_arrow
 from lowprec.storage import Location
 from lowprec.storage.object_store import delta_options
 
@@ -228,9 +228,19 @@ def test_a_corrupt_table_is_reported_in_one_line(victim, row, place):
 def test_a_table_with_other_columns_is_refused(row, place):
     Location.of(place).is_url or Path(place).mkdir()
     other = pa.table({"row_key": ["k"], "number": [1.5]})
-    write_deltalake(f"{place}/trials", other, storage_options=options(place))
+    text = f"lowprec results, schema {SCHEMA_VERSION}"
+    write_deltalake(f"{place}/trials", other, storage_options=options(place), description=text)
     for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
         with pytest.raises(ResultsError, match="was written by another version of lowprec"):
+            use(ResultsStore(place))
+
+
+def test_a_table_whose_columns_had_another_meaning_is_refused(row, place):
+    before = to_arrow(TABLES["trials"], [row("trials", "k")], datetime.now(UTC))
+    Location.of(place).is_url or Path(place).mkdir()
+    write_deltalake(f"{place}/trials", before, storage_options=options(place))
+    for use in (lambda s: s.append("trials", [row("trials", "m")]), lambda s: s.read("trials")):
+        with pytest.raises(ResultsError, match=f"results schema 1, this version .* schema {SCHEMA_VERSION}"):
             use(ResultsStore(place))
 
 

@@ -34,7 +34,9 @@ def profile_of(z, s, y, kind="dense", rng=None):
         if kind == "groups":
             second = DenseMoment.of(v, p * (1 - p))
     first = (v.astype(float) * (p - y)).sum(axis=1)
-    block = BlockSums(len(z), 0, float(len(z)), float(y.sum()), float(p.sum()), float(loss.sum()), first, second)
+    entropy = float((-p * np.log(p) - (1 - p) * np.log1p(-p)).sum())
+    sums = float(len(z)), float(y.sum()), float(p.sum()), float(loss.sum()), entropy
+    block = BlockSums(len(z), 0, *sums, first, second)
     return Profile(columns, (block,), evidence)
 
 
