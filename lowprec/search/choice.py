@@ -10,6 +10,7 @@ from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
+from lowprec.search.rule import risk_pct
 from lowprec.search.trial import Trial
 
 __all__ = ["Choice", "Confirmed", "confidence_of_try", "finalists", "next_try", "recommended"]
@@ -45,9 +46,8 @@ class Confirmed:
 def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
     """The plans worth confirming, safest first; empty without trials that have a finite gap.
 
-    Each is the cheapest plan whose risk is within a share of the budget. The risk of a plan is the upper end of its
-    interval, or of one as wide around its KL gap where that is higher: choosing by the estimate would pick the plans
-    that noise favours. Without such a plan it is the cheapest whose estimate is within budget, else the most accurate.
+    Each is the cheapest plan whose risk (see `rule`) is within a share of the budget. Without such a plan it is the
+    cheapest whose estimate is within budget, else the most accurate.
     """
     trials = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
     chosen: dict[int, Choice] = {}
@@ -96,7 +96,7 @@ def recommended(confirmed: Sequence[Confirmed]) -> Confirmed:
 
 
 def _cheapest_within(trials: Sequence[Trial], budget_pct: float, share: float) -> Choice | None:
-    safe = [t for t in trials if _risk_pct(t.metrics) <= share * budget_pct]
+    safe = [t for t in trials if risk_pct(t.metrics) <= share * budget_pct]
     if not safe:
         return None
     because = (
@@ -108,8 +108,3 @@ def _cheapest_within(trials: Sequence[Trial], budget_pct: float, share: float) -
 
 def _cheapest_first(trial: Trial) -> tuple[float, float, int]:
     return trial.cost, trial.metrics.gap_pct, trial.number
-
-
-def _risk_pct(metrics: PlanMetrics) -> float:
-    interval = metrics.gap_interval_pct
-    return max(interval.upper, metrics.kl_pct + (interval.upper - interval.lower) / 2)

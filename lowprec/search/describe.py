@@ -110,7 +110,7 @@ def describe_profile(surrogate: Surrogate) -> dict[str, Any]:
         "front_plans": len(front.points),
         "front_is_exact": front.is_exact,
         # How much cheaper than the cheapest plan of the front at a budget another plan could be, at most.
-        "front_distance": max(_distance(front, budget) for budget, front in surrogate.secure.items()),
+        "front_distance": max(_distance(surrogate.rule_front, budget) for budget in surrogate.budgets),
         "logit_shift": first.shift,
         "logit_scale": first.scale,
         "first_order_kept": {"shift": first.shift_kept, "scale": first.scale_kept, "rest": first.rest_kept},

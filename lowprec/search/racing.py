@@ -11,6 +11,7 @@ from lowprec.evaluation.estimate import MIN_SLICES, PlanEstimate, estimates
 from lowprec.evaluation.profile import Profile
 from lowprec.evaluation.race import RaceSums
 from lowprec.plan import Plan
+from lowprec.search.rule import risk_on_window
 
 __all__ = ["Finish", "Rival", "laps", "race"]
 
@@ -18,25 +19,26 @@ __all__ = ["Finish", "Rival", "laps", "race"]
 # are rarely the ones to recommend.
 MAX_SHARE = 0.25
 MAX_SLICES = 64
-# A plan stops where the slices not seen could narrow its interval by no more than this share.
-RESOLVED = 0.25
+# The half width of an interval is itself an estimate from the slices seen, some percent off after the first laps. So a
+# risk is decided where its bounds keep this share of a budget as a distance from it.
+SLACK = 0.1
 
 
 class Rival(Protocol):
-    """A plan whose gap on the window is known already: its cost and an interval of that gap, in percent."""
+    """A plan whose risk on the window is known already: its cost and bounds of that risk, in percent."""
 
     @property
     def cost(self) -> float:
         """What the search minimises."""
 
     @property
-    def on_window(self) -> Interval:
-        """The gap on this very window."""
+    def risk_on_window(self) -> Interval:
+        """The risk on this very window."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Where a plan stopped, and why: `verdict`, `dominated`, `resolved`, or `end` where the last lap was over."""
+    """Where a plan stopped, and why: `rule`, `dominated`, or `end` where the last lap was over."""
 
     plan: Plan
     cost: float
@@ -45,9 +47,9 @@ class Finish:
     why: str
 
     @property
-    def on_window(self) -> Interval:
-        """The gap on this very window."""
-        return self.estimate.on_window
+    def risk_on_window(self) -> Interval:
+        """The risk on this very window."""
+        return risk_on_window(self.estimate)
 
 
 def laps(num_slices: int) -> list[int]:
@@ -76,12 +78,13 @@ def race(
 ) -> list[Finish]:
     """Race plans on the slices of a window in the random `order`; finishes in the order of plans.
 
-    `run_lap` evaluates plans on slices. A plan stops when every budget has its verdict, when a rival that costs no more
-    is better on this window with confidence, or when the slices not seen no longer matter (or would take too long).
+    `run_lap` evaluates plans on slices. A plan stops when it is known for every budget whether the plan meets the rule
+    of a search on this window, when a rival that costs no more has a lower risk with confidence, or when more slices
+    would take too long.
     Plans of one race are no rivals of each other, so what is found of a plan does not depend on its company: a wave
     that was cut in two is the same as a whole one.
     """
-    known = [(rival.cost, rival.on_window.upper) for rival in rivals]
+    known = [(rival.cost, rival.risk_on_window.upper) for rival in rivals]
     finished: dict[int, Finish] = {}
     running = list(range(len(plans)))
     sums: RaceSums | None = None
@@ -118,8 +121,7 @@ def race(
 def _decided(
     estimate: PlanEstimate, cost: float, known: Sequence[tuple[float, float]], budgets: Sequence[float]
 ) -> str | None:
-    if all(estimate.metrics.verdict(budget) != "inconclusive" for budget in budgets):
-        return "verdict"
-    if any(other <= cost and upper < estimate.on_window.lower for other, upper in known):
-        return "dominated"
-    return "resolved" if estimate.unresolved <= RESOLVED else None
+    risk = risk_on_window(estimate)
+    if all(risk.upper <= (1 - SLACK) * budget or risk.lower > (1 + SLACK) * budget for budget in budgets):
+        return "rule"
+    return "dominated" if any(other <= cost and upper < risk.lower for other, upper in known) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -92,6 +93,12 @@ class SearchSpace:
         """One plan for each precision, every decision as near to it as it may be; most exact first, none twice."""
         plans = [self.nearest_uniform(precision) for precision in Precision]
         return list(dict.fromkeys([*plans, self.cheapest]))
+
+    def every_plan(self) -> Iterator[Plan]:
+        """All plans; their number may be astronomical."""
+        names = [decision.name for decision in self.decisions]
+        for choices in itertools.product(*(decision.choices for decision in self.decisions)):
+            yield self.plan(dict(zip(names, choices, strict=True)))
 
     def check(self, plan: Mapping[str, Precision]) -> None:
         """Raise `ConfigError` where a plan has a precision that the space does not."""

@@ -28,11 +28,11 @@ MAX_ENUMERATED = 20_000
 
 @dataclass(frozen=True)
 class Known:
-    """A plan whose cost and gap (percent) are known, or promised by the proxy."""
+    """A plan whose cost and risk (percent, see `rule`) are known, or predicted by the profile."""
 
     plan: Plan
     cost: float
-    gap_pct: float
+    risk_pct: float
 
 
 def propose(
@@ -46,11 +46,11 @@ def propose(
     budget_pct: float,
     seed: int,
 ) -> list[Plan]:
-    """Up to `count` plans not known yet, minimising (cost, gap) under gap <= budget; fewer when none are left.
+    """Up to `count` plans not known yet, minimising (cost, risk) under risk <= budget; fewer when none are left.
 
-    `enqueued` plans come first, whatever the sampler thinks. The study begins with what is `known` and with the points
-    of the proxy's `front`, so the sampler proposes around both; of its proposals those with the least `excess`
-    (float64, one a plan) are taken. The same arguments give the same plans, in this process or another.
+    `enqueued` plans come first. The study begins with the plans that are `known` and with the points of the predicted
+    `front`, so the sampler proposes around both. Of its proposals those with the least `excess` (float64, one a plan)
+    are taken. The same arguments give the same plans, in this process or another.
     """
     distributions: dict[str, BaseDistribution] = {
         d.name: CategoricalDistribution([str(p) for p in d.choices]) for d in space.free
@@ -105,7 +105,7 @@ def _study(
     budget_pct: float,
     seed: int,
 ) -> optuna.Study:
-    known = [item for item in known if math.isfinite(item.gap_pct)]
+    known = [item for item in known if math.isfinite(item.risk_pct)]
     # What is known is the first generation; children cross two of its best and mutate. TPE asks tables one by one,
     # which takes far longer, and its proposals lie further from the front.
     sampler = optuna.samplers.NSGAIISampler(population_size=max(2, len(known)), seed=seed)
@@ -115,8 +115,8 @@ def _study(
             optuna.trial.create_trial(
                 params=_params(space, item.plan, distributions),
                 distributions=distributions,
-                values=[math.log(max(item.cost, 1e-9)), item.gap_pct],
-                constraints={"budget": item.gap_pct - budget_pct},
+                values=[math.log(max(item.cost, 1e-9)), item.risk_pct],
+                constraints={"budget": item.risk_pct - budget_pct},
                 system_attrs={sampler._get_generation_key(): 0},
             )
         )
@@ -133,16 +133,14 @@ def _others(space: SearchSpace, known: Sequence[Known], seen: set[Plan], count: 
         return []
     rng = random.Random(seed)
     if space.num_plans <= MAX_ENUMERATED:
-        names = [d.name for d in space.decisions]
-        every = itertools.product(*(d.choices for d in space.decisions))
-        fresh = [p for p in (space.plan(dict(zip(names, choices, strict=True))) for choices in every) if p not in seen]
+        fresh = [plan for plan in space.every_plan() if plan not in seen]
         return rng.sample(fresh, min(count, len(fresh)))
     found: dict[Plan, None] = {}
     by_cost = sorted(
-        (item for item in known if math.isfinite(item.gap_pct)), key=lambda item: (item.cost, item.gap_pct)
+        (item for item in known if math.isfinite(item.risk_pct)), key=lambda item: (item.cost, item.risk_pct)
     )
-    best = itertools.accumulate((item.gap_pct for item in by_cost), min)
-    front = [item.plan for item, least in zip(by_cost, best, strict=True) if item.gap_pct == least]
+    best = itertools.accumulate((item.risk_pct for item in by_cost), min)
+    front = [item.plan for item, least in zip(by_cost, best, strict=True) if item.risk_pct == least]
     for plans in (front, [item.plan for item in known], [space.most_exact]):
         moves = [plan.replace(dict.fromkeys(d.units, p)) for plan in plans for d in space.free for p in d.choices]
         fresh = [plan for plan in dict.fromkeys(moves) if plan not in seen and plan not in found]

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.confidence import radius
 from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile import Profile
 from lowprec.plan import Plan
 from lowprec.search.costs import Costs
-from lowprec.search.proxy import ProxyFront, ProxyPoint, build_proxy
+from lowprec.search.proxy import ProxyFront, ProxyModel, ProxyPoint, build_proxy
+from lowprec.search.risk_model import RiskModel
+from lowprec.search.rule_front import solve_rule
 from lowprec.search.shrinkage import FirstOrder, shrunk_first_order
 from lowprec.search.space import SearchSpace
 from lowprec.search.study import Known
-from lowprec.search.sweep import solve_front
+from lowprec.search.sweep import MAX_EXHAUSTIVE, EveryPlan, solve_front
 
 __all__ = ["Surrogate", "build_surrogate"]
 
 Float = NDArray[np.float64]
 
-# Points of a front that the sampler is told of.
-MAX_TOLD = 48
+# Points of a front that the sampler begins with, and by which a front is judged.
+MAX_ANCHORS = 48
 
 
 @dataclass(frozen=True)
 class Surrogate:
     """The profile of a search with its first-order sums shrunk, and what the quadratic model says is best.
 
-    `front` is over cost and promised gap. A certificate asks for more than a small gap: the upper end of its interval,
-    which grows with the KL gap of the plan. `secure` has for each budget the front over cost and an upper end that is
-    linear in the KL gap, with the slope `caution` that it has where it meets the budget.
+    `front` is over cost and promised gap. `rule_front` is over cost and risk, by which the search chooses: the
+    `gap_pct` of its points is a risk. `model` has the gaps that the profile measured, and the decisions of the space.
     """
 
     measured: MeasuredProfile
     first_order: FirstOrder
     costs: Costs
-    confidence: float
+    risk: RiskModel
+    budgets: tuple[float, ...]
     front: ProxyFront
-    secure: Mapping[float, ProxyFront]
-    caution: Mapping[float, float]
+    rule_front: ProxyFront
+    model: ProxyModel
 
     @property
     def profile(self) -> Profile:
@@ -52,58 +54,65 @@ class Surrogate:
 
     def promised_pct(self, plans: Sequence[Plan]) -> Float:
         """The gap that the profile promises for each plan, in percent."""
-        return self._promised(plans)[0]
+        z = self.profile.selected(plans)
+        shrunk = np.pad(self.first_order.sums, (0, z.shape[1] - len(self.first_order.sums)))
+        return self.profile.gaps_pct(z, shrunk)[0]
 
     def excess(self, plans: Sequence[Plan]) -> Float:
-        """By how much each plan is above the front of the loosest budget at its cost, in percent."""
-        budget = max(self.secure)
-        points = self.secure[budget].points
+        """By how much the risk of each plan is above the front at its cost, in percent."""
+        points = self.rule_front.points
         costs = np.array([point.cost for point in points])
-        ends = np.array([point.gap_pct for point in points])
+        risks = np.array([point.gap_pct for point in points])
         own = np.array([self.costs.cost(plan) for plan in plans])
         at = np.clip(np.searchsorted(costs, own, side="right") - 1, 0, len(costs) - 1)
-        promised, kl = self._promised(plans)
-        return np.asarray(promised + self.caution[budget] * kl - ends[at])
+        return np.asarray(self.risk.risks(plans) - risks[at])
 
-    def told(self) -> list[Known]:
-        """Points of the fronts for the sampler, evenly spread along them."""
-        each = max(1, MAX_TOLD // len(self.secure))
-        points = [p for front in self.secure.values() for p in _spread(front.points, each)]
-        plans = list(dict.fromkeys(p.plan for p in points))
-        promised = self.promised_pct(plans)
-        return [Known(plan, self.costs.cost(plan), float(gap)) for plan, gap in zip(plans, promised, strict=True)]
+    def anchor_points(self) -> list[Known]:
+        """Points of the front for the sampler to begin with, evenly spread along it."""
+        points = _spread(self.rule_front.points, MAX_ANCHORS)
+        return [Known(point.plan, point.cost, point.gap_pct) for point in points]
+
+    def alternatives(self, plan: Plan | None) -> tuple[Float, Float, Callable[[int], Plan]]:
+        """Cost and risk (float64[P] each) of plans that may be better than a given one, and the k-th of these plans.
+
+        All of a small space; of a large one the front and what lies one decision away from the plan.
+        """
+        if self._every is not None:
+            every, risks = self._every
+            return every.cost, risks, lambda k: self.model.plan(every.picks(np.array([k]))[0].tolist())
+        plans = [point.plan for point in self.rule_front.points]
+        if plan is not None:
+            free = self.model.space.free
+            plans += [plan.replace(dict.fromkeys(d.units, p)) for d in free for p in d.choices]
+        plans = [p for p in dict.fromkeys(plans) if self.costs.keeps_limits(p)]
+        return np.array([self.costs.cost(p) for p in plans]), self.risk.risks(plans), plans.__getitem__
+
+    @cached_property
+    def _every(self) -> tuple[EveryPlan, Float] | None:
+        """Every plan of a small space with its risk."""
+        every = EveryPlan.of(self.model) if self.model.space.num_plans <= MAX_EXHAUSTIVE else None
+        return None if every is None else (every, self.risk.risks_of_all(every))
 
     def candidates(self, count: int) -> list[Plan]:
         """Up to `count` plans: two thirds around the budgets, the others spread along the front of promised gaps.
 
-        Around a budget they are those whose predicted upper end is spread evenly, on a log scale, from a quarter of the
-        budget to double.
+        Around a budget they are those whose risk is spread evenly, on a log scale, from a quarter of the budget to
+        double.
         """
-        around = -(-2 * count // (3 * len(self.secure)))
+        around = -(-2 * count // (3 * len(self.budgets)))
         chosen: dict[Plan, None] = {}
-        for budget, front in self.secure.items():
-            plans = [point.plan for point in front.points]
-            upper = self._upper_pct(plans)
+        risks = np.array([point.gap_pct for point in self.rule_front.points])
+        for budget in self.budgets:
             for k in range(around):
                 target = budget * 2 ** (-2 + 3 * k / max(around - 1, 1))
-                within = np.flatnonzero(upper <= target)
+                within = np.flatnonzero(risks <= target)
                 if len(within):
-                    chosen.setdefault(plans[int(within[0])])
+                    chosen.setdefault(self.rule_front.points[int(within[0])].plan)
         for point in _spread(self.front.points, count):
             if len(chosen) >= count:
                 break
             chosen.setdefault(point.plan)
         return list(chosen)[:count]
-
-    def _promised(self, plans: Sequence[Plan]) -> tuple[Float, Float]:
-        z = self.profile.selected(plans)
-        shrunk = np.pad(self.first_order.sums, (0, z.shape[1] - len(self.first_order.sums)))
-        return self.profile.gaps_pct(z, shrunk)
-
-    def _upper_pct(self, plans: Sequence[Plan]) -> Float:
-        """The upper end that the interval of each plan will have if its gap is what is promised."""
-        intervals = self.profile.intervals_pct(self.profile.selected(plans), confidence=self.confidence)
-        return np.asarray(self.promised_pct(plans) + np.array([(i.upper - i.lower) / 2 for i in intervals]))
 
 
 def build_surrogate(
@@ -115,32 +124,38 @@ def build_surrogate(
     num_columns = len(profile.columns)
     percent = 100 / profile.loss if profile.loss else 0.0
     second = profile.second.dense()[:num_columns, :num_columns] * percent
-
-    def solved(caution: float) -> ProxyFront:
-        return solve_front(
-            build_proxy(
-                space,
-                profile.columns,
-                first_order.sums * percent,
-                second * (1 + caution),
-                cost=costs.unit_cost,
-                limits=costs.limits,
-            )
-        )
-
-    caution = {budget: _slope_of_upper_end(profile, budget, confidence) for budget in sorted(budgets)}
+    promised, measured_gap = (
+        build_proxy(space, profile.columns, first * percent, second, cost=costs.unit_cost, limits=costs.limits)
+        for first in (first_order.sums, profile.first[:num_columns])
+    )
+    front = solve_front(promised)
+    risk = RiskModel.of(profile, confidence=confidence)
+    if front.points:
+        risk = risk.widened(_block_effect(risk, front, confidence))
+    slopes = [_slope_of_upper_end(profile, budget, risk.deviations) for budget in sorted(budgets)]
     return Surrogate(
         measured=measured,
         first_order=first_order,
         costs=costs,
-        confidence=confidence,
-        front=solved(0.0),
-        secure={budget: solved(slope) for budget, slope in caution.items()},
-        caution=caution,
+        risk=risk,
+        budgets=tuple(sorted(budgets)),
+        front=front,
+        rule_front=solve_rule(measured_gap, risk, slopes) if front.points else front,
+        model=measured_gap,
     )
 
 
-def _slope_of_upper_end(profile: Profile, budget_pct: float, confidence: float) -> float:
+def _block_effect(risk: RiskModel, front: ProxyFront, confidence: float) -> float:
+    """How much wider intervals of the front are for the time blocks of the window, as a median of some plans."""
+    plans = [point.plan for point in _spread(front.points, MAX_ANCHORS)]
+    intervals = risk.profile.intervals_pct(risk.profile.selected(plans), confidence=confidence)
+    half = np.array([(interval.upper - interval.lower) / 2 for interval in intervals])
+    alone = risk.half_widths(plans)
+    known = np.isfinite(half) & (alone > 0)
+    return max(1.0, float(np.median(half[known] / alone[known]))) if known.any() else 1.0
+
+
+def _slope_of_upper_end(profile: Profile, budget_pct: float, deviations: float) -> float:
     """How fast half the width of a plan's interval grows with its KL gap, where KL gap and half width fill the budget.
 
     The first-order sum of a plan has about the variance z Q z (E[r^2] = h where the reference is calibrated), which is
@@ -148,8 +163,7 @@ def _slope_of_upper_end(profile: Profile, budget_pct: float, confidence: float) 
     """
     if profile.loss <= 0 or profile.num_rows == 0:
         return 0.0
-    c = radius(profile.num_rows, 1 - confidence, tuned_for=profile.num_rows) * math.sqrt(profile.num_rows)
-    factor = c * math.sqrt(2 / profile.loss)
+    factor = deviations * math.sqrt(2 / profile.loss)
     budget = budget_pct / 100
     root = (-factor + math.sqrt(factor**2 + 4 * budget)) / 2
     return factor / (2 * root)

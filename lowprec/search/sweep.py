@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from lowprec.search.bound import beyond_limits, beyond_one_limit, cost_bounds
-from lowprec.search.proxy import Float, Index, ProxyFront, ProxyModel, ProxyPoint, pair_gaps
+from lowprec.search.proxy import Float, Index, Matrix, ProxyFront, ProxyModel, ProxyPoint, pair_gaps
 from lowprec.search.walk import Picks, PlanFront, Walk, least, undominated
 
-__all__ = ["solve_front"]
+__all__ = ["EveryPlan", "front_of", "solve_front", "swept"]
 
 # Up to here every plan is scored.
 MAX_EXHAUSTIVE = 200_000
@@ -27,41 +30,86 @@ NUM_PAIRED = 24
 def solve_front(model: ProxyModel) -> ProxyFront:
     """The front over (cost, proxy gap) of the plans that keep the limits of the model."""
     is_exact = model.space.num_plans <= MAX_EXHAUSTIVE
-    reason = beyond_one_limit(model)
-    front = None if reason else _scored(model) if is_exact else _swept(model)
+    if reason := beyond_one_limit(model):
+        return ProxyFront((), is_exact, reason)
+    if is_exact:
+        every = EveryPlan.of(model)
+        front = None if every is None else every.front(every.totals(model.own, model.second))
+    else:
+        front = swept(model)
     if front is None:
-        return ProxyFront((), is_exact, reason or beyond_limits(model, is_proven=is_exact))
-    bounds = front.cost if is_exact else cost_bounds(model, front)
+        return ProxyFront((), is_exact, beyond_limits(model, is_proven=is_exact))
+    return front_of(model, front, front.cost if is_exact else cost_bounds(model, front), is_exact=is_exact)
+
+
+def front_of(model: ProxyModel, front: PlanFront, bounds: Float, *, is_exact: bool) -> ProxyFront:
+    """A front as it is handed on; bounds: float64[P], costs below which no plan has so small a gap."""
     rows = zip(front.cost.tolist(), front.gap.tolist(), bounds.tolist(), front.picks, strict=True)
     points = tuple(ProxyPoint(cost, gap, min(bound, cost), picks.tobytes(), model) for cost, gap, bound, picks in rows)
     return ProxyFront(points, is_exact)
 
 
-def _scored(model: ProxyModel) -> PlanFront | None:
-    """The front by scoring every plan; fixed decisions are folded into the terms of the free ones."""
-    free = np.flatnonzero(model.num_choices > 1)
-    moves = model.num_choices[model.owner] > 1
-    fixed = np.flatnonzero(~moves)
-    shape = tuple(model.num_choices[free].tolist())
-    numbers = np.arange(model.space.num_plans)
-    picks = np.stack(np.unravel_index(numbers, shape), axis=1) if shape else np.zeros((1, 0), dtype=np.int64)
-    entries = picks + np.cumsum([0, *shape])[: len(shape)].astype(np.int64)
-    usage = model.usage[:, moves][:, entries].sum(axis=2) + model.usage[:, fixed].sum(axis=1)[:, None]
-    kept = (usage <= model.at_most[:, None]).all(axis=0)
-    if not kept.any():
-        return None
-    own = model.own[moves] + model.second[np.ix_(moves, fixed)].sum(axis=1, dtype=np.float64)
-    gap = pair_gaps(own, model.second[np.ix_(moves, moves)], entries[kept])
-    gap += pair_gaps(model.own, model.second, fixed[None])
-    cost = model.cost[moves][entries[kept]].sum(axis=1) + model.cost[fixed].sum()
-    front = PlanFront.of(model, cost, gap, picks[kept].astype(np.uint8))
-    whole = np.zeros((len(front.cost), len(model.starts)), dtype=np.uint8)
-    whole[:, free] = front.picks
-    return PlanFront(front.cost, front.gap, whole, front.is_done, front.slack)
+@dataclass(frozen=True, eq=False)
+class EveryPlan:
+    """Every plan of a small space that keeps the limits; fixed decisions are folded into the terms of the free ones.
+
+    entries: int64[P, F], choices of the F free decisions, counted among the choices `moves` (bool[C]) of these; fixed:
+    the entries of the others; cost: float64[P].
+    """
+
+    model: ProxyModel
+    entries: Index
+    moves: NDArray[np.bool_]
+    fixed: Index
+    cost: Float
+
+    @classmethod
+    def of(cls, model: ProxyModel) -> EveryPlan | None:
+        """All of a space of at most `MAX_EXHAUSTIVE` plans; None where no plan keeps the limits."""
+        free = np.flatnonzero(model.num_choices > 1)
+        moves = model.num_choices[model.owner] > 1
+        fixed = np.flatnonzero(~moves)
+        shape = tuple(model.num_choices[free].tolist())
+        numbers = np.arange(model.space.num_plans)
+        picks = np.stack(np.unravel_index(numbers, shape), axis=1) if shape else np.zeros((1, 0), dtype=np.int64)
+        entries = picks + np.cumsum([0, *shape])[: len(shape)].astype(np.int64)
+        usage = model.usage[:, moves][:, entries].sum(axis=2) + model.usage[:, fixed].sum(axis=1)[:, None]
+        kept = (usage <= model.at_most[:, None]).all(axis=0)
+        if not kept.any():
+            return None
+        entries = entries[kept]
+        return cls(model, entries, moves, fixed, model.cost[moves][entries].sum(axis=1) + model.cost[fixed].sum())
+
+    def totals(self, own: Float, second: Matrix | None) -> Float:
+        """The sum of own terms (float64[C]) and of couplings (float[C, C], None for none) of each plan, float64[P]."""
+        moves, fixed = self.moves, self.fixed
+        if second is None:
+            return np.asarray(own[moves][self.entries].sum(axis=1) + own[fixed].sum())
+        lean = own[moves] + second[np.ix_(moves, fixed)].sum(axis=1, dtype=np.float64)
+        total = pair_gaps(lean, second[np.ix_(moves, moves)], self.entries)
+        total += pair_gaps(own, second, fixed[None])
+        return total
+
+    def picks(self, chosen: Index) -> Picks:
+        """Choices of every decision of some of the plans, uint8[N, D]."""
+        model, free = self.model, np.flatnonzero(self.model.num_choices > 1)
+        starts = np.cumsum([0, *model.num_choices[free].tolist()])[: len(free)].astype(np.int64)
+        whole = np.zeros((len(chosen), len(model.starts)), dtype=np.uint8)
+        whole[:, free] = self.entries[chosen] - starts
+        return whole
+
+    def front(self, gap: Float) -> PlanFront:
+        """Those that no other beats in cost and gap (float64[P])."""
+        slack = 1e-12 * float(np.abs(self.model.own).max())
+        kept = undominated(self.cost, gap, slack)
+        return PlanFront.of(self.model, self.cost[kept], gap[kept], self.picks(kept))
 
 
-def _swept(model: ProxyModel) -> PlanFront | None:
-    """Minimisers of gap + price * cost over all prices, the plans on the way between them, and their neighbourhood."""
+def swept(model: ProxyModel) -> PlanFront | None:
+    """The front of a large space; None where no plan was found that keeps the limits.
+
+    Minimisers of gap + price * cost over all prices, the plans on the way between them, and their neighbourhood.
+    """
     walk = Walk(model, model.starts)
     walk.move_to(least(model, model.cost, walk.table))
     walk.note()

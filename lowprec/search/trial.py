@@ -23,7 +23,7 @@ class Trial:
 
     `key` names checkpoint, window and plan, so the same evaluation has the same key in every run. `kind` is where the
     plan came from. `cost` is what the search minimises, bytes or latency. `promised_pct` is the gap that the profile
-    promised before anything was evaluated exactly, `on_window` an interval of the gap on this very window (percent).
+    promised before anything was evaluated exactly, `risk_on_window` bounds of the risk on this very window (percent).
     """
 
     key: str
@@ -36,14 +36,14 @@ class Trial:
     cost: float
     promised_pct: float | None
     metrics: PlanMetrics
-    on_window: Interval
+    risk_on_window: Interval
     rows: RowAccount
 
     def to_row(self) -> dict[str, Any]:
         """The columns of the `trials` table that come from the trial itself."""
         flat = self.metrics.to_dict()
-        ends = [self.on_window.lower, self.on_window.upper]
-        extra = {"rows": self.rows.to_dict(), "on_window_pct": [v if math.isfinite(v) else None for v in ends]}
+        ends = [self.risk_on_window.lower, self.risk_on_window.upper]
+        extra = {"rows": self.rows.to_dict(), "risk_on_window_pct": [v if math.isfinite(v) else None for v in ends]}
         return {
             "trial_key": self.key,
             "number": self.number,
@@ -62,7 +62,7 @@ class Trial:
     def from_row(cls, row: Mapping[str, Any]) -> Trial:
         """The inverse of `to_row`."""
         flat = json.loads(row["metrics_json"])
-        lower, upper = flat["on_window_pct"]
+        lower, upper = flat["risk_on_window_pct"]
         return cls(
             key=row["trial_key"],
             number=row["number"],
@@ -74,7 +74,7 @@ class Trial:
             cost=row["cost"],
             promised_pct=row["promised_pct"],
             metrics=PlanMetrics.from_dict(flat),
-            on_window=Interval(-math.inf if lower is None else lower, math.inf if upper is None else upper),
+            risk_on_window=Interval(-math.inf if lower is None else lower, math.inf if upper is None else upper),
             rows=RowAccount.from_dict(flat["rows"]),
         )
 

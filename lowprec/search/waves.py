@@ -8,6 +8,8 @@ import numpy as np
 
 from lowprec.config import SearchConfig
 from lowprec.plan import Plan
+from lowprec.search.descent import descent
+from lowprec.search.rule import risk_pct
 from lowprec.search.space import SearchSpace, at_least_as_exact
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
@@ -26,8 +28,9 @@ def next_wave(
 ) -> tuple[str, list[Plan]]:
     """The kind of a wave and its plans.
 
-    First uniform plans, or, from a plan to start with, that plan and what makes some of its units more exact; then the
-    front of the quadratic model, then what the sampler proposes around it.
+    First uniform plans, or, from a plan to start with, that plan and what makes some of its units more exact. Then all
+    others where the limit on trials allows it; else the front of the quadratic model, then in turn cheaper plans that
+    may meet the rule and, where there are none, what the sampler proposes around the front.
     """
     costs, size = surrogate.costs, settings.wave_size
     if wave == 0:
@@ -35,16 +38,21 @@ def next_wave(
         first = space.uniform_plans() if start is None else _around(surrogate, space, settings, start)
         if first := [plan for plan in first if costs.keeps_limits(plan)]:
             return kind, first
-    known = [Known(t.plan, t.cost, t.metrics.gap_pct) for t in before]
+    if space.num_plans <= settings.max_trials:
+        done = {trial.plan for trial in before}
+        return "all", [p for p in space.every_plan() if p not in done and costs.keeps_limits(p)][: 2 * size]
+    known = [Known(t.plan, t.cost, risk_pct(t.metrics)) for t in before]
     is_first = all(trial.kind in ("uniform", "start") for trial in before)
     seed = int(np.random.SeedSequence([settings.seed, wave]).generate_state(1)[0])
+    if not is_first and (plans := descent(surrogate, before, max(1, size // 2))):
+        return "descent", plans
     # The front gets a wave of double size; those that follow are what the sampler proposes around it.
     count = 2 * size if is_first else size
     plans = propose(
         space,
         known,
         enqueued=surrogate.candidates(count) if is_first else (),
-        front=surrogate.told(),
+        front=surrogate.anchor_points(),
         excess=surrogate.excess,
         count=count,
         budget_pct=settings.all_budgets[-1],

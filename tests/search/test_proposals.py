@@ -11,6 +11,7 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended
+from lowprec.search.rule import known_risk
 from lowprec.search.sensitivity import single_swaps
 from lowprec.search.space import build_space
 from lowprec.search.study import Known, propose
@@ -37,8 +38,9 @@ def metrics(gap, half_width=0.0, kl=None):
 
 
 def trial_of(number, plan, size_bytes, found, wave=0):
-    on_window = Interval(found.gap_pct, found.gap_pct)
-    return Trial(f"k{number}", number, wave, "t", plan, size_bytes, None, size_bytes, 0.01, found, on_window, ROWS)
+    return Trial(
+        f"k{number}", number, wave, "t", plan, size_bytes, None, size_bytes, 0.01, found, known_risk(found), ROWS
+    )
 
 
 def trial(plan, number=0, wave=0, half_width=0.0, space=SPACE):

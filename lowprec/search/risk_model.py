@@ -1,0 +1,72 @@
+"""The rule of a search as a function of the profile: what risk a plan is predicted to have (see `rule`).
+
+With the first-order sums a, Q and the evidence E of a profile, a plan z has the gap a z + 1/2 z Q z, the KL gap
+1/2 z Q z, and an interval whose half width grows with sqrt(z E z). So the risk follows from quadratic forms. The sums a
+are those measured, label noise included, because the rule looks at the measured gap. The KL gap keeps that noise from
+being exploited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lowprec.evaluation.confidence import deviations
+from lowprec.evaluation.profile import Profile
+from lowprec.plan import Plan
+from lowprec.search.proxy import Float, build_proxy
+from lowprec.search.sweep import EveryPlan
+
+__all__ = ["RiskModel"]
+
+
+@dataclass(frozen=True, eq=False)
+class RiskModel:
+    """Predicted risks, in percent.
+
+    deviations: half the width of an interval, in standard errors of the labelled gap.
+    """
+
+    profile: Profile
+    deviations: float
+
+    @classmethod
+    def of(cls, profile: Profile, *, confidence: float) -> RiskModel:
+        """With intervals at a confidence, of the window that was profiled."""
+        return cls(profile, deviations(profile.num_rows, 1 - confidence) if profile.num_rows else math.inf)
+
+    def widened(self, factor: float) -> RiskModel:
+        """The same with intervals wider by a factor."""
+        return replace(self, deviations=self.deviations * factor)
+
+    def half_widths(self, plans: Sequence[Plan]) -> Float:
+        """Half the width of each plan's interval, float64[P]."""
+        ahead = np.pad(self.profile.selected(plans), ((0, 0), (0, 1)))
+        return self._half_widths(self.profile.evidence.quadratic(ahead))
+
+    def risks(self, plans: Sequence[Plan]) -> Float:
+        """The risk of each plan, float64[P]."""
+        gaps, divergences = self.profile.gaps_pct(self.profile.selected(plans))
+        return np.asarray(np.maximum(gaps, divergences) + self.half_widths(plans))
+
+    def risks_of_all(self, every: EveryPlan) -> Float:
+        """The risk of every plan of a small space, with the gaps of `every.model`."""
+        gap_model, profile = every.model, self.profile
+        k = len(profile.columns)
+        spread = build_proxy(
+            gap_model.space,
+            profile.columns,
+            np.zeros(k),
+            2 * profile.evidence.dense()[:k, :k],  # a proxy halves its second-order terms
+            cost=lambda unit, precision: 0.0,
+        )
+        gap = every.totals(gap_model.own, gap_model.second)
+        divergence = (gap - every.totals(gap_model.first, None)) * (profile.loss / profile.entropy)
+        variance = every.totals(spread.own, spread.second)
+        return np.asarray(np.maximum(gap, divergence) + self._half_widths(variance))
+
+    def _half_widths(self, variance: Float) -> Float:
+        return np.asarray(100 * self.deviations * np.sqrt(np.maximum(variance, 0.0)) / self.profile.loss)

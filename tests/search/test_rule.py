@@ -1,0 +1,160 @@
+"""The rule of a search: what it asks, what the profile predicts of it, and that a search finds the cheapest plan."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lowprec.evaluation.confidence import Interval
+from lowprec.evaluation.estimate import PlanEstimate
+from lowprec.evaluation.evaluate import evaluate_plans
+from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.worker import LocalWorkers
+from lowprec.search import open_job, run_search
+from lowprec.search import rule_front as rule_front_module
+from lowprec.search import sweep as sweep_module
+from lowprec.search.choice import finalists
+from lowprec.search.descent import descent
+from lowprec.search.record import RunRecord
+from lowprec.search.rule import known_risk, risk_on_window, risk_pct
+from lowprec.search.surrogate import build_surrogate
+from lowprec.search.trial import Trial
+
+BUDGET = 0.02
+
+
+def metrics(gap, half, kl):
+    return PlanMetrics(
+        1000, 1000, 1000, gap, Interval(gap - half, gap + half), kl, Interval(kl, kl),
+        0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95,
+    )  # fmt: skip
+
+
+def test_the_risk_is_that_of_the_worse_of_both_gaps():
+    assert risk_pct(metrics(0.03, 0.01, 0.02)) == pytest.approx(0.04)
+    assert risk_pct(metrics(-0.5, 0.01, 0.02)) == pytest.approx(0.03)  # a negative gap excuses no KL gap
+    assert risk_pct(metrics(0.0, math.inf, 0.0)) == math.inf
+    assert math.isnan(risk_pct(metrics(math.nan, 0.01, 0.02)))
+    assert known_risk(metrics(0.03, 0.01, 0.02)) == Interval(0.04, 0.04)
+
+
+def test_bounds_of_the_risk_on_a_window_follow_from_those_of_both_gaps():
+    estimate = PlanEstimate(metrics(0.0, 0.5, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06), 0.01)
+    assert risk_on_window(estimate) == Interval(pytest.approx(0.03), pytest.approx(0.07))
+    unknown = PlanEstimate(metrics(0.0, math.inf, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06), math.inf)
+    assert risk_on_window(unknown) == Interval(-math.inf, math.inf)
+
+
+@pytest.fixture
+def surrogate(small_config):
+    """A function that solves the small model; its reference's logits were shifted, so that gaps may be negative."""
+    job = open_job(small_config("space.precisions=[int8, int4, int2]"))
+    workers = LocalWorkers(job.spec, job.adapter)
+
+    def solve():
+        measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
+        return job, build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], confidence=0.95)
+
+    return solve
+
+
+def test_predicted_risks_are_those_of_evaluating_the_whole_window(surrogate):
+    job, found = surrogate()
+    plans = [plan for k, plan in enumerate(job.space.every_plan()) if k % 20 == 0]
+    workers = LocalWorkers(job.spec, job.adapter)
+    exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
+    risks, predicted = np.array([risk_pct(m) for m in exact]), found.risk.risks(plans)
+    known = np.isfinite(risks)
+    assert known.mean() > 0.9
+    assert np.corrcoef(np.log(risks[known]), np.log(predicted[known]))[0, 1] > 0.99
+    assert np.median(risks[known] / predicted[known]) == pytest.approx(1, abs=0.05)
+
+
+def test_the_front_of_a_small_space_is_that_of_scoring_every_plan(surrogate):
+    job, found = surrogate()
+    plans = list(job.space.every_plan())
+    costs, risks = np.array([found.costs.cost(p) for p in plans]), found.risk.risks(plans)
+    assert found.rule_front.is_exact
+    for point in found.rule_front.points:
+        assert point.gap_pct == pytest.approx(risks[costs <= point.cost].min(), rel=1e-9)
+    cost, risk, plan_of = found.alternatives(None)
+    for k in (0, 5, len(plans) - 1):
+        assert cost[k] == found.costs.cost(plan_of(k)) and risk[k] == pytest.approx(found.risk.risks([plan_of(k)])[0])
+
+
+def test_the_front_of_a_large_space_comes_close(surrogate, monkeypatch):
+    _, exact = surrogate()
+    monkeypatch.setattr(sweep_module, "MAX_EXHAUSTIVE", 0)
+    monkeypatch.setattr(rule_front_module, "MAX_EXHAUSTIVE", 0)
+    _, pooled = surrogate()
+    assert exact.rule_front.is_exact and not pooled.rule_front.is_exact
+    costs, risks = (np.array([getattr(p, name) for p in exact.rule_front.points]) for name in ("cost", "gap_pct"))
+    for point in pooled.rule_front.points:
+        best = costs[risks <= point.gap_pct * (1 + 1e-9)].min()
+        assert best <= point.cost <= 1.1 * best
+        assert point.cost_bound <= point.cost
+
+
+def trial_of(number, plan, cost, risk):
+    m = metrics(risk / 2, risk / 2, 0.0)
+    return Trial(f"k{number}", number, 0, "t", plan, int(cost), None, cost, None, m, known_risk(m), None)
+
+
+def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(surrogate):
+    """Measured risks are predicted ones times 1.3: that is learnt from the trials, and nothing is missed."""
+    job, found = surrogate()
+    plans = list(job.space.every_plan())
+    risks = 1.3 * found.risk.risks(plans)
+    budget = float(np.median(risks))
+    found = build_surrogate(found.measured, job.space, found.costs, budgets=[budget], confidence=0.95)
+    of = dict(zip(plans, risks, strict=True))
+    trials = [trial_of(k, p, found.costs.cost(p), of[p]) for k, p in enumerate(job.space.uniform_plans())]
+    for _ in range(20):
+        proposed = descent(found, trials, 8)
+        if not proposed:
+            break
+        assert len(set(proposed)) == len(proposed) <= 8 and not {t.plan for t in trials} & set(proposed)
+        trials += [trial_of(len(trials) + k, p, found.costs.cost(p), of[p]) for k, p in enumerate(proposed)]
+    else:
+        raise AssertionError("the descent does not end")
+    cheapest = min(found.costs.cost(p) for p in plans if of[p] <= budget)
+    assert min(t.cost for t in trials if risk_pct(t.metrics) <= budget) <= 1.002 * cheapest
+    assert len(trials) < 50
+
+
+def test_a_space_within_the_limit_on_trials_is_evaluated_whole(small_config):
+    units = "space.units=[{match: 'table:c[0-2]', fixed: int8}]"
+    config = small_config("space.precisions=[int8, int4, int2]", units, "search.max_trials=30")
+    outcome = run_search(config)
+    trials = RunRecord(open_job(config), outcome.run_id).trials("exact")
+    assert len(trials) == open_job(config).space.num_plans == 27
+    assert {t.kind for t in trials} == {"uniform", "all"}
+
+
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_the_boldest_finalist_is_the_cheapest_plan_that_the_rule_allows(small_config, shift, tmp_path):
+    """Also where the reference is badly calibrated, so that low precision has gaps below zero."""
+    import torch
+    from safetensors.torch import load_file
+
+    config = small_config()
+    weights = load_file(config.model.checkpoint) if config.model.checkpoint.endswith("safetensors") else None
+    weights = weights or torch.load(config.model.checkpoint)
+    last = max(name for name in weights if name.endswith(".bias") and weights[name].numel() == 1)
+    weights[last] = weights[last] + shift
+    torch.save(weights, tmp_path / "shifted.pt")
+    options = "space.precisions=[int8, int4, int2]", f"model.checkpoint={tmp_path}/shifted.pt", "search.max_trials=48"
+    job = open_job(small_config(*options))
+    plans = list(job.space.every_plan())
+    workers = LocalWorkers(job.spec, job.adapter)
+    exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
+    risks = np.array([risk_pct(m) for m in exact])
+    budget = float(np.quantile(risks, 0.4))
+    config = small_config(*options, f"search.budget={budget}")
+    outcome = run_search(config)
+    trials = RunRecord(open_job(config), outcome.run_id).trials("exact")
+    boldest = min((c.trial for c in finalists(trials, budget)), key=lambda t: t.cost)
+    sizes = np.array([job.space.size_bytes(plan) for plan in plans])
+    assert risks[plans.index(boldest.plan)] <= budget * (1 + 1e-6)
+    assert boldest.size_bytes <= 1.01 * sizes[risks <= budget].min()
+    assert len(trials) <= 48
