@@ -19,6 +19,8 @@ State = Literal["ok", "warn", "breach", "insufficient_data", "error"]
 # From the best to the worst: the state of a command that judged several windows is the worst of theirs.
 SEVERITY: tuple[State, ...] = ("ok", "insufficient_data", "warn", "error", "breach")
 
+# A decision that needs more windows than this is out of reach.
+MAX_WINDOWS = 10_000
 # Beyond such a change of the reference's own calibration its gap without labels is no longer the expected one.
 CALIBRATION_CHANGE = 0.1
 
@@ -117,7 +119,8 @@ def judge(
         return Judgement("insufficient_data", (*ended, missing), warnings)
     if not standing.running.upper * 100 <= budget_pct:
         reason = f"not enough evidence yet: the {other}gap over {windows} is {running}, the budget {budget}"
-        return Judgement("insufficient_data", (*ended, reason + _why_unknown(standing, evidence)), warnings)
+        more = _evidence_needed(standing, evidence, num_running, budget_pct)
+        return Judgement("insufficient_data", (*ended, f"{reason}; {more}"), warnings)
     kept = (*ended, f"the {other}gap over {windows} is {running}, within {budget}")
     return Judgement("warn" if warnings else "ok", kept, warnings)
 
@@ -131,17 +134,24 @@ def _missing(metrics: PlanMetrics | None, num_unlabelled: int) -> str | None:
     return None
 
 
-def _why_unknown(standing: Standing, evidence: Evidence) -> str:
-    """Why there is no interval, where there is none."""
-    if math.isfinite(standing.running.upper):
-        return ""
+def _evidence_needed(standing: Standing, evidence: Evidence, num_running: int, budget_pct: float) -> str:
+    """How much evidence was found and is needed, and after about how many more windows there is a decision."""
     moments = evidence.moments
-    if moments.num_units < MIN_UNITS:
-        return f" ({moments.num_units} independent examples in this window; at least {MIN_UNITS} are needed)"
-    return (
-        f" (the change lies in {moments.effective_units:.0f} of {moments.num_units} examples of this window; at least "
-        f"{MIN_EFFECTIVE_UNITS} must carry it)"
-    )
+    found = f"{moments.effective_units:,.0f} effective units found in this window (of {moments.num_units:,})"
+    needed = f"at least {MIN_EFFECTIVE_UNITS} (of {MIN_UNITS}) needed"
+    if not math.isfinite(standing.running.upper):
+        if moments.effective_units == 0:
+            return f"{found}, {needed}: no logit changed"
+        factor = max(MIN_UNITS / moments.num_units, MIN_EFFECTIVE_UNITS / moments.effective_units)
+        return f"{found}, {needed}: about {math.ceil(factor * 10) / 10:g} times the examples of this window"
+    gap = standing.running_gap
+    distance = abs(budget_pct / 100 - gap)
+    half = standing.running.upper - gap if budget_pct / 100 >= gap else gap - standing.running.lower
+    factor = (half / distance) ** 2 if distance else math.inf
+    if factor * num_running > MAX_WINDOWS:
+        return f"{found}: a decision needs more than {MAX_WINDOWS:,} windows like these; the gap is at the budget"
+    more = max(1, math.ceil(factor * num_running) - num_running)
+    return f"{found}: a decision needs about {more:,} more window{'s' * (more != 1)} like these"
 
 
 def _input_warnings(

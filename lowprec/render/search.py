@@ -77,7 +77,7 @@ def render_search(document: Mapping[str, Any]) -> None:
     for warning in document["warnings"]:
         stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     for recommendation in document["recommendations"]:
-        _render_verdict(recommendation["verdict"], recommendation["budget_pct"])
+        _render_verdict(recommendation)
 
 
 def render_verify(document: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ def render_verify(document: Mapping[str, Any]) -> None:
     render_rows("verified", document["rows"])
     for warning in document["warnings"]:
         stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    _render_verdict(document["verdict"], document["budget_pct"])
+    _render_verdict(document)
     snapshot = document["snapshot"]
     if snapshot and snapshot["plan_path"]:
         stdout.print(f"the plan for {escape(snapshot['checkpoint'])}: {escape(snapshot['plan_path'])}")
@@ -196,5 +196,10 @@ def _render_quality(metrics: Mapping[str, Any]) -> None:
         stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (binned, within {error}), calibration {calibration}")
 
 
-def _render_verdict(verdict: str, budget_pct: float) -> None:
-    stdout.print(f"[{VERDICT_STYLE[verdict]}]{verdict}[/] against a budget of {budget_pct} %")
+def _render_verdict(document: Mapping[str, Any]) -> None:
+    verdict, missing = document["verdict"], document["missing_evidence"]
+    stdout.print(f"[{VERDICT_STYLE[verdict]}]{verdict}[/] against a budget of {document['budget_pct']} %")
+    if missing:
+        stdout.print(f"missing evidence: {missing['text']}")
+    elif not document.get("saves", True):
+        stdout.print("the recommended plan saves nothing, which is no success")

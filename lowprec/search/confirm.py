@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowprec.errors import ModelError
+from lowprec.evaluation.confidence import Verdict
 from lowprec.plan import Plan
 from lowprec.search.choice import Choice, Confirmed, confidence_of_try, finalists, next_try, recommended
 from lowprec.search.trial import Trial
@@ -18,11 +20,20 @@ EvaluateThere = Callable[[Sequence[Trial], float, int], list[Trial]]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The plan for one budget, and all that were confirmed for it: finalists safest first, then later tries."""
+    """The plan for one budget, and all that were confirmed for it: finalists safest first, then later tries.
+
+    saves: whether the plan costs less than the reference.
+    """
 
     budget_pct: float
     best: Confirmed
     tried: tuple[Confirmed, ...]
+    saves: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """That of the plan; a plan that saves nothing is no success, whatever its gap."""
+        return self.best.verdict if self.saves else "inconclusive"
 
 
 def confirm(
@@ -33,12 +44,15 @@ def confirm(
     confidence: float,
     evaluate: EvaluateThere,
     note: Callable[[str], None],
+    reference_cost: float = math.inf,
+    num_spent: int = 0,
 ) -> list[Recommendation]:
     """One recommendation for each budget; raises `ModelError` where no trial has a finite gap.
 
     The finalists of all budgets are evaluated together. Where none of a budget's is certified, safer plans are tried
     one by one, each at a stricter confidence, so that all tries on this window together keep `confidence`. `found` are
-    the confirmed trials of this run from before a resumption: they keep the try that they were part of.
+    the confirmed trials of this run from before a resumption: they keep the try that they were part of. num_spent:
+    tries of other runs on this window, which have spent their parts of the error rate.
     """
     choices = {budget: finalists(trials, budget) for budget in budgets}
     if not all(choices.values()):
@@ -47,13 +61,15 @@ def confirm(
         if not chosen[0].meets_budget:
             note(f"no plan meets the budget of {budget} percent")
     known = {trial.plan: trial for trial in found}
-    attempts = 1 + max((trial.wave for trial in found), default=-1)
+    attempts = max(num_spent, 1 + max((trial.wave for trial in found), default=-1))
+    first = min((trial.wave for trial in found), default=attempts)
     new = {c.trial.plan: c.trial for chosen in choices.values() for c in chosen if c.trial.plan not in known}
     if new:
         if attempts:
             note(
-                f"{len(known)} plans of this run were confirmed on the same window before: new ones are held to "
-                f"{100 * confidence_of_try(confidence, attempts):.5g} percent confidence"
+                f"{_spent(len(known), num_spent)}: new plans are held to "
+                f"{100 * confidence_of_try(confidence, attempts):.6g} percent confidence, so that all of them together "
+                f"keep {100 * confidence:g} percent; a newer confirm window begins afresh"
             )
         known |= _evaluated(list(new.values()), confidence, attempts, evaluate)
         attempts += 1
@@ -67,7 +83,9 @@ def confirm(
         fresh: dict[float, Choice] = {}
         for budget in failed:
             # Nor what was confirmed for another budget in an earlier try: its interval is not as strict as this one's.
-            tested = {c.choice.trial.plan for c in tried[budget]} | {p for p, t in known.items() if t.wave < later}
+            tested = {c.choice.trial.plan for c in tried[budget]} | {
+                p for p, t in known.items() if t.wave < first + later
+            }
             if choice := next_try(trials, budget, tested, later):
                 fresh[budget] = choice
         if not fresh:
@@ -86,7 +104,23 @@ def confirm(
             if tried[budget][-1].verdict == "certified":
                 best[budget] = tried[budget][-1]
         later += 1
-    return [Recommendation(budget, best[budget], tuple(tried[budget])) for budget in budgets]
+    found_for = []
+    for budget in budgets:
+        saves = best[budget].choice.trial.cost < reference_cost
+        if not saves:
+            note(
+                f"the recommended plan for a budget of {budget:g} % saves nothing, so the search is inconclusive; "
+                "search and confirm on more traffic, or raise the budget"
+            )
+        found_for.append(Recommendation(budget, best[budget], tuple(tried[budget]), saves))
+    return found_for
+
+
+def _spent(num_known: int, num_spent: int) -> str:
+    """Which tries have spent a part of the error rate already."""
+    if num_spent:
+        return f"the confirm window of this checkpoint was used {num_spent} time{'s' * (num_spent != 1)} before"
+    return f"{num_known} plans of this run were confirmed on the same window before"
 
 
 def _evaluated(new: Sequence[Trial], confidence: float, attempt: int, evaluate: EvaluateThere) -> dict[Plan, Trial]:

@@ -9,6 +9,7 @@ from typing import Any
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
+from lowprec.evaluation.shortfall import shortfall
 from lowprec.plan import PlanFile, RowRange, rowwise_ranges
 from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
@@ -24,7 +25,9 @@ class SearchOutcome:
     """What a search found: a recommended plan for each budget (tightest first) with its evidence, and the front.
 
     `plan_paths` has a file for each recommendation; `profile_path` is the profile of the search window, `profiled` says
-    what it found of the reference. `notes` are warnings that are not about a metric.
+    what it found of the reference. `notes` are warnings that are not about a metric. confirm_days: the length of the
+    confirm window. by_group: whether groups are the units of evidence. num_spent: how often other runs had confirmed on
+    an overlapping window of this checkpoint.
     """
 
     run_id: str
@@ -40,11 +43,14 @@ class SearchOutcome:
     row_ranges: Mapping[str, RowRange]
     notes: tuple[str, ...]
     seconds: float
+    confirm_days: float | None = None
+    by_group: bool = False
+    num_spent: int = 0
 
     @property
     def verdict(self) -> Verdict:
         """That of the recommended plans on the confirm window: certified where all are, rejected where one is."""
-        verdicts = [r.best.verdict for r in self.recommendations]
+        verdicts = [r.verdict for r in self.recommendations]
         if "rejected" in verdicts:
             return "rejected"
         return "certified" if set(verdicts) == {"certified"} else "inconclusive"
@@ -64,6 +70,7 @@ class SearchOutcome:
             "profile": dict(self.profiled),
             "windows": dict(self.windows),
             "num_trials": self.num_trials,
+            "confirm_window_uses": self.num_spent,
             "warnings": list(
                 dict.fromkeys((*(w for r in self.recommendations for w in r.best.metrics.warnings()), *self.notes))
             ),
@@ -76,7 +83,9 @@ class SearchOutcome:
         best = recommendation.best
         return {
             "budget_pct": recommendation.budget_pct,
-            "verdict": best.verdict,
+            "verdict": recommendation.verdict,
+            "saves": recommendation.saves,
+            "missing_evidence": self._shortfall(recommendation),
             "meets_budget_in_search": best.choice.meets_budget,
             "because": best.choice.because,
             **self._plan(best.choice.trial),
@@ -86,6 +95,14 @@ class SearchOutcome:
             "confirm": best.metrics.to_dict(),
             "finalists": [self._finalist(confirmed) for confirmed in recommendation.tried],
         }
+
+    def _shortfall(self, recommendation: Recommendation) -> dict[str, Any] | None:
+        """What an inconclusive verdict lacks."""
+        best = recommendation.best
+        found = shortfall(
+            best.metrics, recommendation.budget_pct, best.verdict, days=self.confirm_days, by_group=self.by_group
+        )
+        return None if found is None else {**found.to_dict(), "text": found.sentence()}
 
     def _finalist(self, confirmed: Confirmed) -> dict[str, Any]:
         return {

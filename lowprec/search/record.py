@@ -21,6 +21,7 @@ from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial
 from lowprec.storage import Location
+from lowprec.traffic.window import overlap
 
 __all__ = ["RunRecord"]
 
@@ -205,6 +206,13 @@ class RunRecord:
         """The trials of the run of one kind of evaluation (exact, confirm), in order."""
         rows = self._store.read("trials", run_id=self.run_id, evaluation=evaluation).to_pylist()
         return sorted((Trial.from_row(r) for r in rows), key=lambda t: t.number)
+
+    def num_confirmations(self, window: str) -> int:
+        """How many tries of other runs on this checkpoint confirmed plans on a window that overlaps with this one."""
+        runs = self._store.read("runs", checkpoint_sha256=self.job.checkpoint_sha256).column("run_id").to_pylist()
+        others = set(runs) - {self.run_id}
+        rows = self._store.read("trials", evaluation="confirm").select(["run_id", "window", "wave"]).to_pylist()
+        return len({(r["run_id"], r["wave"]) for r in rows if r["run_id"] in others and overlap(r["window"], window)})
 
     def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
         """Commit a wave at once: after a kill it is there whole or not at all."""

@@ -18,9 +18,9 @@ from lowprec.evaluation.profile_file import read_profile, write_profile
 from lowprec.evaluation.race import RaceSums
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Workers
-from lowprec.plan import Forms, Plan, write_plan
+from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.search.choice import Confirmed, finalists
+from lowprec.search.choice import finalists
 from lowprec.search.confirm import Recommendation, confirm
 from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
@@ -28,6 +28,7 @@ from lowprec.search.layer_forms import fitted_forms, num_passes
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.racing import race
 from lowprec.search.record import RunRecord
+from lowprec.search.rule import known_risk
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
 from lowprec.search.surrogate import Surrogate, build_surrogate
@@ -102,6 +103,7 @@ class _Search:
         surrogate = self._surrogate()
         self._sensitivities(surrogate)
         trials = self._waves(surrogate)
+        num_spent = self._record.num_confirmations(self._job.window_text("confirm"))
         recommendations = confirm(
             trials,
             self._budgets,
@@ -109,6 +111,8 @@ class _Search:
             confidence=self._settings.confidence,
             evaluate=lambda chosen, confidence, attempt: self._confirm(surrogate, chosen, confidence, attempt),
             note=self._progress.note,
+            reference_cost=surrogate.costs.cost(Plan.uniform(self._job.units, Precision.FP32)),
+            num_spent=num_spent,
         )
         rows = {"search": surrogate.measured.rows, "confirm": recommendations[0].best.rows}
         for name in rows["confirm"].never_looked_up:
@@ -131,6 +135,9 @@ class _Search:
                 n for r in recommendations for n in self._job.rows_without_form(self._workers, r.best.choice.trial.plan)
             ),
             seconds=time.monotonic() - self._began,
+            confirm_days=self._confirm_window.num_days,
+            by_group=self._job.config.traffic.group is not None,
+            num_spent=num_spent,
         )
 
     def _surrogate(self) -> Surrogate:
@@ -268,7 +275,7 @@ class _Search:
                 wave,
                 kind,
                 f.estimate.metrics,
-                f.on_window,
+                f.risk_on_window,
                 surrogate.measured.rows,
                 float(promised[k]),
             )
@@ -309,7 +316,7 @@ class _Search:
                 attempt,
                 "finalist",
                 metrics,
-                Interval(metrics.gap_pct, metrics.gap_pct),
+                known_risk(metrics),
                 evaluation.rows,
                 trial.promised_pct,
             )
@@ -327,7 +334,7 @@ class _Search:
         wave: int,
         kind: str,
         metrics: PlanMetrics,
-        on_window: Interval,
+        risk_on_window: Interval,
         rows: RowAccount,
         promised_pct: float | None,
     ) -> Trial:
@@ -342,7 +349,7 @@ class _Search:
             cost=surrogate.costs.cost(plan),
             promised_pct=promised_pct,
             metrics=metrics,
-            on_window=on_window,
+            risk_on_window=risk_on_window,
             rows=rows,
         )
 
@@ -358,14 +365,14 @@ class _Search:
                 self._save(choices[0].trial, budget, None)
 
     def _save_recommended(self, recommendation: Recommendation) -> Location:
-        return self._save(recommendation.best.choice.trial, recommendation.budget_pct, recommendation.best)
+        return self._save(recommendation.best.choice.trial, recommendation.budget_pct, recommendation)
 
-    def _save(self, trial: Trial, budget: float, confirmed: Confirmed | None) -> Location:
+    def _save(self, trial: Trial, budget: float, confirmed: Recommendation | None) -> Location:
         name = "confirm" if confirmed else "search"
         file = plan_file(
             self._job,
             trial,
-            confirmed.metrics if confirmed else trial.metrics,
+            confirmed.best.metrics if confirmed else trial.metrics,
             run_id=self._record.run_id,
             kind="confirm" if confirmed else "exact",
             window=self._job.window_text(name),

@@ -9,10 +9,11 @@ from typing import Any
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
-from lowprec.evaluation.confidence import Interval, Verdict
+from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
+from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
@@ -20,6 +21,7 @@ from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import recalibrated
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.record import RunRecord
+from lowprec.search.rule import known_risk
 from lowprec.search.run import run_search
 from lowprec.search.trial import Trial, plan_key
 from lowprec.storage import Location, Where
@@ -47,7 +49,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Verification:
-    """How a plan did on a window."""
+    """How a plan did on a window; `missing` says what an inconclusive verdict lacks."""
 
     run_id: str
     plan: Plan
@@ -62,6 +64,7 @@ class Verification:
     rows: RowAccount
     notes: tuple[str, ...]
     seconds: float
+    missing: Shortfall | None = None
     snapshot: Snapshot | None = None
     repair: SearchOutcome | None = None
 
@@ -88,6 +91,9 @@ class Verification:
             "rows": self.rows.to_dict(),
             "snapshot": self.snapshot.to_dict() if self.snapshot else None,
             "repair": self.repair.to_dict() if self.repair else None,
+            "missing_evidence": None
+            if self.missing is None
+            else {**self.missing.to_dict(), "text": self.missing.sentence()},
             "final_verdict": self.final_verdict,
             "seconds": round(self.seconds, 1),
         }
@@ -152,7 +158,7 @@ def verify_plan(
             cost=costs.cost(file.plan),
             promised_pct=None,
             metrics=metrics,
-            on_window=Interval(metrics.gap_pct, metrics.gap_pct),
+            risk_on_window=known_risk(metrics),
             rows=evaluation.rows,
         )
         record.add_trials([trial], evaluation="verify", window=job.window_text(window))
@@ -170,6 +176,13 @@ def verify_plan(
             rows=evaluation.rows,
             notes=(*_notes(job, file, config), *costs.notes, *wrong_rows),
             seconds=time.monotonic() - began,
+            missing=shortfall(
+                metrics,
+                budget,
+                metrics.verdict(budget),
+                days=traffic_window.num_days,
+                by_group=config.traffic.group is not None,
+            ),
         )
         if snapshot is not None:
             outcome = replace(outcome, snapshot=_snapshot(job, file, trial, outcome, record.artifacts))

@@ -17,7 +17,7 @@ from lowprec.traffic.dataset import Dataset, Rows, open_dataset
 from lowprec.traffic.decode import Decoder
 from lowprec.traffic.schema import Schema, TimeUnit
 from lowprec.traffic.selection import Selection, Span, group_times, rows_in_window, select
-from lowprec.traffic.window import Window, format_time, format_window
+from lowprec.traffic.window import Window, days_of, format_time, format_window
 
 __all__ = ["TrafficReader", "TrafficWindow", "open_traffic"]
 
@@ -131,6 +131,11 @@ class TrafficWindow:
     def num_rows(self) -> int:
         """Rows of the window, bad ones included."""
         return int(self._starts[-1])
+
+    @property
+    def num_days(self) -> float | None:
+        """Days from the first to the last of its rows; None where times are no clock's, or rows have none."""
+        return days_of(*self.time_range, self._dataset.layout.time_unit) if self.time_range else None
 
     @property
     def fingerprint(self) -> str:

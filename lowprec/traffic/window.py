@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from lowprec.errors import ConfigError
 from lowprec.traffic.schema import TimeUnit
 
-__all__ = ["Window", "format_time", "format_window", "parse_time", "parse_window", "time_text"]
+__all__ = ["Window", "days_of", "format_time", "format_window", "overlap", "parse_time", "parse_window", "time_text"]
 
 UNITS_PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -65,6 +66,33 @@ def format_window(window: Window, unit: TimeUnit | None) -> str:
     bounds = (window.start, window.end)
     start, end = (".." if t is None else (unit and _moment(t, unit)) or str(t) for t in bounds)
     return f"[{start}, {end})"
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two windows, as `format_window` writes them, may share rows; windows of other clocks share none."""
+    (start, end), (other_start, other_end) = _bounds(one), _bounds(other)
+    try:
+        return (start is None or other_end is None or start < other_end) and (
+            other_start is None or end is None or other_start < end
+        )
+    except TypeError:  # an integer beside a date
+        return False
+
+
+def days_of(first: int, last: int, unit: TimeUnit | None) -> float | None:
+    """The days from one time to another; None where times are counters and no clock."""
+    if unit is None or _moment(first, unit) is None or _moment(last, unit) is None:
+        return None
+    return (last - first) / UNITS_PER_SECOND[unit] / 86_400
+
+
+def _bounds(window: str) -> list[Any]:
+    """The two bounds of a window as it is written: dates, integers, or None where an end is open."""
+    found: list[Any] = []
+    for text in window.strip("[)").split(", "):
+        is_count = text.lstrip("-").isdigit()
+        found.append(None if text == ".." else int(text) if is_count else datetime.fromisoformat(text))
+    return found
 
 
 def _moment(time: int, unit: TimeUnit) -> str | None:

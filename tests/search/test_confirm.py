@@ -12,6 +12,7 @@ from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.choice import LADDER, LATER_TRIES, confidence_of_try
 from lowprec.search.confirm import confirm
+from lowprec.search.rule import known_risk
 from lowprec.search.trial import Trial
 
 ROWS = RowAccount(1000, 0, 0, {})
@@ -32,8 +33,7 @@ def metrics(gap, lower, upper, confidence=CONFIDENCE):
 
 def trial(number, cost, gap, half=0.0, *, wave=0, found=None):
     m = found or metrics(gap, gap - half, gap + half)
-    interval = Interval(m.gap_pct, m.gap_pct)
-    return Trial(f"k{number}", number, wave, "t", plan_of(number), int(cost), None, cost, None, m, interval, ROWS)
+    return Trial(f"k{number}", number, wave, "t", plan_of(number), int(cost), None, cost, None, m, known_risk(m), ROWS)
 
 
 class Window:
@@ -52,9 +52,15 @@ class Window:
             done.append(trial(t.number, t.cost, gap, wave=attempt, found=found))
         return done
 
-    def confirm(self, trials, budgets, found=()):
+    def confirm(self, trials, budgets, found=(), **options):
         return confirm(
-            trials, budgets, found=found, confidence=CONFIDENCE, evaluate=self.evaluate, note=self.notes.append
+            trials,
+            budgets,
+            found=found,
+            confidence=CONFIDENCE,
+            evaluate=self.evaluate,
+            note=self.notes.append,
+            **options,
         )
 
 
@@ -122,6 +128,48 @@ def test_a_budget_that_nobody_meets_is_said():
     (found,) = window.confirm(LADDER_OF_ONE[5:], [0.1])
     assert tried(found) == [(5, "rejected", 0)] and not found.best.choice.meets_budget
     assert "no plan meets the budget of 0.1 percent" in window.notes
+
+
+def test_a_plan_that_saves_nothing_is_no_success():
+    """All fp32, or no cheaper than that by the cost that was minimised."""
+    window = Window({0: 0.0})
+    (found,) = window.confirm(LADDER_OF_ONE[:1], [1.0], reference_cost=900.0)
+    assert found.best.verdict == "certified" and found.verdict == "inconclusive" and not found.saves
+    assert any("saves nothing" in note for note in window.notes)
+    (cheaper,) = Window({0: 0.0}).confirm(LADDER_OF_ONE[:1], [1.0], reference_cost=901.0)
+    assert cheaper.saves and cheaper.verdict == "certified"
+
+
+def test_tries_of_other_runs_on_the_window_have_spent_their_part():
+    """All tries of all runs together keep the error rate."""
+    spent = [Window(dict.fromkeys(range(7), 0.5)) for _ in range(4)]
+    for num_spent, window in enumerate(spent):
+        window.confirm(LADDER_OF_ONE, [1.0], num_spent=num_spent)
+    tries = [window.calls[0] for window in spent]
+    assert [attempt for _, _, attempt in tries] == [0, 1, 2, 3]
+    assert [confidence for _, confidence, _ in tries] == [confidence_of_try(CONFIDENCE, k) for k in range(4)]
+    assert sum(1 - confidence for _, confidence, _ in tries) < 1 - CONFIDENCE
+    assert spent[0].notes == [] and "was used 3 times before" in spent[3].notes[0] and "newer" in spent[3].notes[0]
+
+
+def test_later_tries_go_on_from_what_other_runs_have_spent():
+    window = Window({k: 2.0 for k in range(7)} | {1: 0.5})
+    (found,) = window.confirm(LADDER_OF_ONE, [1.0], num_spent=2)
+    assert [attempt for _, _, attempt in window.calls] == [2, 3, 4]
+    assert found.best.choice.trial.number == 1 and found.best.attempt == 4
+
+
+def test_a_resumed_run_tries_what_it_would_have_tried():
+    """Another run may have used the window in the meantime."""
+    world = {k: 2.0 for k in range(7)} | {1: 0.5}
+    window = Window(world)
+    window.confirm(LADDER_OF_ONE, [1.0], num_spent=1)
+    first = Window(world).evaluate([LADDER_OF_ONE[k] for k in (3, 4, 5)], 0.99, 1)
+    resumed = Window(world)
+    (found,) = resumed.confirm(LADDER_OF_ONE, [1.0], found=first, num_spent=4)
+    assert [numbers for numbers, _, _ in resumed.calls] == [numbers for numbers, _, _ in window.calls[1:]]
+    assert [attempt for _, _, attempt in resumed.calls] == [4, 5]
+    assert found.best.choice.trial.number == 1
 
 
 def test_without_a_finite_gap_there_is_nothing_to_recommend():

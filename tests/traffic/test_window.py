@@ -4,6 +4,7 @@ import pytest
 
 from lowprec.errors import ConfigError
 from lowprec.traffic import Window, format_time, format_window, parse_window
+from lowprec.traffic.window import days_of, overlap
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,24 @@ def test_times_are_shown_as_dates_where_they_look_like_clocks() -> None:
     assert format_time(17, None) == "row 17"
     assert format_time(10**17, "s") == "100000000000000000"
     assert format_window(Window(None, 17), "s") == "[.., 17)"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("[2026-01-08T00:00:00Z, ..)", "[2026-01-09T00:00:00Z, 2026-01-10T00:00:00Z)", True),
+        ("[2026-01-08T00:00:00Z, 2026-01-09T00:00:00Z)", "[2026-01-09T00:00:00Z, ..)", False),
+        ("[2026-01-08T00:00:00.500Z, 2026-01-09T00:00:00Z)", "[.., 2026-01-08T00:00:01Z)", True),
+        ("[.., ..)", "[5, 6)", True),
+        ("[100, 200)", "[199, 300)", True),
+        ("[100, 200)", "[200, 300)", False),
+        ("[-5, 2)", "[2026-01-08T00:00:00Z, 2026-01-09T00:00:00Z)", False),
+    ],
+)
+def test_windows_overlap_where_they_may_share_rows(one, other, expected):
+    assert overlap(one, other) is overlap(other, one) is expected
+
+
+def test_days_between_times_of_a_clock_and_of_a_counter():
+    assert days_of(1_767_225_600, 1_767_225_600 + 86_400 * 3, "s") == 3.0
+    assert days_of(0, 10_000, "s") is None and days_of(0, 10_000, None) is None
