@@ -29,7 +29,6 @@ from lowprec.evaluation.race import RaceSums, RaceTask
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
 from lowprec.search import Job, open_job
-from lowprec.search.costs import open_costs
 from lowprec.search.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
@@ -47,7 +46,7 @@ ALPHA = 0.05
 def plans_of_front(job: Job, profile: Profile, *, level: float, count: int) -> list[Plan]:
     """Plans of the front of promised gaps, spread over those with a KL gap between a third and three times `level`."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
-    costs = open_costs(job.config.cost, job.space, {})
+    costs = job.costs({})
     surrogate = build_surrogate(measured, job.space, costs, budgets=[level], confidence=1 - ALPHA)
     plans = [point.plan for point in surrogate.front.points]
     _, kl = profile.gaps_pct(profile.selected(plans))

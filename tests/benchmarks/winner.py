@@ -34,7 +34,6 @@ from lowprec.evaluation.profile import Profile
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
 from lowprec.search import Job, open_job
-from lowprec.search.costs import open_costs
 from lowprec.search.proxy import ProxyPoint, build_proxy
 from lowprec.search.shrinkage import shrunk_first_order
 from lowprec.search.surrogate import build_surrogate
@@ -142,7 +141,7 @@ def check_surrogate(job: Job, profile: Profile, ours: ProxyPoint) -> None:
     """Assert that `ours` is what the surrogate of `lowprec search` has on its front, with the gap that it promises."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
     surrogate = build_surrogate(
-        measured, job.space, open_costs(job.config.cost, job.space, {}), budgets=[0.05], confidence=0.95
+        measured, job.space, job.costs({}), budgets=[0.05], confidence=0.95
     )
     assert least_gap(job, surrogate.front.points).plan == ours.plan
     assert np.isclose(surrogate.promised_pct([ours.plan])[0], ours.gap_pct)
