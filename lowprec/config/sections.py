@@ -48,9 +48,13 @@ class SparseConfig(Section):
 
 
 class TrafficConfig(Section):
-    """Where traffic lies and what its columns mean."""
+    """Where traffic lies and what its columns mean.
+
+    `version` pins a version of a Delta table; without it a command reads the version that is the latest when it starts.
+    """
 
     path: str
+    version: Annotated[int, Field(ge=0)] | None = None
     label: str = "label"
     time: str | None = None
     time_unit: TimeUnit = "s"

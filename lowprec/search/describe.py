@@ -83,6 +83,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             for d in space.dominated
         ],
         "windows": windows,
+        "traffic_version": job.reader.version,
         "notes": notes_on(job),
     }
 
@@ -90,6 +91,8 @@ def describe_job(job: Job) -> dict[str, Any]:
 def notes_on(job: Job) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
     notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    if job.reader.version is not None:
+        notes.insert(0, f"traffic {job.reader.path}: version {job.reader.version} of the Delta table is read")
     sparse = job.config.traffic.schema_of_columns().sparse
     unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]
     if unseen:

@@ -58,6 +58,8 @@ _CHECKED_BYTES, _CHECKED_SHARE = 128 << 20, 1 / 100
 class Job:
     """A config with everything behind it checked and opened once.
 
+    config: as given, with the version of a Delta table that is read where it is traffic, so that what is opened from it
+    later reads the same.
     adapter: the model; without rows where workers alone are to have them.
     placement: which worker holds which rows, where no worker can hold them all. forms: of layers, once they are known.
     """
@@ -87,7 +89,8 @@ class Job:
 
     def evaluated_on(self, name: str, window: TrafficWindow) -> list[object]:
         """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
-        columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
+        # The version of a Delta table is part of the window's fingerprint.
+        columns = self.config.traffic.model_dump(exclude={"path", "version", "synthetic", "max_bad_fraction"})
         model = self.config.model.model_dump(exclude={"checkpoint"})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
         forms = {f"{unit} {precision}": form.to_dict() for (unit, precision), form in self.forms.items()}
@@ -265,7 +268,9 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
     """
     ops.check_kernels()
     columns = config.traffic.schema_of_columns()
-    reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
+    traffic = config.traffic
+    reader = open_traffic(traffic.path, columns, batch_size=traffic.batch_size, version=traffic.version)
+    config = config.with_traffic_version(reader.version)
     _check_order(config, reader)
     checkpoint = str(Location.of(config.model.checkpoint).absolute())
     spec = WorkerSpec(

@@ -181,7 +181,8 @@ def verify_plan(
         )
     if repair and outcome.verdict != "certified":
         listener.note(f"the plan is {outcome.verdict}: searching from there")
-        outcome = replace(outcome, repair=run_search(_within(config, budget_pct), start=file.plan, progress=progress))
+        repaired = run_search(_within(job.config, budget_pct), start=file.plan, progress=progress)
+        outcome = replace(outcome, repair=repaired)
     return replace(outcome, seconds=time.monotonic() - began)
 
 
