@@ -37,7 +37,9 @@ def test_roots_that_would_be_taken_for_others_are_refused(name, row, tmp_path, m
             lambda r: ResultsStore(r).append("runs", [row("runs", "a/0")]),
             lambda r: lowprec.query("SELECT 1", r),
         ):
-            with pytest.raises(ResultsError, match="results root .*: Delta's client cannot use a path with") as raised:
+            with pytest.raises(
+                ResultsError, match="(?s)results root .*: Delta's client cannot use a path with"
+            ) as raised:
                 use(root)
             assert "choose another path" in str(raised.value)
     assert list(tmp_path.rglob("_delta_log")) == []
