@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ def _defect(path: Path) -> str:
 
 def _numpy_values() -> list[Any]:
     """What pickles of NumPy's numbers and arrays of them refer to; none of it runs code. (Objects are left out.)"""
-    multiarray = np._core.multiarray
+    multiarray = import_module("numpy._core.multiarray")
     dtypes = [kind for name in np.dtypes.__all__ if (kind := getattr(np.dtypes, name)) is not np.dtypes.ObjectDType]
-    functions = [multiarray.scalar, multiarray._reconstruct]  # type: ignore[attr-defined]
+    functions = [multiarray.scalar, multiarray._reconstruct]
     # NumPy 1 wrote them under another name.
     named = [(function, f"numpy.core.multiarray.{function.__name__}") for function in functions]
     return [np.dtype, np.ndarray, *functions, *named, *dtypes]

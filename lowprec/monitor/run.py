@@ -129,6 +129,7 @@ class _Monitor:
         if due and self._judged and (due[0].start or 0) < max(self._judged):
             self._note("windows before the newest one were judged now: what rows after them say was known without them")
         error: LowprecError | None = None
+        self._models.num_due = len(due)
         with self._models:
             for number, window in enumerate(due):
                 self._progress.note(f"window {number + 1} of {len(due)}: {self._text(window)}")

@@ -9,7 +9,7 @@ from lowprec.calibration import LayerGrid
 from lowprec.config import Config
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
-from lowprec.search.job import Job, open_job
+from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
 
@@ -50,6 +50,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         ExactEvaluator(job.adapter).logits(batch, [])
     else:
         job.adapter.asked(inputs_of(batch))
+    choice = choose_workers_for(job)
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)
@@ -84,7 +85,8 @@ def describe_job(job: Job) -> dict[str, Any]:
         ],
         "windows": windows,
         "traffic_version": job.reader.version,
-        "notes": notes_on(job),
+        "workers": vars(choice),
+        "notes": [*notes_on(job), str(choice)],
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
+from lowprec.evaluation.auto_workers import VERIFY_PASSES, Work
 from lowprec.evaluation.confidence import Interval, Verdict
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
@@ -127,7 +128,8 @@ def verify_plan(
     record = RunRecord(job, None, command="verify")
     with record.running(listener.note):
         listener.stage("verify", traffic_window.num_batches)
-        with open_workers(job, listener.note) as workers:
+        work = Work(traffic_window, VERIFY_PASSES * traffic_window.num_batches)
+        with open_workers(job, listener.note, work) as workers:
             if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
                 job, workers = _recalibrated(job, workers)
             evaluation = job.evaluate(

@@ -18,8 +18,9 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private.services import get_ray_address_from_environment
 
 from lowprec.errors import WorkerError
+from lowprec.evaluation.auto_workers import is_ray_job
 
-__all__ = ["cluster_resources", "init_ray", "is_ray_job"]
+__all__ = ["cluster_resources", "init_ray"]
 
 CONNECT_TIMEOUT_S = 10.0
 # Of an AF_UNIX address, without the zero at its end.
@@ -83,11 +84,6 @@ def init_ray(num_cpus: int, address: str | None) -> bool:
         ) from error
 
 
-def is_ray_job() -> bool:
-    """Whether this process belongs to a Ray job, which runs on the job's cluster."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def _address_advice(named: str | None, *, is_given: bool) -> str:
     if named:
         return "correct RAY_ADDRESS in the environment, or unset it"
@@ -105,7 +101,7 @@ def _own_niceness() -> dict[str, Any]:
 
 def _check_socket_length() -> None:
     """Raise `WorkerError` where Ray's Unix sockets would have longer paths than there can be: it takes long to fail."""
-    folder = get_default_ray_temp_dir()
+    folder: str = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
     session = f"session_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{os.getpid()}"
     length = len(os.fsencode(os.path.join(folder, session, "sockets", "plasma_store")))
     if length > MAX_SOCKET_PATH:
