@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -68,7 +68,7 @@ def generate(config: Config, as_json: bool) -> None:
     with console.Bars().shown() as bars:
         rows = generate_traffic(config, progress=bars)
     document = console.json_document("generate", {"path": config.traffic.path, "num_rows": rows})
-    show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+    show(document, as_json, _print_rows_written)
 
 
 @_command("convert", config=False)
@@ -81,7 +81,7 @@ def convert(source: str, out: str, as_json: bool) -> None:
 
     rows = convert_criteo(source, out)
     document = console.json_document("convert", {"path": out, "num_rows": rows})
-    show(document, as_json, lambda d: console.stdout.print(f"{d['num_rows']:,} rows written to {d['path']}"))
+    show(document, as_json, _print_rows_written)
 
 
 @_command("train")
@@ -311,6 +311,12 @@ def _leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _print_rows_written(document: dict[str, Any]) -> None:
+    from lowprec import console
+
+    console.stdout.print(f"{document['num_rows']:,} rows written to {document['path']}", markup=False)
 
 
 def _machines(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lowprec.errors import is_panic
+
 if TYPE_CHECKING:
     from lowprec.config import Config
 
@@ -81,6 +83,10 @@ def command(
                 except (KeyboardInterrupt, BrokenPipeError, click.ClickException):
                     raise
                 except Exception as error:
+                    return console.report_error(error, command=under + name, as_json=as_json, debug=debug)
+                except BaseException as error:
+                    if not is_panic(error):
+                        raise
                     return console.report_error(error, command=under + name, as_json=as_json, debug=debug)
 
         decorated: Any = run

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lowprec.errors import LowprecError
+from lowprec.errors import LowprecError, is_panic
 
 __all__ = [
     "Bars",
@@ -119,7 +119,9 @@ def report_error(error: BaseException, *, command: str, as_json: bool, debug: bo
     expected = isinstance(error, LowprecError)
     code = error.exit_code if isinstance(error, LowprecError) else LowprecError.exit_code
     message = str(error) if expected else f"unexpected {type(error).__name__}: {error}"
-    if not expected and not debug:
+    if is_panic(error):
+        message = f"a library panicked: {error} (a defect of it, or an unusual path or file; --debug shows where)"
+    elif not expected and not debug:
         message += " (a defect of lowprec, or of the model's own code; --debug shows where)"
     stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}")
     if as_json:

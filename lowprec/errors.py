@@ -25,6 +25,7 @@ __all__ = [
     "WeightError",
     "WorkerError",
     "first_line",
+    "is_panic",
 ]
 
 
@@ -98,6 +99,11 @@ class JobError(LowprecError, RuntimeError):
 
 class KernelError(LowprecError, ImportError):
     """The native module is missing or does not load."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked. Each such library has a class of its own, derived from `BaseException`."""
+    return type(error).__name__ == "PanicException"
 
 
 def first_line(said: BaseException | str) -> str:

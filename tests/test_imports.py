@@ -28,7 +28,8 @@ LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 OWNERS = {
     "ray": ("evaluation/cluster/", "submit/client.py"),
     "optuna": ("search/study.py",),
-    "deltalake": ("results/",),
+    # Results are written through it; of traffic that is a Delta table it only reads which files are in a version.
+    "deltalake": ("results/", "traffic/delta_table.py"),
     "duckdb": ("results/",),
     "lowprec._native": ("ops/",),
     "fbgemm_gpu": ("ops/",),

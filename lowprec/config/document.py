@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -45,6 +45,12 @@ class Config(Section):
     def to_json(self) -> str:
         """The resolved config as one JSON document, as saved with a run."""
         return self.model_dump_json()
+
+    def with_traffic_version(self, version: int | None) -> Self:
+        """The same config with traffic at a version of its Delta table; unchanged where it is None."""
+        if version is None:
+            return self
+        return self.model_copy(update={"traffic": self.traffic.model_copy(update={"version": version})})
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:

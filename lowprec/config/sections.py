@@ -48,9 +48,13 @@ class SparseConfig(Section):
 
 
 class TrafficConfig(Section):
-    """Where traffic lies and what its columns mean."""
+    """Where traffic lies and what its columns mean.
+
+    `version` pins a version of a Delta table; without it a command reads the version that is the latest when it starts.
+    """
 
     path: str
+    version: Annotated[int, Field(ge=0)] | None = None
     label: str = "label"
     time: str | None = None
     time_unit: TimeUnit = "s"
@@ -196,14 +200,17 @@ class EvaluationConfig(Section):
     """Where exact evaluation runs. `address` is a Ray address; null starts Ray on this machine for the command,
     but in a Ray job takes the cluster of the job.
 
-    `num_workers: 0` evaluates in the command's own process, without Ray. `worker_memory`, such as 8GB, is what a worker
-    may use: tables that are too large for it are shared among the workers. Without it every worker maps all tables.
-    A task of `batches_per_task` batches that takes longer than `task_timeout_s` is taken for hung, and so is a worker
-    that does not answer for `hung_after_s`: its process is killed, and what it had is done again. Workers that are not
-    started within `start_timeout_s` end the run: a cluster that sets up machines for them takes minutes.
+    `num_workers: 0` evaluates in the command's own process, without Ray. `auto` does so where that is faster than
+    starting Ray, and else takes a worker for each `threads_per_worker` CPUs of this machine, 8 at most; with an
+    `address`, a `worker_memory` or in a Ray job it takes two. Results are the same. `worker_memory`, such as 8GB,
+    is what a worker may use: tables that are too large for it are shared among the workers. Without it every worker
+    maps all tables. A task of `batches_per_task` batches that takes longer than `task_timeout_s` is taken for hung,
+    and so is a worker that does not answer for `hung_after_s`: its process is killed, and what it had is done
+    again. Workers that are not started within `start_timeout_s` end the run: a cluster that sets up machines for
+    them takes minutes.
     """
 
-    num_workers: Annotated[int, Field(ge=0)] = 2
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     worker_memory: Annotated[int, Field(gt=0)] | None = None
     threads_per_worker: Annotated[int, Field(gt=0)] = 1
     batches_per_task: Annotated[int, Field(gt=0)] = 1
@@ -222,6 +229,11 @@ class EvaluationConfig(Section):
         if self.worker_memory is not None and self.num_workers == 0:
             raise ValueError("worker_memory needs workers to share tables: set num_workers, or leave it out")
         return self
+
+    @property
+    def num_worker_machines(self) -> int:
+        """Workers where they are wanted for more than speed, on a cluster or to share tables; `auto` is two."""
+        return 2 if self.num_workers == "auto" else self.num_workers
 
 
 class ResultsConfig(Section):

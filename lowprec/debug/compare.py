@@ -13,6 +13,7 @@ from lowprec.debug.run import debug_plan
 from lowprec.errors import ConfigError
 from lowprec.progress import Progress
 from lowprec.storage import Where
+from lowprec.traffic.source import find_files
 
 __all__ = ["Comparison", "compare_plans"]
 
@@ -69,6 +70,9 @@ def compare_plans(
     """
     if (against is None) == (snapshot is None):
         raise ConfigError("give either --against or --snapshot")
+    # Both look at the same version of a Delta table.
+    traffic = config.traffic
+    config = config.with_traffic_version(find_files(traffic.path, traffic.version).version)
     other = config
     if snapshot is not None:
         other = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})})

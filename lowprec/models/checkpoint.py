@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowprec.errors import CheckpointError, WeightError
 from lowprec.models.tensor_files import TensorSource, open_tensors
+from lowprec.models.wrapper_names import wrapper_hint
 from lowprec.storage import FileState, Location, Where, file_sha256
 
 __all__ = [
@@ -233,9 +234,8 @@ def _check_fit(expected: Mapping[str, Tensor], tied: Mapping[str, str], source: 
     if unexpected := [name for name in source.shapes if name not in expected]:
         problems.append(f"the model has no {_preview(unexpected)}")
     if problems:
-        wrapped = unexpected and all(name.startswith("module.") for name in unexpected)
-        hint = '; every name begins with "module.": save model.module.state_dict()' if wrapped else ""
-        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(problems)}{hint or _FITTING}")
+        hint = f"; {wrapped}" if (wrapped := wrapper_hint(missing, unexpected)) else _FITTING
+        raise CheckpointError(f"checkpoint {path}: does not fit the model: {'; '.join(problems)}{hint}")
     misshapen = [
         f"{name}: checkpoint has {_text(source.shapes[name])}, model has {_text(tuple(wanted.shape))}"
         for name, wanted in expected.items()

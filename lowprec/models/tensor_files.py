@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lowprec.errors import CheckpointError
 from lowprec.models.safetensors_files import Safetensors, read_headers, read_index
-from lowprec.storage import FileState, Location, local_copy
+from lowprec.models.torch_file import NESTING_KEYS, TorchFile
+from lowprec.storage import FileState, Location
 
 __all__ = ["METADATA_FILE", "TensorSource", "open_tensors"]
 
@@ -21,7 +20,6 @@ METADATA_FILE = ".metadata"
 _SUFFIXES = (
     ".safetensors, .safetensors.index.json, .pt, .pth, or a folder of safetensors or torch.distributed.checkpoint files"
 )
-_NESTING_KEYS = ("state_dict", "model")
 
 
 class TensorSource(Protocol):
@@ -71,7 +69,7 @@ def open_tensors(path: Location, wanted: Collection[str] = (), *, whole: bool = 
         headers = read_headers([path])
         return Safetensors(path.parent, dict.fromkeys(headers[path].entries, path), headers, is_copied=whole)
     if path.name.endswith((".pt", ".pth")):
-        return _TorchFile(path)
+        return TorchFile(path)
     raise CheckpointError(f"checkpoint {path}: unknown format; known: {_SUFFIXES}")
 
 
@@ -80,7 +78,7 @@ def _open_folder(path: Location, names: Collection[str], wanted: Collection[str]
         # PyTorch's part of it takes 50 MB and a second, in every worker.
         from lowprec.models.distributed_folder import DistributedFolder
 
-        return DistributedFolder(path, wanted, _NESTING_KEYS, is_copied=whole)
+        return DistributedFolder(path, wanted, NESTING_KEYS, is_copied=whole)
     indexes = [name for name in names if name.endswith(".index.json")]
     if len(indexes) == 1:
         return open_tensors(path / indexes[0], whole=whole)
@@ -99,53 +97,3 @@ def _open_folder(path: Location, names: Collection[str], wanted: Collection[str]
                 raise CheckpointError(f'checkpoint {path}: "{name}" is in both {file_of[name].name} and {file.name}')
             file_of[name] = file
     return Safetensors(path, file_of, headers, is_copied=whole)
-
-
-class _TorchFile:
-    """What `torch.save` wrote: a state dict, alone or under the key `state_dict` or `model`."""
-
-    is_mapped = True
-
-    def __init__(self, path: Location) -> None:
-        self.root = path.parent
-        self.files: tuple[Location, ...] = (path,)
-        document, state = _load_torch_file(path)
-        self.states: Mapping[Location, FileState] = {path: state}
-        self._tensors = _tensors_of(document, path)
-        self.shapes: Mapping[str, tuple[int, ...]] = {n: tuple(tensor.shape) for n, tensor in self._tensors.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensors[name][start:stop]
-
-
-def _load_torch_file(path: Location) -> tuple[Any, FileState]:
-    try:
-        state = path.state()
-        return torch.load(local_copy(path, state), map_location="cpu", weights_only=True, mmap=True), state
-    except pickle.UnpicklingError as error:
-        lines = [line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
-        detail = f" ({lines[0].strip()})" if lines else ""
-        raise CheckpointError(
-            f"checkpoint {path}: holds Python objects, which are not run{detail}; save model.state_dict() instead"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError):
-        raise CheckpointError(
-            f"checkpoint {path}: is not a torch.save file in zip format, or is truncated; save it again"
-        ) from None
-
-
-def _tensors_of(document: Any, path: Location) -> dict[str, Tensor]:
-    for key in _NESTING_KEYS:
-        if isinstance(document, Mapping) and isinstance(document.get(key), Mapping):
-            document = document[key]
-            break
-    if not isinstance(document, Mapping) or not all(isinstance(value, Tensor) for value in document.values()):
-        raise CheckpointError(
-            f"checkpoint {path}: must hold a state dict (name -> tensor), alone or under the key state_dict or model"
-        )
-    return {str(name): tensor for name, tensor in document.items()}

@@ -160,7 +160,10 @@ def _open_source(config: Config) -> _Source:
     windows = config.windows
     if windows.train is None:
         raise ConfigError("windows.train: is required to train a model; give it a start and an end")
-    reader = open_traffic(config.traffic.path, config.traffic.schema_of_columns(), batch_size=config.traffic.batch_size)
+    traffic = config.traffic
+    reader = open_traffic(
+        traffic.path, traffic.schema_of_columns(), batch_size=traffic.batch_size, version=traffic.version
+    )
     train_window = _window(reader, windows.train, "windows.train")
     if windows.validation is not None:
         validation = _window(reader, windows.validation, "windows.validation")

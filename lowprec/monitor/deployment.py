@@ -40,7 +40,7 @@ class Deployment:
                 )
             budget = float(told)
         traffic = config.traffic.model_dump(
-            mode="json", exclude={"path", "synthetic", "max_bad_fraction", "batch_size"}
+            mode="json", exclude={"path", "version", "synthetic", "max_bad_fraction", "batch_size"}
         )
         parts = {
             "name": config.name,

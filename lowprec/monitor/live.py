@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError, TrafficError
+from lowprec.evaluation.auto_workers import MONITOR_PASSES, Work
 from lowprec.evaluation.worker import Workers
 from lowprec.monitor.certified import Certified, CertifiedCounts
 from lowprec.monitor.deployment import Deployment
@@ -52,6 +53,8 @@ class LiveModels:
         self._schedule, self._artifacts, self._progress = schedule, artifacts, progress
         self._certified_window = certified_window(config, schedule)
         self._snapshots = Snapshots(config.monitor.checkpoint or config.model.checkpoint, schedule.unit)
+        # How many windows are to be judged.
+        self.num_due = 1
         self._live: LiveModel | None = None
         self._certified: Certified | None = None
         self._stack = contextlib.ExitStack()
@@ -64,7 +67,7 @@ class LiveModels:
 
     def in_window(self, window: Window) -> LiveModel:
         """The snapshot that was live when a window began; raises `CheckpointError` where there is none."""
-        return self._at(self._snapshots.live_at(window.start or 0))
+        return self._at(self._snapshots.live_at(window.start or 0), window)
 
     def certified(self, window: Window) -> Certified:
         """What the certified window was like: measured once, on the snapshot that the plan was certified on.
@@ -77,7 +80,7 @@ class LiveModels:
         if self._certified is None:
             made_for = self._deployment.plan.checkpoint_sha256
             if live.job.checkpoint_sha256 != made_for:
-                live = self._at(self._config.model.checkpoint)
+                live = self._at(self._config.model.checkpoint, window)
             if live.job.checkpoint_sha256 != made_for:
                 raise ConfigError(
                     f"model.checkpoint {live.path}: is not the one that plan {self._plan_path} was made for "
@@ -105,7 +108,7 @@ class LiveModels:
             partial.write_text(json.dumps([growth.to_dict() for growth in found]))
         return found
 
-    def _at(self, checkpoint: str) -> LiveModel:
+    def _at(self, checkpoint: str, window: Window) -> LiveModel:
         if self._live is not None and self._live.path == checkpoint:
             return self._live
         self._stack.close()
@@ -115,7 +118,9 @@ class LiveModels:
         expected = None if self._config.monitor.checkpoint is not None else job.checkpoint_sha256
         file = read_plan(self._plan_path, units=job.units, checkpoint_sha256=expected)
         job = job.as_planned(file)
-        workers = self._stack.enter_context(open_workers(job, self._progress.note))
+        rows = job.reader.window(window)
+        work = Work(rows, MONITOR_PASSES * self.num_due * rows.num_batches)
+        workers = self._stack.enter_context(open_workers(job, self._progress.note, work))
         self._live = LiveModel(checkpoint, job, workers, file.plan)
         return self._live
 

@@ -84,10 +84,14 @@ class _Monitor:
         now: datetime,
         progress: Progress,
     ) -> None:
+        traffic = config.traffic
+        self._reader: TrafficReader = open_traffic(
+            traffic.path, traffic.schema_of_columns(), batch_size=traffic.batch_size, version=traffic.version
+        )
+        # Snapshots of the model are opened later, and read the same version of a Delta table.
+        config = config.with_traffic_version(self._reader.version)
         self._config, self._plan_path, self._now, self._progress = config, plan_path, now, progress
         self._deployment, self._record = deployment, record
-        schema = config.traffic.schema_of_columns()
-        self._reader: TrafficReader = open_traffic(config.traffic.path, schema, batch_size=config.traffic.batch_size)
         self._schedule = Schedule.of(config, self._reader, now)
         self._models = LiveModels(
             config, plan_path, self._deployment, self._schedule, self._record.artifacts, self._progress
@@ -125,6 +129,7 @@ class _Monitor:
         if due and self._judged and (due[0].start or 0) < max(self._judged):
             self._note("windows before the newest one were judged now: what rows after them say was known without them")
         error: LowprecError | None = None
+        self._models.num_due = len(due)
         with self._models:
             for number, window in enumerate(due):
                 self._progress.note(f"window {number + 1} of {len(due)}: {self._text(window)}")

@@ -26,7 +26,7 @@ def render_dry_run(document: Mapping[str, Any]) -> None:
 
 def _render_job(document: Mapping[str, Any]) -> None:
     table = Table(
-        "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=f"{document['name']}: units"
+        "unit", "rows", "dim", "features", "precisions", "fp32", "cheapest", title=escape(f"{document['name']}: units")
     )
     for unit in document["units"]:
         table.add_row(
@@ -54,7 +54,7 @@ def _render_job(document: Mapping[str, Any]) -> None:
             f"{window['name']} window {window['window']}: {window['num_rows']:,} rows, {window['num_batches']} batches"
         )
     for note in document["notes"]:
-        stdout.print(note)
+        stdout.print(escape(note))
 
 
 def render_train(document: Mapping[str, Any]) -> None:
@@ -75,7 +75,9 @@ def render_train(document: Mapping[str, Any]) -> None:
     stdout.print(
         f"{document['epochs']:.3g} epochs in {document['seconds']:.1f} s, best after {document['best_epoch']:.3g}"
     )
-    stdout.print(f"checkpoint written to {document['checkpoint']} (sha256 {document['checkpoint_sha256'][:12]})")
+    stdout.print(
+        f"checkpoint written to {escape(document['checkpoint'])} (sha256 {document['checkpoint_sha256'][:12]})"
+    )
 
 
 def render_doctor(document: Mapping[str, Any]) -> None:

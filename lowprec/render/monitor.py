@@ -30,7 +30,7 @@ def render_monitor(document: Mapping[str, Any]) -> None:
             _render_proposal(proposed)
     for told in document["told"]:
         where = told.get("to") or f"{told['event']} alert of {told['window']}"
-        stdout.print(f"{told['channel']}: {where}" + (f": {told['failed']}" if told["failed"] else ""))
+        stdout.print(escape(f"{told['channel']}: {where}" + (f": {told['failed']}" if told["failed"] else "")))
     state, now = document["state"], document["current_state"]
     stdout.print(
         f"[{STATE_STYLE[state]}]{state}[/] against a budget of {document['budget_pct']:g} %: "

@@ -141,7 +141,7 @@ def _render_recommendation(document: Mapping[str, Any], windows: Mapping[str, st
                 f"{other['verdict']}"
             )
     _render_quality(document["confirm"])
-    stdout.print(f"plan written to {document['plan_path']}")
+    stdout.print(f"plan written to {escape(document['plan_path'])}")
 
 
 def _render_profile(profile: Mapping[str, Any]) -> None:

@@ -18,9 +18,10 @@ import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from lowprec.errors import ResultsError
+from lowprec.errors import ResultsError, StorageError
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, TableSchema, table_schema, to_arrow
 from lowprec.storage import Location, Where
+from lowprec.storage.delta import delta_address, panics_as_errors
 from lowprec.storage.object_store import bucket_of, delta_options, filesystem_of, sentence
 
 __all__ = ["ResultsStore"]
@@ -46,7 +47,7 @@ class ResultsStore:
     """
 
     def __init__(self, root: Where) -> None:
-        """Touch nothing yet."""
+        """Touch nothing yet; raises `ResultsError` for a root that Delta's client would take for another one."""
         self.root = str(root)
         self._root = Location.of(root)
         if self._root.is_url and ("?" in self.root or "@" in bucket_of(self.root)):
@@ -54,6 +55,10 @@ class ResultsStore:
                 f"results root {self.root}: a URL of results takes no options and no keys; set them in the environment "
                 "(AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             )
+        try:
+            self._address = delta_address(self._root)
+        except StorageError as error:
+            raise ResultsError(f"results root {self.root}: {error} for results.root") from None
         # The keys that the last append to each table returned from.
         self._kept: dict[str, pa.Array] = {}
 
@@ -142,6 +147,9 @@ class ResultsStore:
     def _place(self, schema: TableSchema) -> Location:
         return self._root / schema.name
 
+    def _table(self, schema: TableSchema) -> str:
+        return f"{self._address}/{schema.name}"
+
     def _options(self) -> dict[str, str] | None:
         return delta_options(self._root.text) if self._root.is_url else None
 
@@ -152,8 +160,9 @@ class ResultsStore:
             if (place / "_delta_log").kind() != "folder":
                 return None
         try:
-            table = DeltaTable(place.text, storage_options=self._options())
-            columns = pa.schema(table.schema().to_arrow())
+            with panics_as_errors():
+                table = DeltaTable(self._table(schema), storage_options=self._options())
+                columns = pa.schema(table.schema().to_arrow())
         except TableNotFoundError:
             self._check_folder(schema)
             return None
@@ -185,7 +194,8 @@ class ResultsStore:
                 [Transaction(exclusive, (table.transaction_version(exclusive) or 0) + 1)] if exclusive else None
             )
             properties = CommitProperties(max_commit_retries=_MAX_COMMIT_RETRIES, app_transactions=application)
-            write_deltalake(table, new, mode="append", commit_properties=properties)
+            with panics_as_errors():
+                write_deltalake(table, new, mode="append", commit_properties=properties)
         return int(new.num_rows)
 
     def _last_keys(self, schema: TableSchema) -> pa.Array:
@@ -210,13 +220,14 @@ class ResultsStore:
                     f"results root {self.root}: cannot be written: {error.strerror or error}; "
                     "make it writable or choose another results.root"
                 ) from None
-        return DeltaTable.create(
-            self._place(schema).text,
-            schema.arrow,
-            mode="ignore",
-            description=f"{_DESCRIPTION}{SCHEMA_VERSION}",
-            storage_options=self._options(),
-        )
+        with panics_as_errors():
+            return DeltaTable.create(
+                self._table(schema),
+                schema.arrow,
+                mode="ignore",
+                description=f"{_DESCRIPTION}{SCHEMA_VERSION}",
+                storage_options=self._options(),
+            )
 
     def _check_folder(self, schema: TableSchema) -> None:
         """Refuse a folder of something else: Delta would add its log to it."""

@@ -9,7 +9,7 @@ from lowprec.calibration import LayerGrid
 from lowprec.config import Config
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
-from lowprec.search.job import Job, open_job
+from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
 
@@ -50,6 +50,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         ExactEvaluator(job.adapter).logits(batch, [])
     else:
         job.adapter.asked(inputs_of(batch))
+    choice = choose_workers_for(job)
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)
@@ -83,13 +84,17 @@ def describe_job(job: Job) -> dict[str, Any]:
             for d in space.dominated
         ],
         "windows": windows,
-        "notes": notes_on(job),
+        "traffic_version": job.reader.version,
+        "workers": vars(choice),
+        "notes": [*notes_on(job), str(choice)],
     }
 
 
 def notes_on(job: Job) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
     notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    if job.reader.version is not None:
+        notes.insert(0, f"traffic {job.reader.path}: version {job.reader.version} of the Delta table is read")
     sparse = job.config.traffic.schema_of_columns().sparse
     unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]
     if unseen:

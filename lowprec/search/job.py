@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ from itertools import pairwise
 from lowprec import ops
 from lowprec.config import Config, WindowConfig
 from lowprec.errors import ConfigError, TrafficError
+from lowprec.evaluation.auto_workers import (
+    SEARCH_PASSES,
+    Work,
+    WorkersChoice,
+    choose_workers,
+    is_ray_job,
+    work_seconds,
+)
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
@@ -28,7 +37,8 @@ from lowprec.evaluation.worker import (
     load_adapter_without_rows,
 )
 from lowprec.models.adapter import ModelAdapter, inputs_of
-from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp, is_mapped
+from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp
+from lowprec.models.tensor_files import open_tensors
 from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit, is_layer
 from lowprec.search.costs import Costs, open_costs
 from lowprec.search.placement import Demand, demand_of, place
@@ -47,17 +57,21 @@ from lowprec.traffic import (
 )
 from lowprec.traffic.window import Window
 
-__all__ = ["Job", "open_job", "open_workers"]
+__all__ = ["Job", "choose_workers_for", "open_job", "open_workers"]
 
 # Rows that are looked through at once, and of a worker's memory where that is limited: a worker that holds others reads
 # them for it.
 _CHECKED_BYTES, _CHECKED_SHARE = 128 << 20, 1 / 100
+# Weights that are read into this process although workers may read them again.
+_READ_HERE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Job:
     """A config with everything behind it checked and opened once.
 
+    config: as given, with the version of a Delta table that is read where it is traffic, so that what is opened from it
+    later reads the same.
     adapter: the model; without rows where workers alone are to have them.
     placement: which worker holds which rows, where no worker can hold them all. forms: of layers, once they are known.
     """
@@ -87,7 +101,8 @@ class Job:
 
     def evaluated_on(self, name: str, window: TrafficWindow) -> list[object]:
         """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
-        columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
+        # The version of a Delta table is part of the window's fingerprint.
+        columns = self.config.traffic.model_dump(exclude={"path", "version", "synthetic", "max_bad_fraction"})
         model = self.config.model.model_dump(exclude={"checkpoint"})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
         forms = {f"{unit} {precision}": form.to_dict() for (unit, precision), form in self.forms.items()}
@@ -95,6 +110,11 @@ class Job:
         cuts = self.placement.cuts if self.placement else {}
         where = [part for part in (cuts, forms) if part]
         return [self.window_text(name), window.fingerprint, columns, model, self.space.row_alignment, *where, ranges]
+
+    def search_work(self) -> Work:
+        """What a search does."""
+        windows = [self.window(name) for name in ("search", "confirm")]
+        return Work(windows[0], SEARCH_PASSES * sum(window.num_batches for window in windows))
 
     def demand(self) -> Demand:
         """What the job asks of a cluster, with lookups counted on its search window."""
@@ -265,7 +285,9 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
     """
     ops.check_kernels()
     columns = config.traffic.schema_of_columns()
-    reader = open_traffic(config.traffic.path, columns, batch_size=config.traffic.batch_size)
+    traffic = config.traffic
+    reader = open_traffic(traffic.path, columns, batch_size=traffic.batch_size, version=traffic.version)
+    config = config.with_traffic_version(reader.version)
     _check_order(config, reader)
     checkpoint = str(Location.of(config.model.checkpoint).absolute())
     spec = WorkerSpec(
@@ -304,32 +326,54 @@ def _placed(job: Job, cuts: Cuts | None = None) -> Placement | None:
     where = job.config.evaluation
     if where.worker_memory is None:
         return None
-    _, placement = place(job.demand(), where.num_workers, where.worker_memory, cuts)
+    _, placement = place(job.demand(), where.num_worker_machines, where.worker_memory, cuts)
     return placement if placement.shards else None
 
 
 def _is_for_workers_alone(config: Config, spec: WorkerSpec) -> bool:
     """Whether rows have no place in this process: too large for one, or read into memory instead of mapped."""
     where = config.evaluation
-    return where.num_workers > 0 and (where.worker_memory is not None or not is_mapped(spec.checkpoint))
+    if where.num_workers == 0:
+        return False
+    if where.worker_memory is not None:
+        return True
+    source = open_tensors(Location.of(spec.checkpoint))
+    if source.is_mapped:
+        return False
+    # Where workers are not certain, a second copy in this process may be for nothing.
+    is_certain = where.num_workers != "auto" or where.address is not None or is_ray_job()
+    return is_certain or 4 * sum(map(math.prod, source.shapes.values())) > _READ_HERE_BYTES
+
+
+def choose_workers_for(job: Job, work: Work | None = None) -> WorkersChoice:
+    """How many workers a job gets for some work, by default for its search, and why."""
+
+    def seconds() -> float:
+        return work_seconds(job.spec, job.adapter, work or job.search_work())
+
+    return choose_workers(job.config.evaluation, has_rows=job.adapter.has_rows, seconds=seconds)
 
 
 @contextmanager
-def open_workers(job: Job, note: Callable[[str], None] = lambda _: None) -> Iterator[Workers]:
-    """The workers that the config asks for: Ray actors, or this process where `evaluation.num_workers` is 0.
+def open_workers(job: Job, note: Callable[[str], None] = lambda _: None, work: Work | None = None) -> Iterator[Workers]:
+    """The workers that the config asks for, Ray actors or this process.
 
-    `note` is told what happens to them.
+    `note` is told which, where that was to be chosen, and what happens to them. work: what they are for, by default a
+    search.
     """
     workers: Workers
     where = job.config.evaluation
-    if where.num_workers == 0:
+    choice = choose_workers_for(job, work)
+    if where.num_workers == "auto":
+        note(str(choice))
+    if choice.num_workers == 0:
         workers = LocalWorkers(job.spec, job.adapter)
     else:
         from lowprec.evaluation.cluster import RayWorkers, Timeouts
 
         workers = RayWorkers(
             job.spec,
-            num_workers=where.num_workers,
+            num_workers=choice.num_workers,
             address=where.address,
             placement=job.placement,
             timeouts=Timeouts(where.task_timeout_s, where.hung_after_s, where.start_timeout_s),

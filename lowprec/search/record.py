@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lowprec import __version__
+from lowprec.config import Config
 from lowprec.errors import ConfigError, LowprecError, PoisonedWorkError, TrafficError, WorkerError
 from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile_file import ProfileOrigin, write_profile
@@ -23,7 +24,7 @@ from lowprec.search.trial import Trial
 from lowprec.storage import Location
 from lowprec.traffic.window import overlap
 
-__all__ = ["RunRecord"]
+__all__ = ["RunRecord", "on_same_traffic"]
 
 # Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
 # (How batches are grouped and how many threads compute them changes the last bits, so those must stay.) Files may lie
@@ -49,6 +50,15 @@ FREE_TO_CHANGE = (
 
 # What may be mended from outside, so that a run can go on: workers, files and stores, disks.
 MENDED_OUTSIDE = (WorkerError, TrafficError, OSError)
+
+
+def on_same_traffic(config: Config, run_id: str) -> Config:
+    """The config of a resumption, with the version of a Delta table that the run read where it names none itself."""
+    rows = ResultsStore(config.results.root).read("runs", run_id=run_id).to_pylist()
+    if config.traffic.version is not None or not rows:  # `RunRecord` reports what does not fit
+        return config
+    begun = json.loads(max(rows, key=lambda row: int(row["version"]))["config_json"])
+    return config.with_traffic_version(begun["traffic"].get("version"))
 
 
 class RunRecord:

@@ -27,7 +27,7 @@ from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import fitted_forms, num_passes
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.racing import race
-from lowprec.search.record import RunRecord
+from lowprec.search.record import RunRecord, on_same_traffic
 from lowprec.search.rule import known_risk
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
@@ -58,7 +58,7 @@ def run_search(
     resumed run does the same trials as one left alone. The best plan so far is always in the run's `plan.json`.
     `search.timeout_s` stops the waves; the confirmation still runs.
     """
-    job = open_job(config)
+    job = open_job(config if resume is None else on_same_traffic(config, resume))
     listener = progress or Silent()
     for note in notes_on(job):
         listener.note(note)

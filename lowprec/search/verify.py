@@ -9,6 +9,7 @@ from typing import Any
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
+from lowprec.evaluation.auto_workers import VERIFY_PASSES, Work
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
@@ -133,7 +134,8 @@ def verify_plan(
     record = RunRecord(job, None, command="verify")
     with record.running(listener.note):
         listener.stage("verify", traffic_window.num_batches)
-        with open_workers(job, listener.note) as workers:
+        work = Work(traffic_window, VERIFY_PASSES * traffic_window.num_batches)
+        with open_workers(job, listener.note, work) as workers:
             if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
                 job, workers = _recalibrated(job, workers)
             evaluation = job.evaluate(
@@ -194,7 +196,8 @@ def verify_plan(
         )
     if repair and outcome.verdict != "certified":
         listener.note(f"the plan is {outcome.verdict}: searching from there")
-        outcome = replace(outcome, repair=run_search(_within(config, budget_pct), start=file.plan, progress=progress))
+        repaired = run_search(_within(job.config, budget_pct), start=file.plan, progress=progress)
+        outcome = replace(outcome, repair=repaired)
     return replace(outcome, seconds=time.monotonic() - began)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -59,7 +59,8 @@ class Location:
             return where
         text = str(where)
         if text.startswith("file://"):
-            return cls(unquote(urlsplit(text).path))
+            # Not by `urlsplit`, which ends a path at "#" and "?".
+            return cls("/" + unquote(text.removeprefix("file://").partition("/")[2]))
         if "://" in text:
             return cls(text.rstrip("/"))
         if isinstance(where, Path) and re.match(r"[a-z][a-z0-9+]+:/", text):

@@ -108,7 +108,8 @@ class Dataset:
             if name in piece.schema.names:
                 arrays.append(read_as(piece.column(name), target))
             else:
-                constant = pa.scalar(file.partition[name]).cast(self._partition_types[name])
+                # A column of a Delta table that was added after this file was written is null in it.
+                constant = pa.scalar(file.partition.get(name)).cast(self._partition_types[name])
                 arrays.append(read_as(pa.repeat(constant, piece.num_rows), target))
         return pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
@@ -116,10 +117,13 @@ class Dataset:
         return {**self.__dict__, "_open": None}
 
 
-def open_dataset(path: str, schema: Schema) -> Dataset:
-    """Read the footers of all files at `path` and check their columns; raises `TrafficError`."""
-    source = find_files(path)
-    partition_types = _partition_types(source.files)
+def open_dataset(path: str, schema: Schema, version: int | None = None) -> Dataset:
+    """Read the footers of all files at `path` and check their columns; raises `TrafficError`.
+
+    version: of a Delta table; the latest where it is None.
+    """
+    source = find_files(path, version)
+    partition_types = source.columns or _partition_types(source.files)
     contents = []
     from_folders: list[set[str]] = []
     footers = []
@@ -127,7 +131,7 @@ def open_dataset(path: str, schema: Schema) -> Dataset:
         opened = open_parquet(source, file)
         content = opened.schema_arrow
         # A column that a file has is read from the file, whatever its folders are called.
-        from_folders.append({name for name in file.partition if name not in content.names})
+        from_folders.append({name for name in (*file.partition, *source.columns) if name not in content.names})
         for name in sorted(from_folders[-1]):
             content = content.append(pa.field(name, partition_types[name]))
         contents.append((file, content))
@@ -203,9 +207,9 @@ def _in_unit(times: _Times | None, unit: str | None) -> tuple[int, int] | None:
 def _partition_times(
     file: SourceFile, time: str, partition_types: Mapping[str, pa.DataType], layout: Layout
 ) -> tuple[int, int] | None:
-    """The one time of a file whose time stands in the names of its folders; None when that cannot be read."""
+    """The one time of a file whose time is a partition column; None where it is null."""
     try:
-        value = pa.array([file.partition[time]], pa.string()).cast(partition_types[time])
+        value = pa.array([file.partition.get(time)]).cast(partition_types[time])
     except pa.ArrowInvalid:
         raise TrafficError(f"traffic file {file.name}: {time}={file.partition[time]} is not a date") from None
     moment = read_as(value, layout.types[time]).cast(pa.int64())[0].as_py()

@@ -27,15 +27,18 @@ _READ_ROWS = 4096
 CACHE_BYTES = 64 << 20
 
 
-def open_traffic(path: str, schema: Schema, *, batch_size: int) -> TrafficReader:
-    """Open the traffic at a file, a folder, a `key=value` partitioned folder or a `pyarrow.fs` URL.
+def open_traffic(path: str, schema: Schema, *, batch_size: int, version: int | None = None) -> TrafficReader:
+    """Open the traffic at a file, a folder, a `key=value` partitioned folder, a Delta table or a `pyarrow.fs` URL.
+
+    version: of a Delta table, the latest where it is None. Whatever happens to the table meanwhile, the reader, its
+    windows and their copies in other processes read that version.
 
     Reads the footers of all files, no rows. Raises `TrafficError` when nothing is there, a file is truncated, or a
     column is missing or has an unusable type, naming file and column.
     """
     if batch_size <= 0:
         raise ConfigError(f"traffic.batch_size: must be positive; got {batch_size}")
-    return TrafficReader(path, schema, open_dataset(path, schema), batch_size)
+    return TrafficReader(path, schema, open_dataset(path, schema, version), batch_size)
 
 
 class TrafficReader:
@@ -56,6 +59,11 @@ class TrafficReader:
     def num_rows(self) -> int:
         """Rows of the whole traffic, whatever their time."""
         return self._dataset.num_rows
+
+    @property
+    def version(self) -> int | None:
+        """The version of the Delta table that is read; None of traffic that is none."""
+        return self._dataset.source.version
 
     @property
     def time_unit(self) -> TimeUnit | None:
@@ -139,10 +147,14 @@ class TrafficWindow:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits for which rows of which files these are; changed content of the same shape goes unseen."""
-        files = self._dataset.source.files
+        """16 hex digits for which rows of which files these are; changed content of the same shape goes unseen.
+
+        Of a Delta table its version counts as well.
+        """
+        files, version = self._dataset.source.files, self._dataset.source.version
         rows = [(files[s.group.file].path.rpartition("/")[2], *s.group[1:], s.num_rows) for s in self._spans]
-        return hashlib.sha256(repr((rows, self.batch_size)).encode()).hexdigest()[:16]
+        of_delta = () if version is None else (version,)
+        return hashlib.sha256(repr((rows, self.batch_size, *of_delta)).encode()).hexdigest()[:16]
 
     def count_labels(self) -> int:
         """Rows that have a label; reads the label column alone (and the time of row groups that are cut)."""

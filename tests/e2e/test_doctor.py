@@ -73,7 +73,9 @@ def test_a_ray_that_takes_too_long_to_start_is_one_sentence(monkeypatch):
         raise Exception("The current node timed out during startup. This could happen because of load.")
 
     monkeypatch.setattr(connect.ray, "init", fails)
-    with pytest.raises(WorkerError, match="cannot be reached or started: The current node timed out during startup"):
+    with pytest.raises(
+        WorkerError, match="cannot be started on this machine: The current node timed out during startup"
+    ):
         connect.init_ray(1, None)
 
 

@@ -72,10 +72,25 @@ def test_missing_and_unexpected_names(tmp_path):
     assert 'the checkpoint has no "tables.c4.weight"; the model has no "tables.c5.weight"' in str(raised.value)
 
 
-def test_names_of_a_wrapped_model_get_a_hint(tmp_path):
-    state = {f"module.{name}": tensor for name, tensor in state_of(model_with(1)).items()}
-    with pytest.raises(CheckpointError, match=r"save model.module.state_dict\(\)"):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net.model."])
+def test_names_of_a_wrapped_model_get_a_hint(prefix, tmp_path):
+    state = {f"{prefix}{name}": tensor for name, tensor in state_of(model_with(1)).items()}
+    with pytest.raises(CheckpointError) as raised:
         load_checkpoint(model_with(2), write_one(state, tmp_path))
+    assert str(raised.value).endswith(f'every name begins with "{prefix}": save model.{prefix}state_dict()')
+    state.popitem()  # and another difference beside
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(model_with(2), write_one(state, tmp_path))
+    assert ("every name begins with" in str(raised.value)) == ("net" not in prefix)
+
+
+def test_wrappers_of_the_model_and_of_its_parts_get_a_hint(tmp_path):
+    model = nn.ModuleDict({"_orig_mod": model_with(1)})
+    with pytest.raises(CheckpointError, match='every name of the model begins with "_orig_mod.": let model.factory'):
+        load_checkpoint(model, write_one(state_of(model_with(1)), tmp_path))
+    state = {name.replace("tables.", "tables.module._orig_mod."): t for name, t in state_of(model_with(1)).items()}
+    with pytest.raises(CheckpointError, match='names hold "_orig_mod." and "module." of wrapped modules: rename them'):
+        load_checkpoint(model_with(1), write_one(state, tmp_path))
 
 
 def test_nan_in_dense_weights_is_named(tmp_path):
