@@ -29,16 +29,18 @@ class TableSchema:
     """One table: its columns, and which rows readers see.
 
     Of the rows with equal `row_key` the one committed last is kept. Where `entity` names a column, only the row with
-    the highest `order` of each entity is kept then.
+    the highest `order` of each entity is kept then. `added` names the columns that tables of earlier versions lack: they
+    are null there, and the next append adds them.
     """
 
     name: str
     arrow: pa.Schema
     entity: str | None = None
     order: str | None = None
+    added: tuple[str, ...] = ()
 
 
-def _table(name: str, columns: Mapping[str, pa.DataType], **visible: str) -> TableSchema:
+def _table(name: str, columns: Mapping[str, pa.DataType], **visible: Any) -> TableSchema:
     key = pa.field("row_key", pa.string(), nullable=False)
     committed = pa.field("committed_at", _TIME, nullable=False)
     return TableSchema(name, pa.schema([key, *(pa.field(n, t) for n, t in columns.items()), committed]), **visible)
@@ -97,7 +99,9 @@ TABLES: Mapping[str, TableSchema] = {
                 "num_exact": pa.int64(),  # of these, evaluated exactly; the profile predicts the rest
                 "num_units": pa.int64(),  # units of evidence: examples, or groups of them
                 "metrics_json": pa.string(),
+                "floors_json": pa.string(),  # of the launch gate: figure, limit and verdict of each floor; null without
             },
+            added=("floors_json",),
         ),
         _table(
             "sensitivities",

@@ -108,7 +108,8 @@ class ResultsStore:
         if table is None:
             return pads.dataset(schema.arrow.empty_table())
         try:
-            return _arrow_dataset(table)
+            # What an earlier version wrote lacks the columns that were added since, which are null there.
+            return _arrow_dataset(table).replace_schema(schema.arrow)
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise self._error(schema, "cannot be read", error) from None
 
@@ -158,7 +159,9 @@ class ResultsStore:
             return None
         except (DeltaError, OSError, ValueError) as error:
             raise self._error(schema, "cannot be read", error) from None
-        if {field.name: field.type for field in columns} != {field.name: field.type for field in schema.arrow}:
+        found = {field.name: field.type for field in columns}
+        wanted = {f.name: f.type for f in schema.arrow if f.name in found or f.name not in schema.added}
+        if found != wanted:
             differing = sorted({f"{f.name} {f.type}" for f in columns} ^ {f"{f.name} {f.type}" for f in schema.arrow})
             raise ResultsError(
                 f"results table {schema.name} ({place}): was written by another version of lowprec, which had "
@@ -178,7 +181,14 @@ class ResultsStore:
                 [Transaction(exclusive, (table.transaction_version(exclusive) or 0) + 1)] if exclusive else None
             )
             properties = CommitProperties(max_commit_retries=_MAX_COMMIT_RETRIES, app_transactions=application)
-            write_deltalake(table, new, mode="append", commit_properties=properties)
+            is_older = len(table.schema().fields) < len(schema.arrow)
+            write_deltalake(
+                table,
+                new,
+                mode="append",
+                schema_mode="merge" if is_older else None,
+                commit_properties=properties,
+            )
         return int(new.num_rows)
 
     def _last_keys(self, schema: TableSchema) -> pa.Array:

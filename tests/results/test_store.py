@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import reduce
 from operator import truediv
@@ -232,6 +233,23 @@ def test_a_table_with_other_columns_is_refused(row, place):
     for use in (lambda s: s.append("trials", [row("trials", "k")]), lambda s: s.read("trials")):
         with pytest.raises(ResultsError, match="was written by another version of lowprec"):
             use(ResultsStore(place))
+
+
+def test_a_table_of_an_earlier_version_gets_the_columns_that_were_added_since(row, place, monkeypatch):
+    now = TABLES["trials"]
+    before = replace(now, arrow=pa.schema([f for f in now.arrow if f.name not in now.added]), added=())
+    assert now.added and len(before.arrow) < len(now.arrow)
+    old = {k: v for k, v in row("trials", "old", number=7).items() if k not in now.added}
+    with monkeypatch.context() as earlier:
+        earlier.setitem(TABLES, "trials", before)
+        ResultsStore(place).append("trials", [old])
+    # Reading changes nothing, and finds null there.
+    (found,) = ResultsStore(place).read("trials").to_pylist()
+    assert found["number"] == 7 and all(found[name] is None for name in now.added)
+    assert ResultsStore(place).append("trials", [row("trials", "new", **dict.fromkeys(now.added, "x"))]) == 1
+    first, second = ResultsStore(place).read("trials").to_pylist()
+    assert (first["row_key"], second["row_key"]) == ("old", "new")
+    assert [(first[name], second[name]) for name in now.added] == [(None, "x")] * len(now.added)
 
 
 def test_artifacts_lie_below_the_root(tmp_path):
