@@ -262,7 +262,8 @@ def test_ranges_are_compared_of_tables_that_have_some(deployed, monitored, small
     file = read_plan(path, units=None, checkpoint_sha256=None)
     low = {"layer:top.0": Precision.FP16}
     plan = file.plan.replace({unit: Precision.FP32 for unit in file.plan} | {"table:c1": Precision.INT8} | low)
-    write_plan(replace(file, plan=plan, row_ranges={"table:c1": RowRange.MINMAX}), path)
+    size = open_job(config).space.size_bytes(plan)
+    write_plan(replace(file, plan=plan, row_ranges={"table:c1": RowRange.MINMAX}, size_bytes=size), path)
     monitored(config, path)
     (found,) = {row["saturation_json"] for row in rows(config)}
     assert [growth["table"] for growth in json.loads(found)] == ["table:c1"]
