@@ -29,8 +29,8 @@ class TableSchema:
     """One table: its columns, and which rows readers see.
 
     Of the rows with equal `row_key` the one committed last is kept. Where `entity` names a column, only the row with
-    the highest `order` of each entity is kept then. `added` names the columns that tables of earlier versions lack: they
-    are null there, and the next append adds them.
+    the highest `order` of each entity is kept then. `added` names the columns that tables of earlier versions lack:
+    they are null there, and the next append adds them.
     """
 
     name: str

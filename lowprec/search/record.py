@@ -16,6 +16,7 @@ from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile_file import ProfileOrigin, write_profile
 from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
+from lowprec.search.floors import Floor, gated
 from lowprec.search.job import Job
 from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
@@ -43,6 +44,7 @@ FREE_TO_CHANGE = (
     "evaluation.address",
     "results",
     "train",
+    "gate",
 )
 
 
@@ -206,8 +208,10 @@ class RunRecord:
         rows = self._store.read("trials", run_id=self.run_id, evaluation=evaluation).to_pylist()
         return sorted((Trial.from_row(r) for r in rows), key=lambda t: t.number)
 
-    def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
-        """Commit a wave at once: after a kill it is there whole or not at all."""
+    def add_trials(
+        self, trials: Sequence[Trial], *, evaluation: str, window: str, floors: Sequence[Floor] = ()
+    ) -> None:
+        """Commit a wave at once: after a kill it is there whole or not at all. floors: that the trials were held to."""
         fp32 = self.job.space.fp32_bytes
         self._store.append(
             "trials",
@@ -218,7 +222,8 @@ class RunRecord:
                     "evaluation": evaluation,
                     "window": window,
                     "bytes_ratio": trial.size_bytes / fp32,
-                    **self._verdict(trial),
+                    **self._verdict(trial, floors),
+                    "floors_json": json.dumps([floor.to_dict() for floor in floors]) if floors else None,
                     **trial.to_row(),
                 }
                 for trial in trials
@@ -226,12 +231,12 @@ class RunRecord:
         )
         self._has_work = True
 
-    def _verdict(self, trial: Trial) -> dict[str, Any]:
+    def _verdict(self, trial: Trial, floors: Sequence[Floor]) -> dict[str, Any]:
         """The tightest budget that the trial is certified for, else the loosest with what is known of it."""
         budgets = self.job.config.search.all_budgets
         certified = [b for b in budgets if trial.metrics.verdict(b) == "certified"]
         budget = (certified or budgets[-1:])[0]
-        return {"budget_pct": budget, "verdict": trial.metrics.verdict(budget)}
+        return {"budget_pct": budget, "verdict": gated(trial.metrics.verdict(budget), floors)}
 
     def changed(self, what: str) -> ConfigError:
         """The error that refuses to go on with this run."""
