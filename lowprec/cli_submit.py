@@ -87,7 +87,7 @@ def logs(job: str, follow: bool, address: str | None, as_json: bool) -> int:
     log = api.log(job)
     if log is None:
         raise JobError(f"job {job}: the cluster at {api.address} cannot read its log; try again, or look there")
-    content = {"submission_id": job, "address": api.address, "log": log}
+    content = {"job": job, "address": api.address, "log": log}
     show(console.json_document("submit logs", content), as_json, _print_log)
     return 0
 
@@ -141,7 +141,7 @@ def _follow(api: JobsApi, submission_id: str, name: str, *, as_json: bool) -> in
             on_lost=lambda reason: _note(f"{reason}; trying again"),
         )
     except KeyboardInterrupt:
-        going_on = {"submission_id": submission_id, "address": api.address, "state": "running"}
+        going_on = {"job": submission_id, "address": api.address, "state": "running"}
         _note("the job goes on; to follow it again, look at it, or stop it:")
         for line in render.job_commands(going_on):
             _note(f"    {line}")
