@@ -76,6 +76,7 @@ class Exported:
             "bytes": self.plan_bytes,
             "fp32_bytes": self.fp32_bytes,
             "num_tables": len(self.manifest.tables),
+            "num_low_tables": sum(table.precision != Precision.FP32 for table in self.manifest.tables),
             "num_low_layers": len(self.manifest.layers),
             "files": {name: file.bytes for name, file in self.manifest.files.items()},
             "programs": dict(self.manifest.programs),
