@@ -98,7 +98,11 @@ class RowRange(enum.StrEnum):
     """How a row-wise precision chooses the scale and bias of a row; the bytes are the same."""
 
     MINMAX = "minmax"
-    """From the smallest to the largest value: what FBGEMM does by itself."""
+    """From the smallest to the largest value, as FBGEMM's `FloatToFusedNBitRowwiseQuantizedSBHalf` has it.
+
+    At int8, FBGEMM's `quantize_embs`, which TorchRec uses, stores other rows: codes for a scale and bias in fp32
+    (`FloatToFused8BitRowwiseQuantized`), which are rounded to fp16 afterwards.
+    """
     MSE = "mse"
     """A squared error near the least, never above that of `minmax`."""
 
