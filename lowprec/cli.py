@@ -265,7 +265,7 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
 
 # What can be a job of a cluster: with its own options, but for those that have no use there.
 as_job(search, leave_out=("dry_run", "workers", "worker_memory", "network", "calibration", "tables"))
-as_job(verify)
+as_job(verify, check=lambda values: chosen_plan(values["plan"], values["uniform"], values["units"]))
 as_job(monitor, leave_out=("every",))
 as_job(serving.commands["debug"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,8 +34,13 @@ _address = click.option(
 )
 
 
-def as_job(original: Any, *, leave_out: Collection[str] = ()) -> None:
-    """Add `lowprec submit NAME` for a command of CONFIG, with the options that the command has, but for some."""
+def as_job(
+    original: Any, *, leave_out: Collection[str] = (), check: Callable[[Mapping[str, Any]], object] | None = None
+) -> None:
+    """Add `lowprec submit NAME` for a command of CONFIG, with the options that the command has, but for some.
+
+    check: raises where the values of the options, by name, are wrong together, before anything is sent.
+    """
     options = [p for p in original.params if isinstance(p, click.Option) and p.name not in leave_out]
     options = [p for p in options if p.name not in ("overrides", "as_json", "debug")]
 
@@ -44,6 +49,8 @@ def as_job(original: Any, *, leave_out: Collection[str] = ()) -> None:
     @click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
     @click.option("--python", metavar="PATH", help="Of the cluster [default: the one that has lowprec].")
     def run(config: Config, address: str | None, follow: bool, python: str | None, as_json: bool, **values: Any) -> int:
+        if check is not None:
+            check(values)
         given = {option.opts[0]: values[option.name] for option in options if option.name}
         given["--json"] = as_json  # the job then prints its document, which becomes part of ours
         return _submit(config, original.name, given, address=address, follow=follow, python=python)

@@ -69,7 +69,9 @@ def command(tmp_path, capfd):
         path = tmp_path / "config.json"
         path.write_text(config.to_json())
         with pytest.raises(SystemExit) as ended:
-            main([name, str(path), *arguments])
+            main(
+                [name, *arguments[:1], str(path), *arguments[1:]] if name == "submit" else [name, str(path), *arguments]
+            )
         return ended.value.code, "".join(capfd.readouterr())
 
     return run
@@ -102,6 +104,8 @@ def test_the_commands(small_config, command, tmp_path):
     for wrong in ((), ("--plan", str(out), "--uniform", "int4")):
         code, said = command(config, "verify", *wrong)
         assert code == 64 and "give either --plan PLAN or a plan by hand" in said
+    code, said = command(config, "submit", "verify", "--address", "http://127.0.0.1:1")
+    assert code == 64 and "give either --plan PLAN" in said  # before anything is sent
     code, said = command(config, "plan", "--unit", "tabel:c1=int2", "--out", str(tmp_path / "other.json"))
     assert code == 64 and "did you mean table:c1" in said and not (tmp_path / "other.json").exists()
     code, said = command(config, "plan", "--out", str(tmp_path / "fp32.json"))
