@@ -161,7 +161,7 @@ def _distances(sketches: Sequence[InputSketch]) -> NDArray[np.float64]:
         inverse = 1 / counts
         squared = ((codes[:, None] - codes[None]) ** 2).sum(axis=2) / (2 * DIMS)
         expected = np.maximum(used[:, None], used) * (inverse[:, None] + inverse) / 8
-        found = np.sqrt(np.clip(squared - expected, 0, 1))
+        found: NDArray[np.float64] = np.sqrt(np.clip(squared - expected, 0, 1))
     found[(counts == 0)[:, None] | (counts == 0)] = np.nan
     return found
 
