@@ -53,7 +53,7 @@ def test_a_resumption_on_other_traffic_does_not_speak_of_an_option_that_was_not_
         patch.setattr(RunRecord, "add_trials", killed)
         run_search(config)
     (run_id,) = lowprec.query("SELECT run_id FROM runs", config.results.root)["run_id"]
-    other = small_config(traffic(lambda table: table.slice(0, table.num_rows - 7000)))
+    other = small_config(traffic(lambda table: table.take(np.arange(0, table.num_rows, 2))))
     with pytest.raises(ConfigError, match="is not of this search: .*the traffic") as raised:
         run_search(other, resume=run_id)
     assert "--profile" not in str(raised.value) and "resume with the traffic, checkpoint" in str(raised.value)
