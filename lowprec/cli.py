@@ -17,6 +17,7 @@ import click
 
 from lowprec import __version__, exit_codes
 from lowprec.cli_machine import machine
+from lowprec.cli_plan import by_hand, chosen_plan, plans
 from lowprec.cli_serving import serving
 from lowprec.cli_submit import as_job, submit
 from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
@@ -41,7 +42,7 @@ def cli() -> None:
 
 _command = functools.partial(command, cli)
 cli.add_command(submit)
-for _added in (*serving.commands.values(), *machine.commands.values()):
+for _added in (*plans.commands.values(), *serving.commands.values(), *machine.commands.values()):
     cli.add_command(_added)
 
 
@@ -158,30 +159,51 @@ def search(
 
 
 @_command("verify")
-@click.option("--plan", type=PLACE, required=True, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
+@click.option("--plan", type=PLACE, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
+@by_hand
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
 @click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
 @click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
+@click.option("--max-ne", type=click.FloatRange(min=0, min_open=True), help="Reject an NE that is not below it.")
+@click.option("--calibration", metavar="LOWEST,HIGHEST", help="Reject a calibration outside of this range.")
+@click.option("--max-ne-change", type=float, metavar="PERCENT", help="With --snapshot: reject a larger rise of NE.")
 def verify(
     config: Config,
-    plan: Location,
+    plan: Location | None,
+    uniform: str | None,
+    units: tuple[str, ...],
     window: str,
     budget: float | None,
     snapshot: str | None,
     repair: bool,
+    max_ne: float | None,
+    calibration: str | None,
+    max_ne_change: float | None,
     as_json: bool,
 ) -> int:
     """Evaluate one plan exactly against its budget; with --snapshot the gate before a launch.
 
+    The plan is a file (--plan), or by hand (--uniform, --unit). Floors (--max-ne, --calibration, --max-ne-change, or
+    the config's section gate) judge the model itself: a broken one rejects the plan.
+
     Exit codes: 0 certified, 2 rejected, 4 inconclusive: more data is needed; with --repair those of the search.
     """
     from lowprec import console, render
+    from lowprec.config import with_gate
     from lowprec.search.verify import verify_plan
 
+    chosen = chosen_plan(plan, uniform, units)
+    config = with_gate(
+        config,
+        max_ne=max_ne,
+        calibration=calibration,
+        max_ne_change_pct=max_ne_change,
+        has_snapshot=snapshot is not None,
+    )
     with console.Bars().shown() as bars:
         outcome = verify_plan(
-            config, plan, window=window, budget_pct=budget, snapshot=snapshot, repair=repair, progress=bars
+            config, chosen, window=window, budget_pct=budget, snapshot=snapshot, repair=repair, progress=bars
         )
     show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
     return exit_codes.VERDICTS[outcome.final_verdict]
@@ -243,7 +265,7 @@ def results(sql: str | None, root: str, run_id: str | None, form: Format, out: P
 
 # What can be a job of a cluster: with its own options, but for those that have no use there.
 as_job(search, leave_out=("dry_run", "workers", "worker_memory", "network", "calibration", "tables"))
-as_job(verify)
+as_job(verify, check=lambda values: chosen_plan(values["plan"], values["uniform"], values["units"]))
 as_job(monitor, leave_out=("every",))
 as_job(serving.commands["debug"])
 

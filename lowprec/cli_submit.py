@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -34,8 +34,13 @@ _address = click.option(
 )
 
 
-def as_job(original: Any, *, leave_out: Collection[str] = ()) -> None:
-    """Add `lowprec submit NAME` for a command of CONFIG, with the options that the command has, but for some."""
+def as_job(
+    original: Any, *, leave_out: Collection[str] = (), check: Callable[[Mapping[str, Any]], object] | None = None
+) -> None:
+    """Add `lowprec submit NAME` for a command of CONFIG, with the options that the command has, but for some.
+
+    check: raises where the values of the options, by name, are wrong together, before anything is sent.
+    """
     options = [p for p in original.params if isinstance(p, click.Option) and p.name not in leave_out]
     options = [p for p in options if p.name not in ("overrides", "as_json", "debug")]
 
@@ -44,6 +49,8 @@ def as_job(original: Any, *, leave_out: Collection[str] = ()) -> None:
     @click.option("--follow", is_flag=True, help="Show the job's log, and end with its exit code.")
     @click.option("--python", metavar="PATH", help="Of the cluster [default: the one that has lowprec].")
     def run(config: Config, address: str | None, follow: bool, python: str | None, as_json: bool, **values: Any) -> int:
+        if check is not None:
+            check(values)
         given = {option.opts[0]: values[option.name] for option in options if option.name}
         given["--json"] = as_json  # the job then prints its document, which becomes part of ours
         return _submit(config, original.name, given, address=address, follow=follow, python=python)
@@ -87,7 +94,7 @@ def logs(job: str, follow: bool, address: str | None, as_json: bool) -> int:
     log = api.log(job)
     if log is None:
         raise JobError(f"job {job}: the cluster at {api.address} cannot read its log; try again, or look there")
-    content = {"submission_id": job, "address": api.address, "log": log}
+    content = {"job": job, "address": api.address, "log": log}
     show(console.json_document("submit logs", content), as_json, _print_log)
     return 0
 
@@ -141,7 +148,7 @@ def _follow(api: JobsApi, submission_id: str, name: str, *, as_json: bool) -> in
             on_lost=lambda reason: _note(f"{reason}; trying again"),
         )
     except KeyboardInterrupt:
-        going_on = {"submission_id": submission_id, "address": api.address, "state": "running"}
+        going_on = {"job": submission_id, "address": api.address, "state": "running"}
         _note("the job goes on; to follow it again, look at it, or stop it:")
         for line in render.job_commands(going_on):
             _note(f"    {line}")

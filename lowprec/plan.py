@@ -98,7 +98,11 @@ class RowRange(enum.StrEnum):
     """How a row-wise precision chooses the scale and bias of a row; the bytes are the same."""
 
     MINMAX = "minmax"
-    """From the smallest to the largest value: what FBGEMM does by itself."""
+    """From the smallest to the largest value, as FBGEMM's `FloatToFusedNBitRowwiseQuantizedSBHalf` has it.
+
+    At int8, FBGEMM's `quantize_embs`, which TorchRec uses, stores other rows: codes for a scale and bias in fp32
+    (`FloatToFused8BitRowwiseQuantized`), which are rounded to fp16 afterwards.
+    """
     MSE = "mse"
     """A squared error near the least, never above that of `minmax`."""
 
@@ -256,16 +260,27 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
     if not isinstance(document, dict) or document.get("schema_version") != PLAN_SCHEMA_VERSION:
         version = document.get("schema_version") if isinstance(document, dict) else None
         raise PlanError(f"plan {path}: schema_version must be {PLAN_SCHEMA_VERSION}; got {version!r}")
-    kinds = {"units": dict, "checkpoint_sha256": str, "bytes": int, "row_alignment": int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(document.get(key), kind)]
+    document = {"evidence": {}, **document}
+    kinds = {
+        "units": dict,
+        "model": str,
+        "checkpoint_sha256": str,
+        "bytes": int,
+        "row_alignment": int,
+        "evidence": dict,
+    }
+    wrong = [key for key, kind in kinds.items() if type(document.get(key)) is not kind]
     if wrong:
         expected = ", ".join(f"{key} ({kinds[key].__name__})" for key in wrong)
         raise PlanError(f"plan {path}: misses {expected}, or has another type there")
+    if document["row_alignment"] < 1:
+        raise PlanError(f"plan {path}: row_alignment must be positive; got {document['row_alignment']}")
     made_for = document["checkpoint_sha256"]
     if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
         raise PlanError(
             f"plan {path}: was made for checkpoint {made_for[:12]}, the model's is {checkpoint_sha256[:12]}; "
-            "search again, or point model.checkpoint at the file that the plan was made for"
+            "search again, or point model.checkpoint at the file that the plan was made for; to judge the plan on a "
+            "newer checkpoint of the same model: lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"
         )
     precisions: dict[str, Precision] = {}
     row_ranges: dict[str, RowRange] = {}
@@ -284,13 +299,13 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         raise PlanError(f"plan {path}: {error}") from None
     return PlanFile(
         plan=plan,
-        model=str(document.get("model", "")),
+        model=document["model"],
         checkpoint_sha256=made_for,
         size_bytes=document["bytes"],
         row_alignment=document["row_alignment"],
         row_ranges=row_ranges,
         layer_forms=layer_forms,
-        evidence=document.get("evidence", {}),
+        evidence=document["evidence"],
     )
 
 

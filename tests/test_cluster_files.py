@@ -215,6 +215,8 @@ def test_a_verdict_is_not_tried_again_and_nothing_is_left_behind() -> None:
         *("entrypoint", "backoffLimit", "activeDeadlineSeconds", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"),
         *("runtimeEnvYAML", "rayClusterSpec", "submissionMode", "submitterPodTemplate", "suspend", "metadata"),
     }
+    # The modes that follow the log kill a job whose log stream breaks.
+    assert search["spec"]["submissionMode"] == "HTTPMode" and "submitterPodTemplate" not in search["spec"]
     assert CLUSTER.keys() <= {"rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling"}
     assert WORKERS.keys() == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
     cron = CRONJOB["CronJob"]

@@ -20,7 +20,7 @@ LAYERS = (
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},
     {"evaluation"},
     {"search", "monitor", "debug", "export", "submit"},
-    {"cli", "cli_machine", "cli_serving", "cli_submit", "command", "demo", "doctor", "report"},
+    {"cli", "cli_machine", "cli_plan", "cli_serving", "cli_submit", "command", "demo", "doctor", "report"},
 )
 LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 

@@ -126,6 +126,12 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d.update(bytes="abc"), r"misses bytes \(int\), or has another type"),
         (lambda d: d.update(checkpoint_sha256=None), r"checkpoint_sha256 \(str\)"),
         (lambda d: d.update(checkpoint_sha256="cd" * 32), "was made for checkpoint cdcdcdcdcdcd"),
+        (lambda d: d.update(checkpoint_sha256="cd" * 32), "lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"),
+        (lambda d: d.update(evidence=[1]), r"evidence \(dict\), or has another type"),
+        (lambda d: d.update(evidence=None), r"evidence \(dict\), or has another type"),
+        (lambda d: d.pop("model"), r"misses model \(str\)"),
+        (lambda d: d.update(bytes=True), r"bytes \(int\), or has another type"),
+        (lambda d: d.update(row_alignment=0), "row_alignment must be positive; got 0"),
     ],
 )
 def test_a_plan_file_that_does_not_fit_is_refused(plan_path, change, said):

@@ -1,7 +1,9 @@
 """The config file: one YAML document, checked once, with errors that name file and key."""
 
 from lowprec.config.document import Config, load_config
+from lowprec.config.gate import GateConfig
 from lowprec.config.monitor import DriftConfig, MonitorConfig, WebhookConfig
+from lowprec.config.override import with_gate
 from lowprec.config.sections import (
     CostConfig,
     EvaluationConfig,
@@ -23,6 +25,7 @@ __all__ = [
     "CostConfig",
     "DriftConfig",
     "EvaluationConfig",
+    "GateConfig",
     "LayersConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -38,4 +41,5 @@ __all__ = [
     "WindowConfig",
     "WindowsConfig",
     "load_config",
+    "with_gate",
 ]

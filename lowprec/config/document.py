@@ -9,6 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lowprec.config.gate import GateConfig
 from lowprec.config.monitor import MonitorConfig
 from lowprec.config.sections import (
     CostConfig,
@@ -38,6 +39,7 @@ class Config(Section):
     space: SpaceConfig = SpaceConfig()
     cost: CostConfig = CostConfig()
     search: SearchConfig = SearchConfig()
+    gate: GateConfig = GateConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     results: ResultsConfig = ResultsConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -15,7 +15,8 @@ __all__ = ["DriftConfig", "MonitorConfig", "WebhookConfig"]
 
 class DriftConfig(Section):
     """When a feature is named as moved: at that false discovery rate over the features of a window, and when its
-    Jensen-Shannon distance from the certified window (0 to 1) is at least so large.
+    Jensen-Shannon distance from the certified window (0 to 1) is at least so large, and its distance from the nearest
+    earlier window is larger by as much than was normal so far in this deployment.
     """
 
     false_discovery_rate: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -58,6 +59,8 @@ class MonitorConfig(Section):
     budget: percent; default: the plan's own. judge_by: the labelled gap, or kl, the label-free one, for traffic that
     never gets labels; that promise holds where the reference is calibrated.
     false_alarm_rate: the chance that a promise that holds is ever called broken, over the whole life of a deployment.
+    expected_drift: features, by name or pattern, that are known to move, such as users who come and go; no window warns
+    of their inputs. Warnings of the gap stay.
     textfile: a file that Prometheus's node exporter reads.
     """
 
@@ -72,6 +75,7 @@ class MonitorConfig(Section):
     judge_by: Literal["labels", "kl"] = "labels"
     false_alarm_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     drift: DriftConfig = DriftConfig()
+    expected_drift: tuple[str, ...] = ()
     textfile: str | None = None
     webhook: WebhookConfig | None = None
 

@@ -22,8 +22,9 @@ from lowprec.export.manifest import MANIFEST, Manifest, read_config_and_plan
 from lowprec.export.module import ServedLinear, dense_tensors, stored_rows
 from lowprec.ops.bags import BagCall
 from lowprec.ops.linear import stored_linear
-from lowprec.plan import PlanFile, Precision, read_plan
+from lowprec.plan import PlanFile, Precision
 from lowprec.search import Job
+from lowprec.search.planned import read_planned
 from lowprec.storage import Location, Where
 
 __all__ = ["Arm", "PlannedArm", "ServedArm", "open_arm"]
@@ -73,8 +74,7 @@ def open_arm(job: Job, where: Where, *, any_checkpoint: bool = False) -> tuple[J
             )
         planned = job.as_planned(file)
         return planned, ServedArm(planned, folder, manifest, file)
-    sha256 = None if any_checkpoint else job.checkpoint_sha256
-    file = read_plan(where, units=job.units, checkpoint_sha256=sha256)
+    file = read_planned(job, where, any_checkpoint=any_checkpoint)
     planned = job.as_planned(file)
     return planned, PlannedArm(planned, file, str(where))
 

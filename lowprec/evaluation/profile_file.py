@@ -20,6 +20,8 @@ from lowprec.storage import Location, Where
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
+# What to do about a file of `--profile`.
+MEASURE_AGAIN = "leave --profile out to measure it again"
 FORMAT_VERSION = 3
 _SCALARS = ("num_rows", "num_unlabelled", "weight", "label", "prediction", "loss", "entropy")
 
@@ -87,8 +89,11 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Where)
         raise ResultsError(f"profile {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_profile(path: Where, wanted: ProfileOrigin) -> MeasuredProfile:
-    """Read a profile; raises `ConfigError` where the file is none, or of another checkpoint, window or space."""
+def read_profile(path: Where, wanted: ProfileOrigin, *, advice: str = MEASURE_AGAIN) -> MeasuredProfile:
+    """Read a profile; raises `ConfigError` where the file is none, or of another checkpoint, window or space.
+
+    advice: what to do then.
+    """
     try:
         content = Location.of(path).read_bytes()
     except FileNotFoundError:
@@ -101,20 +106,17 @@ def read_profile(path: Where, wanted: ProfileOrigin) -> MeasuredProfile:
             if meta.get("format_version") != FORMAT_VERSION:
                 raise ConfigError(
                     f"profile {path}: has format {meta.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
-                    "leave --profile out to measure it again"
+                    f"{advice}"
                 )
             origin = _origin(meta)
             if wrong := wanted.differences(origin):
-                raise ConfigError(
-                    f"profile {path}: is not of this search: {'; '.join(wrong)}; leave --profile out to measure it anew"
-                )
+                raise ConfigError(f"profile {path}: is not of this search: {'; '.join(wrong)}; {advice}")
             return _measured(meta, {name: file[name] for name in file.files})
     except LowprecError:
         raise
     except Exception as error:  # a broken archive may fail in any way: zlib.error, TypeError, NotImplementedError ...
         raise ConfigError(
-            f"profile {path}: is no profile of lowprec, or a broken one ({type(error).__name__}); "
-            "leave --profile out to measure it again"
+            f"profile {path}: is no profile of lowprec, or a broken one ({type(error).__name__}); {advice}"
         ) from None
 
 

@@ -38,9 +38,10 @@ from lowprec.models.adapter import ModelAdapter
 from lowprec.models.inputs import takes_keyed_jagged
 from lowprec.models.tensor_files import open_tensors
 from lowprec.ops.linear import stored_linear
-from lowprec.plan import PlanFile, Precision, read_plan, write_plan
+from lowprec.plan import PlanFile, Precision, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
+from lowprec.search.planned import read_planned
 from lowprec.sizes import bytes_text
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_folder import abandoned, whole_folder
@@ -75,6 +76,7 @@ class Exported:
             "bytes": self.plan_bytes,
             "fp32_bytes": self.fp32_bytes,
             "num_tables": len(self.manifest.tables),
+            "num_low_tables": sum(table.precision != Precision.FP32 for table in self.manifest.tables),
             "num_low_layers": len(self.manifest.layers),
             "files": {name: file.bytes for name, file in self.manifest.files.items()},
             "programs": dict(self.manifest.programs),
@@ -118,7 +120,7 @@ def export_plan(
     # One process: rows are mapped from the checkpoint.
     alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
     job = open_job(config.model_copy(update={"evaluation": alone}))
-    file = read_plan(plan_path, units=job.units, checkpoint_sha256=job.checkpoint_sha256)
+    file = read_planned(job, plan_path)
     job = job.as_planned(file)
     _check_served(file)
     _check_room(job, file, target, programs)

@@ -4,23 +4,39 @@ Whether a feature moved at all is a permutation test on time blocks (Anderson, "
 multivariate analysis of variance", 2001): where traffic is the same, the blocks of both windows are exchangeable, so
 what varies from hour to hour is not taken for drift as it would be if examples were independent. Over all features the
 false discovery rate is kept (Benjamini, Hochberg, 1995), and a feature is named only if it also moved far enough to
-matter. By itself drift never breaks a promise.
+matter: from the certified window, and beyond what is normal between the windows of the deployment (`normal_drift`). By
+itself drift never breaks a promise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.config import MonitorConfig
+from lowprec.errors import ConfigError
 from lowprec.monitor.inputs import IdCounts, Inputs, Touched, dense_quantile
+from lowprec.monitor.normal_drift import History, sketches_of
+from lowprec.traffic import Schema
 
-__all__ = ["DriftRule", "FeatureDrift", "Novelty", "block_test", "discoveries", "feature_drift", "js_distance"]
+__all__ = [
+    "DriftRule",
+    "FeatureDrift",
+    "Novelty",
+    "block_test",
+    "discoveries",
+    "drift_rule",
+    "feature_drift",
+    "js_distance",
+]
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -35,10 +51,14 @@ QUANTILES = (0.05, 0.5, 0.95)
 
 @dataclass(frozen=True)
 class DriftRule:
-    """When a feature is named: false discovery rate over the features of a window, and the least distance."""
+    """When a feature is named: false discovery rate over the features of a window, and the least distance.
+
+    expected: features that are known to move, which are never named.
+    """
 
     false_discovery_rate: float
     min_distance: float
+    expected: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -46,9 +66,10 @@ class FeatureDrift:
     """One feature of a window beside the certified one.
 
     distance: Jensen-Shannon distance (0 to 1) on buckets, less what samples of these sizes differ by anyway. p_value:
-    of no drift. Shares are of lookups: `unseen` to ids without one in the certified window, `cold` to ids with few.
-    churn: the share of the certified window's top ids that are no longer on top. ids_per_bag, quantiles (5, 50, 95
-    percent): now and then.
+    of no drift. step: to the nearest earlier window; normal_step: the largest normal one, None while that is unknown.
+    is_expected: known to move, and never named. Shares are of lookups: `unseen` to ids without one in the certified
+    window, `cold` to ids with few. churn: the share of the certified window's top ids that are no longer on top.
+    ids_per_bag, quantiles (5, 50, 95 percent): now and then.
     """
 
     feature: str
@@ -56,6 +77,9 @@ class FeatureDrift:
     distance: float
     p_value: float
     is_warning: bool = False
+    step: float | None = None
+    normal_step: float | None = None
+    is_expected: bool = False
     unseen: float | None = None
     cold: float | None = None
     churn: float | None = None
@@ -65,6 +89,22 @@ class FeatureDrift:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; None for what does not apply."""
         return {k: _plain(v) for k, v in vars(self).items() if v is not None}
+
+
+def drift_rule(config: MonitorConfig, schema: Schema) -> DriftRule:
+    """The rule of a config; raises `ConfigError` where `monitor.expected_drift` names no feature."""
+    features = [*(feature.name for feature in schema.sparse), *schema.dense]
+    expected: set[str] = set()
+    for position, pattern in enumerate(config.expected_drift):
+        found = [name for name in features if fnmatchcase(name, pattern)]
+        if not found:
+            near = get_close_matches(pattern, features, n=3) or features[:6]
+            raise ConfigError(
+                f'monitor.expected_drift[{position}]: "{pattern}" matches no feature; features are called, for '
+                f"example, {', '.join(near)}"
+            )
+        expected.update(found)
+    return DriftRule(config.drift.false_discovery_rate, config.drift.min_distance, frozenset(expected))
 
 
 class Novelty:
@@ -109,9 +149,12 @@ class Novelty:
         return {table: n / total if total else 0.0 for table, (n, total) in self._of_table.items()}
 
 
-def feature_drift(certified: Inputs, now: Inputs, novelty: Novelty, rule: DriftRule) -> list[FeatureDrift]:
+def feature_drift(
+    certified: Inputs, now: Inputs, novelty: Novelty, rule: DriftRule, history: History
+) -> list[FeatureDrift]:
     """Every feature, the ones that moved furthest first."""
     found = []
+    steps = {name: history.step(name, sketch) for name, sketch in sketches_of(now).items()}
     for name in certified.sparse:
         before, after = certified.coarse[name], now.coarse[name]
         found.append(
@@ -138,10 +181,20 @@ def feature_drift(certified: Inputs, now: Inputs, novelty: Novelty, rule: DriftR
                 quantiles=tuple(tuple(dense_quantile(t, q) for q in QUANTILES) for t in totals),  # type: ignore[arg-type]
             )
         )
-    rejected = discoveries([f.p_value for f in found], rule.false_discovery_rate)
+    tested = [f for f in found if f.feature not in rule.expected]
+    rejected = discoveries([f.p_value for f in tested], rule.false_discovery_rate)
+    moved = {
+        f.feature for f, is_new in zip(tested, rejected, strict=True) if is_new and f.distance >= rule.min_distance
+    }
     named = [
-        FeatureDrift(**{**vars(f), "is_warning": is_new and f.distance >= rule.min_distance})
-        for f, is_new in zip(found, rejected, strict=True)
+        replace(
+            f,
+            is_warning=f.feature in moved and not steps[f.feature].is_normal(rule.min_distance),
+            step=None if math.isnan(steps[f.feature].distance) else steps[f.feature].distance,
+            normal_step=steps[f.feature].normal,
+            is_expected=f.feature in rule.expected,
+        )
+        for f in found
     ]
     return sorted(named, key=lambda f: (not f.is_warning, -f.distance))
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lowprec.evaluation.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.monitor.drift import FeatureDrift
+from lowprec.monitor.normal_drift import MIN_STEPS
 from lowprec.monitor.promise import Evidence, Standing
 
 __all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge"]
@@ -23,6 +24,7 @@ SEVERITY: tuple[State, ...] = ("ok", "insufficient_data", "warn", "error", "brea
 MAX_WINDOWS = 10_000
 # Beyond such a change of the reference's own calibration its gap without labels is no longer the expected one.
 CALIBRATION_CHANGE = 0.1
+_NO_BREACH = "by itself that breaks no promise"
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,18 @@ def _input_warnings(
 ) -> list[str]:
     found = []
     moved = [f for f in drift if f.is_warning]
-    if moved:
-        names = ", ".join(f"{f.feature} ({f.distance:.2f})" for f in moved[:3])
-        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
-        found.append(f"inputs moved since the plan was certified: {names}{more}; by itself that breaks no promise")
+    # Of some features it may be known what is normal, and of others, as of one without lookups so far, not.
+    new = [f for f in moved if f.normal_step is None]
+    unusual = [f for f in moved if f.normal_step is not None]
+    if unusual:
+        names = _named([f"{f.feature} ({f.step:.2f} from the nearest, {f.normal_step:.2f} is normal)" for f in unusual])
+        found.append(f"inputs moved beside earlier windows: {names}; {_NO_BREACH}")
+    if new:
+        names = _named([f"{f.feature} ({f.distance:.2f})" for f in new])
+        found.append(
+            f"inputs moved since the plan was certified: {names}; what is normal here is not known before "
+            f"{MIN_STEPS + 1} windows; {_NO_BREACH}"
+        )
     if metrics is not None and certified_calibration and math.isfinite(metrics.calibration_ref):
         change = metrics.calibration_ref / certified_calibration - 1
         if abs(change) > CALIBRATION_CHANGE:
@@ -173,6 +183,10 @@ def _input_warnings(
                 "when the plan was certified: the label-free gap is off by about as much"
             )
     return found
+
+
+def _named(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 def _interval_text(gap: float, interval: Interval) -> str:

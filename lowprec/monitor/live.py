@@ -16,10 +16,11 @@ from lowprec.monitor.measure import observe_window, precisions_of
 from lowprec.monitor.saturation import RangeGrowth, grown_ranges
 from lowprec.monitor.schedule import Schedule, certified_window
 from lowprec.monitor.snapshots import Snapshots
-from lowprec.plan import Plan, read_plan
+from lowprec.plan import Plan
 from lowprec.progress import Progress
 from lowprec.search import Job, open_job
 from lowprec.search.job import open_workers
+from lowprec.search.planned import read_planned
 from lowprec.storage import Location, Where
 from lowprec.traffic import Window, format_window
 
@@ -115,8 +116,7 @@ class LiveModels:
         self._live = None
         model = self._config.model.model_copy(update={"checkpoint": checkpoint})
         job = open_job(self._config.model_copy(update={"model": model}))
-        expected = None if self._config.monitor.checkpoint is not None else job.checkpoint_sha256
-        file = read_plan(self._plan_path, units=job.units, checkpoint_sha256=expected)
+        file = read_planned(job, self._plan_path, any_checkpoint=self._config.monitor.checkpoint is not None)
         job = job.as_planned(file)
         rows = job.reader.window(window)
         work = Work(rows, MONITOR_PASSES * self.num_due * rows.num_batches)

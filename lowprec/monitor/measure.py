@@ -19,6 +19,7 @@ from lowprec.monitor.certified import Certified
 from lowprec.monitor.drift import DriftRule, FeatureDrift, Novelty, feature_drift
 from lowprec.monitor.inputs import InputCounts, Inputs
 from lowprec.monitor.judge import WindowEvidence
+from lowprec.monitor.normal_drift import History, InputSketch, sketches_of
 from lowprec.monitor.observe import WindowObservation, low_units, observe
 from lowprec.monitor.promise import Evidence, Standing
 from lowprec.monitor.units import UnitShare, ranked, unit_shares
@@ -36,7 +37,7 @@ class MeasuredWindow:
 
     metrics: by labels, None where no row has one. kl_pct, kl_interval: without labels, percent. evidence: for the tests
     over the whole life. units: those whose share of the gap grew most first. untouched: for each table the share of
-    lookups to rows that the certified window did not touch.
+    lookups to rows that the certified window did not touch. sketches: of the inputs by feature, for later windows.
     """
 
     metrics: PlanMetrics | None
@@ -45,6 +46,7 @@ class MeasuredWindow:
     evidence: WindowEvidence
     units: tuple[UnitShare, ...]
     drift: tuple[FeatureDrift, ...]
+    sketches: Mapping[str, InputSketch]
     untouched: Mapping[str, float]
     rows: RowAccount
 
@@ -67,7 +69,11 @@ class MeasuredWindow:
             "num_moved": sum(f.is_warning for f in self.drift),
             "units_json": json.dumps([share.to_dict() for share in self.units]),
             "inputs_json": json.dumps(
-                {"features": [f.to_dict() for f in self.drift], "untouched": dict(self.untouched)}
+                {
+                    "features": [f.to_dict() for f in self.drift],
+                    "untouched": dict(self.untouched),
+                    "sketches": {name: sketch.to_list() for name, sketch in self.sketches.items()},
+                }
             ),
             "evidence_json": json.dumps(self.evidence.to_dict()),
         }
@@ -124,13 +130,17 @@ def measure_window(
     window: TrafficWindow,
     certified: Certified,
     rule: DriftRule,
+    history: History,
     *,
     num_labels: int,
     quarantine: Location,
     name: str,
     on_progress: Callable[[int], None] | None = None,
 ) -> MeasuredWindow:
-    """Measure a plan on a window; raises `TrafficError` where too many of its rows are bad."""
+    """Measure a plan on a window; raises `TrafficError` where too many of its rows are bad.
+
+    history: of the windows before it.
+    """
     inputs = Inputs(window.schema, NUM_BLOCKS)
     novelty = Novelty(certified.inputs, certified.touched, job.features)
 
@@ -158,7 +168,8 @@ def measure_window(
             num_labels=num_labels,
         ),
         units=tuple(ranked(shares, certified.units)),
-        drift=tuple(feature_drift(certified.inputs, inputs, novelty, rule)),
+        drift=tuple(feature_drift(certified.inputs, inputs, novelty, rule, history)),
+        sketches=sketches_of(inputs),
         untouched=novelty.untouched(),
         rows=observation.rows,
     )

@@ -34,6 +34,7 @@ class Proposal:
     promised_pct: float
     promised_now_pct: float
     forms: Forms
+    row_alignment: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -53,6 +54,7 @@ class Proposal:
             plan=self.plan,
             checkpoint_sha256=checkpoint_sha256,
             size_bytes=self.size_bytes,
+            row_alignment=self.row_alignment,
             layer_forms={unit: self.forms[unit, p] for unit, p in self.plan.items() if (unit, p) in self.forms},
             evidence={"kind": "proxy", "window": window, "budget_pct": budget_pct, "promised_pct": self.promised_pct},
         )
@@ -106,6 +108,7 @@ def propose(
         promised_pct=float(surrogate.promised_pct([point.plan])[0]) * worse,
         promised_now_pct=now * worse,
         forms=forms,
+        row_alignment=space.row_alignment,
     )
 
 

@@ -27,6 +27,7 @@ class JudgedWindow:
     state: State
     message: str
     evidence: WindowEvidence | None
+    inputs_json: str | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class MonitorRecord:
                 state=row["state"],
                 message=row["message"],
                 evidence=WindowEvidence.from_dict(json.loads(row["evidence_json"])) if row["evidence_json"] else None,
+                inputs_json=row["inputs_json"],
             )
             for row in sorted(self._windows(), key=lambda row: row["window_start"])
         }

@@ -11,11 +11,12 @@ from lowprec.config import Config, TimeBound
 from lowprec.errors import ConfigError, LowprecError, ModelError, PlanError, TrafficError, WeightError
 from lowprec.evaluation.memory import give_back_now
 from lowprec.monitor.deployment import Deployment
-from lowprec.monitor.drift import DriftRule
+from lowprec.monitor.drift import drift_rule
 from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge
 from lowprec.monitor.life import Life
 from lowprec.monitor.live import LiveModel, LiveModels
 from lowprec.monitor.measure import measure_window, standing_columns
+from lowprec.monitor.normal_drift import History
 from lowprec.monitor.outcome import MonitorOutcome, window_document, worst
 from lowprec.monitor.promise import Standing
 from lowprec.monitor.proposal import Proposal, propose
@@ -92,6 +93,7 @@ class _Monitor:
         config = config.with_traffic_version(self._reader.version)
         self._config, self._plan_path, self._now, self._progress = config, plan_path, now, progress
         self._deployment, self._record = deployment, record
+        self._drift_rule = drift_rule(config.monitor, traffic.schema_of_columns())
         self._schedule = Schedule.of(config, self._reader, now)
         self._models = LiveModels(
             config, plan_path, self._deployment, self._schedule, self._record.artifacts, self._progress
@@ -184,14 +186,15 @@ class _Monitor:
         live = self._models.in_window(window)
         name = f"window-{window.start}"
         self._progress.stage("monitor", traffic.num_batches)
-        rule = self._config.monitor.drift
+        earlier = [self._judged[start].inputs_json for start in sorted(self._judged) if start < (window.start or 0)]
         measured = measure_window(
             live.job,
             live.workers,
             live.plan,
             live.job.reader.window(window),
             certified,
-            DriftRule(rule.false_discovery_rate, rule.min_distance),
+            self._drift_rule,
+            History(earlier, certified.inputs),
             num_labels=traffic.count_labels(),
             quarantine=self._record.artifacts / "quarantine",
             name=name,
@@ -286,7 +289,8 @@ class _Monitor:
         if start >= max(self._judged, default=start):
             self._alert(window, judgement.state, judgement.message, document, plan_path)
         self._record.add_window(window, version, row)
-        self._judged[start] = JudgedWindow(window, version, judgement.state, judgement.message, evidence)
+        inputs = row["inputs_json"]
+        self._judged[start] = JudgedWindow(window, version, judgement.state, judgement.message, evidence, inputs)
         self._documents.append(document)
 
     def _alert(

@@ -4,7 +4,7 @@ from lowprec.render.debug import render_debug, render_debug_comparison
 from lowprec.render.export import render_export, render_serving
 from lowprec.render.job import render_calibration, render_doctor, render_dry_run, render_train
 from lowprec.render.monitor import render_monitor
-from lowprec.render.search import render_front, render_search, render_sensitivities, render_verify
+from lowprec.render.search import render_front, render_plan, render_search, render_sensitivities, render_verify
 from lowprec.render.submit import job_commands, render_job, render_jobs, render_submitted
 from lowprec.render.text import gap_text, render_frame
 from lowprec.sizes import bytes_text
@@ -24,6 +24,7 @@ __all__ = [
     "render_job",
     "render_jobs",
     "render_monitor",
+    "render_plan",
     "render_search",
     "render_sensitivities",
     "render_serving",

@@ -19,8 +19,9 @@ def render_export(document: Mapping[str, Any]) -> None:
     fp32, low, parity = document["fp32_bytes"], document["bytes"], document["parity"]
     print_line = stdout.print
     print_line(
-        f"{escape(document['folder'])}: {document['num_tables']} tables and {document['num_low_layers']} layers below "
-        f"fp32, {bytes_text(low)} of {bytes_text(fp32)} ({low / fp32:.3f}), in {document['seconds']} s"
+        f"{escape(document['folder'])}: {document['num_low_tables']} of {document['num_tables']} tables and "
+        f"{document['num_low_layers']} layers below fp32, {bytes_text(low)} of {bytes_text(fp32)} ({low / fp32:.3f}), "
+        f"in {document['seconds']} s"
     )
     print_line(
         f"equal to the bit to what was evaluated: {parity['num_lookups']:,} pooled embeddings and "

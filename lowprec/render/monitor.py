@@ -77,8 +77,15 @@ def _render_last(window: Mapping[str, Any]) -> None:
         shares = [f"{name} {feature[name]:.3f}" for name in ("unseen", "cold", "churn") if name in feature]
         stdout.print(
             f"moved: {feature['feature']}, distance {feature['distance']:.3f}, p {feature['p_value']:.2g}"
+            + _step_text(feature)
             + (f" ({', '.join(shares)})" if shares else "")
         )
+
+
+def _step_text(feature: Mapping[str, Any]) -> str:
+    if "normal_step" not in feature or "step" not in feature:
+        return ""
+    return f", {feature['step']:.3f} from the nearest earlier window ({feature['normal_step']:.3f} is normal)"
 
 
 def _render_proposal(window: Mapping[str, Any]) -> None:

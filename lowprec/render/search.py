@@ -13,7 +13,7 @@ from lowprec.plan import precision_counts
 from lowprec.render.text import gap_text, is_known, number, render_rows
 from lowprec.sizes import bytes_text
 
-__all__ = ["render_front", "render_search", "render_sensitivities", "render_verify"]
+__all__ = ["render_front", "render_plan", "render_search", "render_sensitivities", "render_verify"]
 
 VERDICT_STYLE = {"certified": "green", "rejected": "red", "inconclusive": "yellow"}
 
@@ -80,6 +80,15 @@ def render_search(document: Mapping[str, Any]) -> None:
         _render_verdict(recommendation)
 
 
+def render_plan(document: Mapping[str, Any]) -> None:
+    """A plan by hand that was written."""
+    _render_plan(document)
+    for unit, form in document["layer_forms"].items():
+        details = ", ".join(f"{key} {value}" for key, value in form.items())
+        stdout.print(f"{escape(unit)}: {document['plan'][unit]}, {details}")
+    stdout.print(f"plan written to {escape(document['path'])}; to judge it: lowprec verify CONFIG --plan PLAN")
+
+
 def render_verify(document: Mapping[str, Any]) -> None:
     """One plan and its evidence."""
     _render_plan(document)
@@ -88,13 +97,14 @@ def render_verify(document: Mapping[str, Any]) -> None:
     render_rows("verified", document["rows"])
     for warning in document["warnings"]:
         stdout.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    _render_verdict(document)
+    _render_gated(document)
     snapshot = document["snapshot"]
     if snapshot and snapshot["plan_path"]:
         stdout.print(f"the plan for {escape(snapshot['checkpoint'])}: {escape(snapshot['plan_path'])}")
     if document["repair"]:
         stdout.print("searched from this plan on:")
         render_search(document["repair"])
+        _render_floors(document["repair_floors"])
 
 
 def render_sensitivities(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -194,6 +204,27 @@ def _render_quality(metrics: Mapping[str, Any]) -> None:
         ne, auc, calibration = (number(metrics[f"{m}_{side}"], "{:.5f}") for m in ("ne", "auc", "calibration"))
         error = number(metrics["auc_error"], "{:.5f}")
         stdout.print(f"{name + ':':<10} NE {ne}, AUC {auc} (binned, within {error}), calibration {calibration}")
+
+
+def _render_gated(document: Mapping[str, Any]) -> None:
+    """The verdict of a verification: where a floor decides, the floor, and what the gap alone would be."""
+    _render_floors(document["floors"])
+    verdict, by_gap = document["verdict"], document["budget_verdict"]
+    if verdict == by_gap:
+        _render_verdict(document)
+        return
+    decided = ", ".join(f"gate.{floor['name']}" for floor in document["floors"] if not floor["is_kept"])
+    stdout.print(
+        f"[{VERDICT_STYLE[verdict]}]{verdict}[/] by {decided}; the gap alone is {by_gap} against a budget of "
+        f"{document['budget_pct']} %"
+    )
+
+
+def _render_floors(floors: Sequence[Mapping[str, Any]]) -> None:
+    for floor in floors:
+        style = "green" if floor["is_kept"] else "yellow" if floor["is_kept"] is None else "red"
+        word = "kept" if floor["is_kept"] else "not judged" if floor["is_kept"] is None else "broken"
+        stdout.print(f"floor [{style}]{word}[/]: {escape(floor['message'])}")
 
 
 def _render_verdict(document: Mapping[str, Any]) -> None:

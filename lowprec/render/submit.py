@@ -16,13 +16,13 @@ __all__ = ["job_commands", "render_job", "render_jobs", "render_submitted"]
 
 def job_commands(document: Mapping[str, Any]) -> list[str]:
     """What can be done with a job from here, as it stands."""
-    there = f"{document['submission_id']} --address {document['address']}"
+    there = f"{document['job']} --address {document['address']}"
     if document["state"] in ("pending", "running"):
         return [f"lowprec submit {what} {there}" for what in ("logs --follow", "status", "stop")]
     commands = [f"lowprec submit logs {there}"]
     if run_id := document["run_id"]:
         commands.append(f"lowprec results --root {document['results_root']} --run {run_id}")
-        if document["verdict"] is None and document["job"] == "search":
+        if document["verdict"] is None and document["job_command"] == "search":
             commands.append(
                 f"lowprec submit search CONFIG --resume {run_id} --address {document['address']}   (CONFIG: that of "
                 f"{document['name']}, with the same --set)"
@@ -32,16 +32,16 @@ def job_commands(document: Mapping[str, Any]) -> list[str]:
 
 def render_submitted(document: Mapping[str, Any]) -> None:
     """A job that has just been sent."""
-    stdout.print(f"job {document['submission_id']} is on its way at {document['address']}")
+    stdout.print(f"job {document['job']} is on its way at {document['address']}")
     _render_commands(document)
 
 
 def render_job(document: Mapping[str, Any]) -> None:
     """How a job stands, and what can be done with it."""
     began, ended = _moment(document["started_at"]), _moment(document["ended_at"])
-    what = " ".join(part for part in (document["job"], document["name"]) if part) or "not a job of lowprec"
+    what = " ".join(part for part in (document["job_command"], document["name"]) if part) or "not a job of lowprec"
     run = f", run {document['run_id']}" if document["run_id"] else ""
-    stdout.print(f"job {document['submission_id']}: {escape(document['outcome'])}")
+    stdout.print(f"job {document['job']}: {escape(document['outcome'])}")
     stdout.print(f"    {escape(what)}{run}, began {began}" + (f", ended {ended}" if ended else ""))
     _render_commands(document)
 
@@ -51,9 +51,10 @@ def render_jobs(document: Mapping[str, Any]) -> None:
     if not document["jobs"]:
         stdout.print(f"no job of lowprec at {document['address']} yet")
         return
-    table = Table("job", "config", "began", "outcome")
+    table = Table("job", "command", "config", "began", "outcome")
     for job in document["jobs"]:
-        table.add_row(job["submission_id"], escape(job["name"]), _moment(job["started_at"]), escape(job["outcome"]))
+        what = escape(job["job_command"]), escape(job["name"])
+        table.add_row(job["job"], *what, _moment(job["started_at"]), escape(job["outcome"]))
     stdout.print(table)
 
 

@@ -20,7 +20,7 @@ __all__ = ["SCHEMA_VERSION", "TABLES", "TableSchema", "table_schema", "to_arrow"
 
 # What the columns mean. It moves when a column comes, goes or changes its meaning, and stands in each Delta table's
 # description. 1: the KL gap of searches was in percent of the reference's loss (tables without a description). 2: it is
-# in percent of the reference's entropy, everywhere.
+# in percent of the reference's entropy, everywhere; trials have floors.
 SCHEMA_VERSION = 2
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -102,6 +102,7 @@ TABLES: Mapping[str, TableSchema] = {
                 "num_exact": pa.int64(),  # of these, evaluated exactly; the profile predicts the rest
                 "num_units": pa.int64(),  # units of evidence: examples, or groups of them
                 "metrics_json": pa.string(),
+                "floors_json": pa.string(),  # of the launch gate: figure, limit and verdict of each floor; null without
             },
         ),
         _table(

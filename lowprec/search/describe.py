@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from lowprec.calibration import LayerGrid
 from lowprec.config import Config
+from lowprec.errors import TrafficError
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
 from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
+from lowprec.traffic.decode import NO_LABEL
 
 __all__ = ["describe_job", "notes_on", "what_to_time"]
 
@@ -46,6 +49,8 @@ def describe_job(job: Job) -> dict[str, Any]:
     ]
     # One batch through the model finds what reading the config cannot.
     batch = job.window("search").batch(0)
+    for name in ("search", "confirm"):
+        _check_label_values(job, name)
     if job.adapter.has_rows:
         ExactEvaluator(job.adapter).logits(batch, [])
     else:
@@ -88,6 +93,22 @@ def describe_job(job: Job) -> dict[str, Any]:
         "workers": vars(choice),
         "notes": [*notes_on(job), str(choice)],
     }
+
+
+def _check_label_values(job: Job, name: str) -> None:
+    """Raise `TrafficError` where more labels of a window's first batch are neither 0 nor 1 than may be bad."""
+    window = job.window(name)
+    batch = window.batch(0)
+    wrong = [row for row in batch.bad_rows if NO_LABEL in row.reason]
+    num_rows = len(batch.labels) + len(batch.bad_rows)
+    if len(wrong) > job.config.traffic.max_bad_fraction * num_rows:
+        column = job.config.traffic.label
+        first = json.loads(wrong[0].values).get(column)
+        raise TrafficError(
+            f'windows.{name}: column "{column}" (traffic.label): {len(wrong)} of the first {num_rows} labels are '
+            f"neither 0 nor 1, the first is {first!r} ({wrong[0].file}, row {wrong[0].row}); name a column of 0 and "
+            "1, or write one, for example 1 where a rating is at least 4"
+        )
 
 
 def notes_on(job: Job) -> list[str]:

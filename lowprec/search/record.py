@@ -17,6 +17,7 @@ from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile_file import ProfileOrigin, write_profile
 from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
+from lowprec.search.floors import Floor, gated
 from lowprec.search.job import Job
 from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
@@ -45,6 +46,7 @@ FREE_TO_CHANGE = (
     "evaluation.address",
     "results",
     "train",
+    "gate",
 )
 
 
@@ -224,8 +226,10 @@ class RunRecord:
         rows = self._store.read("trials", evaluation="confirm").select(["run_id", "window", "wave"]).to_pylist()
         return len({(r["run_id"], r["wave"]) for r in rows if r["run_id"] in others and overlap(r["window"], window)})
 
-    def add_trials(self, trials: Sequence[Trial], *, evaluation: str, window: str) -> None:
-        """Commit a wave at once: after a kill it is there whole or not at all."""
+    def add_trials(
+        self, trials: Sequence[Trial], *, evaluation: str, window: str, floors: Sequence[Floor] = ()
+    ) -> None:
+        """Commit a wave at once: after a kill it is there whole or not at all. floors: that the trials were held to."""
         fp32 = self.job.space.fp32_bytes
         self._store.append(
             "trials",
@@ -236,7 +240,8 @@ class RunRecord:
                     "evaluation": evaluation,
                     "window": window,
                     "bytes_ratio": trial.size_bytes / fp32,
-                    **self._verdict(trial),
+                    **self._verdict(trial, floors),
+                    "floors_json": json.dumps([floor.to_dict() for floor in floors]) if floors else None,
                     **trial.to_row(),
                 }
                 for trial in trials
@@ -244,12 +249,12 @@ class RunRecord:
         )
         self._has_work = True
 
-    def _verdict(self, trial: Trial) -> dict[str, Any]:
+    def _verdict(self, trial: Trial, floors: Sequence[Floor]) -> dict[str, Any]:
         """The tightest budget that the trial is certified for, else the loosest with what is known of it."""
         budgets = self.job.config.search.all_budgets
         certified = [b for b in budgets if trial.metrics.verdict(b) == "certified"]
         budget = (certified or budgets[-1:])[0]
-        return {"budget_pct": budget, "verdict": trial.metrics.verdict(budget)}
+        return {"budget_pct": budget, "verdict": gated(trial.metrics.verdict(budget), floors)}
 
     def changed(self, what: str) -> ConfigError:
         """The error that refuses to go on with this run."""

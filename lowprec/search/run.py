@@ -85,6 +85,10 @@ def run_search(
     return outcome
 
 
+# What to do where the profile of a run that is resumed is not of its job.
+_OTHER_TRAFFIC = "resume with the traffic, checkpoint and space that the run began with, or begin a new run"
+
+
 class _Search:
     def __init__(self, job: Job, record: RunRecord, workers: Workers, progress: Progress) -> None:
         self._job, self._record, self._workers, self._progress = job, record, workers, progress
@@ -144,7 +148,7 @@ class _Search:
         """The profile of the search window, measured or as the run has it, and its solved model."""
         path, origin = self._record.profile_path, self._job.profile_origin("search")
         if path.kind() == "file":
-            measured = read_profile(path, origin)
+            measured = read_profile(path, origin, advice=_OTHER_TRAFFIC)
         else:
             self._use(self._fitted_forms())
             self._progress.stage("profile", self._window.num_batches)
@@ -171,7 +175,8 @@ class _Search:
         """The forms of layers that the run's profile is of."""
         if self._job.config.space.layers is None or self._record.profile_path.kind() != "file":
             return {}
-        return read_profile(self._record.profile_path, self._job.profile_origin("search")).forms
+        origin = self._job.profile_origin("search")
+        return read_profile(self._record.profile_path, origin, advice=_OTHER_TRAFFIC).forms
 
     def _fitted_forms(self) -> Forms:
         """The forms of layers, calibrated on the search window."""

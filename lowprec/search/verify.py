@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
@@ -16,11 +16,14 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.worker import Workers
-from lowprec.plan import Plan, PlanFile, read_plan, rowwise_ranges, write_plan
+from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
+from lowprec.search.floors import Floor, Gate, gated
+from lowprec.search.hand_plan import HandPlan, make_plan
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import recalibrated
 from lowprec.search.outcome import SearchOutcome, plan_file
+from lowprec.search.planned import read_planned
 from lowprec.search.record import RunRecord
 from lowprec.search.rule import known_risk
 from lowprec.search.run import run_search
@@ -50,7 +53,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Verification:
-    """How a plan did on a window; `missing` says what an inconclusive verdict lacks."""
+    """How a plan did on a window.
+
+    missing: what an inconclusive verdict lacks. verdict: with the floors of the launch gate. budget_verdict: of the gap
+    alone. repair_floors: of the plans that a repair found.
+    """
 
     run_id: str
     plan: Plan
@@ -68,11 +75,18 @@ class Verification:
     missing: Shortfall | None = None
     snapshot: Snapshot | None = None
     repair: SearchOutcome | None = None
+    floors: tuple[Floor, ...] = ()
+    repair_floors: tuple[Floor, ...] = ()
+
+    @property
+    def budget_verdict(self) -> Verdict:
+        """Of the gap against the budget, whatever the floors say."""
+        return self.metrics.verdict(self.budget_pct)
 
     @property
     def final_verdict(self) -> Verdict:
         """Of the plan, or of what was found in its place."""
-        return self.verdict if self.repair is None else self.repair.verdict
+        return self.verdict if self.repair is None else gated(self.repair.verdict, self.repair_floors)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document of the command."""
@@ -80,6 +94,8 @@ class Verification:
             "run_id": self.run_id,
             "verdict": self.verdict,
             "budget_pct": self.budget_pct,
+            "budget_verdict": self.budget_verdict,
+            "floors": [floor.to_dict() for floor in self.floors],
             "window": self.window,
             "plan": {name: str(p) for name, p in self.plan.items()},
             "row_ranges": dict(self.row_ranges),
@@ -95,6 +111,7 @@ class Verification:
             "missing_evidence": None
             if self.missing is None
             else {**self.missing.to_dict(), "text": self.missing.sentence()},
+            "repair_floors": [floor.to_dict() for floor in self.repair_floors],
             "final_verdict": self.final_verdict,
             "seconds": round(self.seconds, 1),
         }
@@ -102,7 +119,7 @@ class Verification:
 
 def verify_plan(
     config: Config,
-    plan_path: Where,
+    plan: Where | HandPlan,
     *,
     window: str = "confirm",
     budget_pct: float | None = None,
@@ -110,21 +127,26 @@ def verify_plan(
     repair: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
-    """Evaluate the plan of `plan_path` on the config's window of that name and keep the result.
+    """Evaluate a plan on the config's window of that name and keep the result.
+
+    plan: the path or URL of a plan file, or a plan by hand, which is made for the config's checkpoint.
 
     Its budget is `budget_pct`, else the config's, else, where that has several, the one that the plan was made for.
     snapshot: a checkpoint of the same model to judge the plan on instead of the config's, the launch gate: the plan may
     have been made for another one, and where it is certified a plan for this one is written. repair: where it is not,
-    search from there, with that budget, else the config's.
+    search from there, with that budget, else the config's, unless its fp32 model breaks a floor too.
+    The floors of the config's section `gate` are judged on the same window; a broken one rejects the plan.
     Raises `PlanError` where the plan does not fit the model or was made for another checkpoint.
     """
     began = time.monotonic()
     listener = progress or Silent()
+    deployed = config
+    hand = make_plan(config, plan, progress=progress) if isinstance(plan, HandPlan) else None
     if snapshot is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})})
     job = open_job(config)
-    sha256 = None if snapshot is not None else job.checkpoint_sha256
-    file = read_plan(plan_path, units=job.units, checkpoint_sha256=sha256)
+    file = hand or read_planned(job, cast(Where, plan), any_checkpoint=snapshot is not None)
+    gate = Gate(deployed, file, is_of_snapshot=snapshot is not None, progress=listener)
     if repair:
         job.space.check(file.plan)
     job = job.as_planned(file)
@@ -163,7 +185,8 @@ def verify_plan(
             risk_on_window=known_risk(metrics),
             rows=evaluation.rows,
         )
-        record.add_trials([trial], evaluation="verify", window=job.window_text(window))
+        floors = gate.floors(metrics, window, record.artifacts / "quarantine")
+        record.add_trials([trial], evaluation="verify", window=job.window_text(window), floors=floors)
         outcome = Verification(
             run_id=record.run_id,
             plan=file.plan,
@@ -173,7 +196,7 @@ def verify_plan(
             fp32_bytes=job.space.fp32_bytes,
             metrics=metrics,
             budget_pct=budget,
-            verdict=metrics.verdict(budget),
+            verdict=gated(metrics.verdict(budget), floors),
             window=job.window_text(window),
             rows=evaluation.rows,
             notes=(*_notes(job, file, config), *costs.notes, *wrong_rows),
@@ -185,6 +208,7 @@ def verify_plan(
                 days=traffic_window.num_days,
                 by_group=config.traffic.group is not None,
             ),
+            floors=floors,
         )
         if snapshot is not None:
             outcome = replace(outcome, snapshot=_snapshot(job, file, trial, outcome, record.artifacts))
@@ -192,12 +216,16 @@ def verify_plan(
             "done",
             verdict=outcome.verdict,
             recommended_trial_key=trial.key,
-            message=f"plan {plan_path} on {outcome.window}",
+            message="; ".join([f"plan {plan} on {outcome.window}", *(f.message for f in floors if not f.is_kept)]),
         )
-    if repair and outcome.verdict != "certified":
+    if repair and not all(floor.is_kept_by_fp32 for floor in floors if floor.is_kept is False):
+        listener.note("the fp32 model of this checkpoint breaks a floor of the gate too: no plan can repair that")
+    elif repair and outcome.verdict != "certified":
         listener.note(f"the plan is {outcome.verdict}: searching from there")
-        repaired = run_search(_within(job.config, budget_pct), start=file.plan, progress=progress)
-        outcome = replace(outcome, repair=repaired)
+        found = run_search(_within(job.config, budget_pct), start=file.plan, progress=progress)
+        bad_rows = record.artifacts / "quarantine"
+        repaired = tuple(f for r in found.recommendations for f in gate.floors(r.best.metrics, "confirm", bad_rows))
+        outcome = replace(outcome, repair=found, repair_floors=repaired)
     return replace(outcome, seconds=time.monotonic() - began)
 
 

@@ -9,11 +9,16 @@ from datetime import datetime
 from typing import Any
 
 from lowprec.errors import first_line
-from lowprec.exit_codes import ERROR, INTERRUPTED, TERMINATED, USAGE, VERDICTS
+from lowprec.exit_codes import ERROR, INTERRUPTED, STATES, TERMINATED, USAGE, VERDICTS
 
 __all__ = ["SIGNALS", "JobLog", "SubmittedJob", "run_in_log"]
 
 _VERDICT_OF = {code: verdict for verdict, code in VERDICTS.items()}
+# What the exit codes of commands say that do not end with a verdict.
+_RESULT_OF = {
+    "monitor": {code: state for state, code in STATES.items()},
+    "debug": {0: "all is as planned", VERDICTS["rejected"]: "not all is as planned"},
+}
 # A process that was killed has the signal's number above this, as shells say it.
 SIGNALS = 128
 
@@ -58,18 +63,25 @@ class SubmittedJob:
         if code is None:
             why = first_line(self.message)[:300] or "Ray does not say why"
             return f"failed: {why}" if self.state == "failed" else self.state
-        if code in _VERDICT_OF:
-            return _VERDICT_OF[code]
+        results = _RESULT_OF.get(self.job, _VERDICT_OF)
+        if code in results:
+            return results[code]
         known = {ERROR: "error", USAGE: "wrong usage or config", INTERRUPTED: "interrupted", TERMINATED: "terminated"}
         if code > SIGNALS and code not in known:
             return f"killed by signal {code - SIGNALS}, most often for want of memory on the cluster's head node"
         return known.get(code, f"exit code {code}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The job for documents."""
-        times = {key: value and value.isoformat() for key, value in asdict(self).items() if key.endswith("_at")}
-        verdict = None if self.exit_code is None else _VERDICT_OF.get(self.exit_code)
-        return {**asdict(self), **times, "verdict": verdict, "outcome": self.outcome}
+        """The job for documents: `job` is its id, which commands take, `job_command` what it runs.
+
+        verdict: of a search or a verification. result: that, or the state of a monitor and the like.
+        """
+        known = asdict(self)
+        named = {"job": known.pop("submission_id"), "job_command": known.pop("job")}
+        times = {key: value and value.isoformat() for key, value in known.items() if key.endswith("_at")}
+        result = None if self.exit_code is None else _RESULT_OF.get(self.job, _VERDICT_OF).get(self.exit_code)
+        verdict = None if self.job in _RESULT_OF else result
+        return {**named, **known, **times, "verdict": verdict, "result": result, "outcome": self.outcome}
 
 
 def run_in_log(log: str) -> str | None:

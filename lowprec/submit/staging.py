@@ -129,6 +129,8 @@ def _arguments(option: str, value: object, folder: Path) -> list[str]:
         return []
     if value is True:
         return [option]
+    if isinstance(value, tuple):  # an option that may be given several times
+        return [part for one in value for part in _arguments(option, one, folder)]
     if isinstance(value, Location) and value.local is not None and option == "--plan":
         _copy_plan(value.local, folder / PLAN_NAME)
         return [option, PLAN_NAME]

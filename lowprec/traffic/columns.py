@@ -45,31 +45,39 @@ def needed_columns(schema: Schema) -> list[str]:
 
 
 def check_columns(schema: Schema, files: Sequence[tuple[SourceFile, pa.Schema]]) -> Layout:
-    """The layout of a dataset; raises `TrafficError` naming file, column, expected and found type.
+    """The layout of a dataset; raises `TrafficError` naming file, expected and found type of every wrong column.
 
     `files` come with the Arrow schema of their content, partition columns included.
     """
     uses = list(_uses(schema))
     needed = needed_columns(schema)
     types: dict[str, pa.DataType] = {}
+    wrong: dict[str, str] = {}  # by column: of the first file where it is
     for file, content in files:
         _check_presence(file, content, uses)
         for use in uses:
             found = content.field(use.column).type
             if not use.fits(_canonical(found)):
-                raise TrafficError(
+                wrong.setdefault(
+                    use.column,
                     f'traffic file {file.name}: column "{use.column}" ({use.key}): expected {use.expected}; '
-                    f"found {found}; correct the config or rewrite the column"
+                    f"found {found}",
                 )
         for column in needed:
+            if column in wrong:
+                continue
             found = _canonical(content.field(column).type)
             unified = _unified(types[column], found) if column in types else found
             if unified is None:
-                raise TrafficError(
+                wrong[column] = (
                     f'traffic file {file.name}: column "{column}": expected {types[column]} as in the files before it; '
-                    f"found {content.field(column).type}; rewrite one of them"
+                    f"found {content.field(column).type}"
                 )
+                continue
             types[column] = unified
+    if wrong:
+        columns = "column" if len(wrong) == 1 else "columns"
+        raise TrafficError(f"{'; '.join(wrong.values())}; correct the config or rewrite the {columns}")
     # A column without any value has no type of its own.
     weights = {feature.weights for feature in schema.sparse}
     for column in needed:

@@ -18,7 +18,11 @@ from lowprec.traffic.bags import bags_of, out_of_range, without, zeroed
 from lowprec.traffic.batch import BadRow, Bags, Batch
 from lowprec.traffic.schema import Schema, SparseFeature
 
-__all__ = ["Decoder", "Place", "hash_text"]
+__all__ = ["NO_LABEL", "Decoder", "Place", "hash_text"]
+
+# Reasons of bad rows.
+NO_LABEL = "label is not 0 or 1"
+_IF_MISSING = "traffic.missing_dense: zero takes it for 0"
 
 Place = Callable[[int], tuple[str, int]]
 
@@ -78,7 +82,7 @@ class Decoder:
 
     def _labels(self, column: pa.Array, problems: _Problems) -> NDArray[np.float32]:
         labels = _floats(column, 0.0)
-        problems.add(np.flatnonzero((labels != 0) & (labels != 1)), "label is not 0 or 1")
+        problems.add(np.flatnonzero((labels != 0) & (labels != 1)), NO_LABEL)
         labels = labels.astype(np.float32)
         if column.null_count:
             labels[_nulls(column)] = np.nan
@@ -93,7 +97,7 @@ class Decoder:
             with np.errstate(over="ignore"):  # beyond float32 becomes infinite, and a bad row below
                 by_column[at] = _floats(column, 0.0)
             if column.null_count and schema.missing_dense == "error":
-                problems.add(np.flatnonzero(_nulls(column)), f'missing dense value in column "{name}"')
+                problems.add(np.flatnonzero(_nulls(column)), f'missing dense value in column "{name}" ({_IF_MISSING})')
         finite = np.isfinite(by_column)
         if not finite.all():
             for at, name in enumerate(schema.dense):

@@ -24,6 +24,7 @@ from lowprec.evaluation.worker import LocalWorkers
 from lowprec.monitor.certified import Certified, CertifiedCounts
 from lowprec.monitor.drift import DriftRule
 from lowprec.monitor.measure import MeasuredWindow, measure_window, precisions_of
+from lowprec.monitor.normal_drift import History
 from lowprec.monitor.observe import low_units, observe
 from lowprec.plan import Plan, Precision
 from lowprec.search import Job, open_job
@@ -68,6 +69,7 @@ def measure(job: Job, workers: LocalWorkers, plan: Plan, certified: Certified, f
         window,
         certified,
         DriftRule(0.01, 0.1),
+        History([], certified.inputs),
         num_labels=window.num_rows,
         quarantine=Location.of(folder / "quarantine"),
         name="planted",

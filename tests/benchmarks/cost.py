@@ -27,6 +27,7 @@ from lowprec.monitor import run_monitor
 from lowprec.monitor.certified import Certified, CertifiedCounts
 from lowprec.monitor.drift import DriftRule
 from lowprec.monitor.measure import MeasuredWindow, measure_window, precisions_of
+from lowprec.monitor.normal_drift import History
 from lowprec.monitor.observe import observe
 from lowprec.monitor.proposal import propose
 from lowprec.plan import Plan, PlanFile, Precision, write_plan
@@ -69,6 +70,7 @@ class Watched:
             window,
             self.certified,
             RULE,
+            History([], self.certified.inputs),
             num_labels=window.count_labels(),
             quarantine=Location.of("runs/quarantine"),
             name="cost",

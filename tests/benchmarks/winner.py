@@ -140,9 +140,7 @@ def least_gap(job: Job, points: Sequence[ProxyPoint]) -> ProxyPoint:
 def check_surrogate(job: Job, profile: Profile, ours: ProxyPoint) -> None:
     """Assert that `ours` is what the surrogate of `lowprec search` has on its front, with the gap that it promises."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
-    surrogate = build_surrogate(
-        measured, job.space, job.costs({}), budgets=[0.05], confidence=0.95
-    )
+    surrogate = build_surrogate(measured, job.space, job.costs({}), budgets=[0.05], confidence=0.95)
     assert least_gap(job, surrogate.front.points).plan == ours.plan
     assert np.isclose(surrogate.promised_pct([ours.plan])[0], ours.gap_pct)
 

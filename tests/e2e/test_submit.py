@@ -228,16 +228,16 @@ def test_a_search_is_followed_to_its_end_on_the_cluster(searched, installation, 
         "import sys; from ray.job_submission import JobSubmissionClient as C;"
         "print(C(sys.argv[1]).get_job_info(sys.argv[2]).driver_info)"
     )
-    driver = installation.run("python", "-c", code, cluster, document["submission_id"], cwd=user.parent)
+    driver = installation.run("python", "-c", code, cluster, document["job"], cwd=user.parent)
     assert "pid=" in driver.stdout, driver.stderr
 
 
 def test_a_job_can_be_looked_at_afterwards(searched, installation, cluster, user):
     _, document = searched
-    job, there = document["submission_id"], ("--address", cluster)
+    job, there = document["job"], ("--address", cluster)
     listed = installation.run("lowprec", "submit", "status", "--json", RAY_API_SERVER_ADDRESS=cluster)
-    (found,) = [j for j in json.loads(listed.stdout)["jobs"] if j["submission_id"] == job]
-    assert (found["job"], found["name"], found["verdict"]) == ("search", "small", document["verdict"])
+    (found,) = [j for j in json.loads(listed.stdout)["jobs"] if j["job"] == job]
+    assert (found["job_command"], found["name"], found["verdict"]) == ("search", "small", document["verdict"])
     one = installation.run("lowprec", "submit", "status", job, *there)
     assert f"job {job}: {document['verdict']}" in one.stdout
     assert f"lowprec results --root {user}/runs --run {document['run_id']}" in one.stdout

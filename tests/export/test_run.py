@@ -71,6 +71,8 @@ def test_what_is_loaded_gives_the_logits_that_were_evaluated(exported, layers):
     assert document["table_bytes"] == sum(
         ops.row_bytes(u.dim, file.plan[u.name]) * u.num_rows for u in open_job(config).adapter.units
     )
+    low = sum(p != "fp32" for unit, p in file.plan.items() if unit.startswith("table:"))
+    assert (document["num_tables"], document["num_low_tables"]) == (6, low) and low < 6
     kinds = [type(m).__name__ for m in module.modules()]
     assert kinds.count("ServedBag") == kinds.count("IntNBitTableBatchedEmbeddingBagsCodegen") == 4
     assert kinds.count("ServedLinear") == (4 if layers else 0)

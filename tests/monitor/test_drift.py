@@ -7,6 +7,7 @@ import pytest
 
 from lowprec.monitor.drift import DriftRule, Novelty, block_test, discoveries, feature_drift, js_distance
 from lowprec.monitor.inputs import IdCounts, InputCounts, Inputs, Touched
+from lowprec.monitor.normal_drift import History
 from lowprec.traffic import Schema, SparseFeature
 
 RULE = DriftRule(false_discovery_rate=0.01, min_distance=0.1)
@@ -124,10 +125,12 @@ def test_features_are_named_that_moved_far_enough_and_no_others():
     certified.histograms["x"][:, 300] += 100
     now.histograms["x"][:, 300] += 100
     novelty = Novelty(certified, {f.name: Touched(200) for f in schema.sparse}, {})
-    found = feature_drift(certified, now, novelty, RULE)
+    found = feature_drift(certified, now, novelty, RULE, History([], certified))
     assert [f.feature for f in found if f.is_warning] == ["f3"]
     assert found[0].feature == "f3" and found[0].distance > 0.3
-    nothing = feature_drift(certified, now, novelty, DriftRule(0.01, 0.99))
+    nothing = feature_drift(certified, now, novelty, DriftRule(0.01, 0.99), History([], certified))
     assert not any(f.is_warning for f in nothing)
+    known = feature_drift(certified, now, novelty, DriftRule(0.01, 0.1, frozenset({"f3"})), History([], certified))
+    assert [f.feature for f in known if f.is_expected] == ["f3"] and not any(f.is_warning for f in known)
     assert {f.feature for f in found} == {"x", *(f"f{k}" for k in range(8))}
     assert all("feature" in f.to_dict() for f in found)

@@ -43,6 +43,46 @@ def states(outcome):
     return [window["state"] for window in outcome.windows]
 
 
+def with_other_users_every_day(table):
+    """Ids of c5 that no other day has; on the last day ids of c2 are hardly more than one."""
+    days = (np.asarray(table["ts"]).astype(np.int64) - JAN_10) // 86400
+    users = np.random.default_rng(0).integers(0, 90, table.num_rows) + 90 * (days % 11)
+    table = with_column(table, "c5", users.astype(np.int64))
+    return with_column(table, "c2", np.where(days == 0, 7, np.asarray(table["c2"])).astype(np.int64))
+
+
+def test_users_who_come_and_go_do_not_warn_for_ever_and_a_change_does(deployed, monitored, traffic_copy):
+    folder = traffic_copy(with_other_users_every_day)
+    config, plan = deployed(f"traffic.path={folder}", longer=True)
+    outcome = monitored(config, plan)
+    assert states(outcome) == ["warn"] * 4 + ["ok", "warn"]
+    assert "what is normal here is not known before 4 windows" in outcome.windows[0]["warnings"][0]
+    (said,) = outcome.windows[-1]["warnings"]
+    assert said.startswith("inputs moved beside earlier windows: c2 (") and "c5" not in said
+    # Decisions follow from rows: judged one by one, by processes that know nothing else, they are the same.
+    other, _ = deployed(f"traffic.path={folder}", f"results.root={folder.parent / 'one-by-one'}", longer=True)
+    for day in range(6, 12):
+        monitored(other, plan, now=datetime(2026, 1, day, tzinfo=UTC))
+    inputs = [sorted((r["window_start"], r["inputs_json"], r["message"]) for r in rows(c)) for c in (config, other)]
+    assert inputs[0] == inputs[1]
+    # What is known to move is named in no window.
+    expecting, _ = deployed(
+        f"traffic.path={folder}",
+        f"results.root={folder.parent / 'expecting'}",
+        "monitor.expected_drift=[c5]",
+        longer=True,
+    )
+    assert states(monitored(expecting, plan)) == ["ok"] * 5 + ["warn"]
+
+
+def test_expected_drift_names_features(deployed, monitored):
+    config, plan = deployed("monitor.expected_drift=['c*', usr]")
+    with pytest.raises(
+        ConfigError, match=r'monitor.expected_drift\[1\]: "usr" matches no feature; features are called'
+    ):
+        monitored(config, plan)
+
+
 def test_every_complete_window_is_judged_once(deployed, monitored):
     config, plan = deployed(precision=Precision.INT4)
     first = monitored(config, plan)
@@ -262,7 +302,8 @@ def test_ranges_are_compared_of_tables_that_have_some(deployed, monitored, small
     file = read_plan(path, units=None, checkpoint_sha256=None)
     low = {"layer:top.0": Precision.FP16}
     plan = file.plan.replace({unit: Precision.FP32 for unit in file.plan} | {"table:c1": Precision.INT8} | low)
-    write_plan(replace(file, plan=plan, row_ranges={"table:c1": RowRange.MINMAX}), path)
+    size = open_job(config).space.size_bytes(plan)
+    write_plan(replace(file, plan=plan, row_ranges={"table:c1": RowRange.MINMAX}, size_bytes=size), path)
     monitored(config, path)
     (found,) = {row["saturation_json"] for row in rows(config)}
     assert [growth["table"] for growth in json.loads(found)] == ["table:c1"]

@@ -39,7 +39,8 @@ def table_plan(config, path, precision=Precision.INT8):
     file = write_mixed_plan(config, path)
     plan = file.plan.replace({unit: precision for unit in file.plan if unit.startswith("table:")})
     ranges = {unit: RowRange.MSE for unit, p in plan.items() if p.is_rowwise}
-    write_plan(replace(file, plan=plan, row_ranges=ranges), path)
+    size = open_job(config).space.size_bytes(plan)
+    write_plan(replace(file, plan=plan, row_ranges=ranges, size_bytes=size), path)
     return plan
 
 
@@ -160,6 +161,8 @@ def test_a_plan_outside_of_the_space_cannot_begin(small_config, tmp_path):
         verify_plan(narrow, tmp_path / "plan.json", repair=True)
     grouped = small_config("space.groups=[['table:c0', 'table:c1']]")
     file = read_plan(tmp_path / "plan.json", units=None, checkpoint_sha256=None)
-    write_plan(replace(file, plan=file.plan.replace({"table:c1": Precision.INT8})), tmp_path / "mixed.json")
+    mixed = file.plan.replace({"table:c1": Precision.INT8})
+    size = open_job(grouped).space.size_bytes(mixed)
+    write_plan(replace(file, plan=mixed, size_bytes=size), tmp_path / "mixed.json")
     with pytest.raises(ConfigError, match="is one group in space.groups"):
         verify_plan(grouped, tmp_path / "mixed.json", repair=True)

@@ -294,7 +294,8 @@ def test_a_confirm_window_is_spent_by_every_run_of_its_checkpoint(small_config):
     assert after > before > 0.95
     earlier = "windows.confirm={start: 2026-01-08, end: 2026-01-09}"
     assert run_search(small_config(earlier)).num_spent > attempts
-    later = "windows.search={start: 2026-01-05, end: 2026-01-07}", "windows.confirm={start: 2026-01-07, end: 2026-01-08}"
+    earlier_search = "windows.search={start: 2026-01-05, end: 2026-01-07}"
+    later = earlier_search, "windows.confirm={start: 2026-01-07, end: 2026-01-08}"
     assert run_search(small_config(*later)).num_spent == 0  # a window of its own
 
 

@@ -58,3 +58,24 @@ def test_how_a_job_stands(state, exit_code, outcome, verdict, result):
     job = SubmittedJob("id", "search", "demo", "runs", state, exit_code, "no disk\ntraceback", None, None)
     assert (job.outcome, job.to_dict()["verdict"], job.result_code) == (outcome, verdict, result)
     assert job.is_over == (state != "running")
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code", "result", "verdict"),
+    [
+        ("verify", 2, "rejected", "rejected"),
+        ("monitor", 0, "ok", None),
+        ("monitor", 1, "warn", None),
+        ("monitor", 2, "breach", None),
+        ("monitor", 3, "error", None),
+        ("monitor", 4, "insufficient_data", None),
+        ("debug", 0, "all is as planned", None),
+        ("debug", 2, "not all is as planned", None),
+        ("", 0, "certified", "certified"),
+    ],
+)
+def test_a_job_shows_the_verdict_or_the_state_of_its_command(command, exit_code, result, verdict):
+    job = SubmittedJob("id", command, "demo", "runs", "failed", exit_code, "", None, None)
+    document = job.to_dict()
+    assert (job.outcome, document["result"], document["verdict"]) == (result, result, verdict)
+    assert (document["job"], document["job_command"]) == ("id", command) and "submission_id" not in document

@@ -180,6 +180,15 @@ def test_a_plan_is_sent_and_a_missing_one_is_refused(folder):
         pass
 
 
+def test_an_option_that_is_given_several_times_is_sent_as_often(folder):
+    with stage_job(
+        config_of(folder), "verify", {"--unit": ("table:*=int8", "table:a=int2"), "--uniform": None}
+    ) as staged:
+        assert staged.entrypoint.endswith("lowprec-job.yaml --unit 'table:*=int8' --unit table:a=int2")
+    with stage_job(config_of(folder), "verify", {"--unit": ()}) as staged:
+        assert staged.entrypoint.endswith("lowprec-job.yaml")
+
+
 def start(staged, **environment):
     """Run the entrypoint as Ray does, with a PATH of our own."""
     command = ["sh", "-c", staged.entrypoint]

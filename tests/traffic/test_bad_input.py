@@ -61,6 +61,22 @@ def test_wrong_types_are_told_with_expected_and_found(
     check(error, "traffic.parquet", "expected", "found", *parts)
 
 
+def test_wrong_types_are_told_all_at_once(columns: Make, write: Write, schema: Schema, tmp_path: Path) -> None:
+    wrong = {"label": pa.array(["0", "1"]), "w": pa.array([0.5, 1]), "a": pa.array([0.5, 1])}
+    named = ('"label" (traffic.label)', '"w" (traffic.sparse l.weights)', '"a" (traffic.sparse a)')
+    with pytest.raises(TrafficError) as error:
+        open_traffic(write(columns(2) | wrong), schema, batch_size=4)
+    check(error, *named, "rewrite the columns")
+    # Of later files too, each column once.
+    write(columns(2), "data/1.parquet")
+    write(columns(2) | {"w": wrong["w"]}, "data/2.parquet")
+    write(columns(2) | wrong, "data/3.parquet")
+    with pytest.raises(TrafficError) as error:
+        open_traffic(str(tmp_path / "data"), schema, batch_size=4)
+    check(error, "2.parquet", "3.parquet", *named)
+    assert str(error.value).count('"w"') == 1
+
+
 def test_files_that_do_not_go_together(columns: Make, write: Write, schema: Schema, tmp_path: Path) -> None:
     write(columns(5), "data/1.parquet")
     write(columns(5) | {"a": columns(5)["l"]}, "data/2.parquet")

@@ -39,7 +39,10 @@ WEIGHTS = pa.list_(pa.float32())
         ({"label": pa.array([0, 1, 0, 0.5, 0, 1])}, "label is not 0 or 1"),
         ({"label": pa.array([0, 1, 0, NAN, 0, 1])}, "label is not 0 or 1"),
         ({"label": pa.array([0, 1, 0, -1, 0, 1], pa.int8())}, "label is not 0 or 1"),
-        ({"d": pa.array([0, 1, 2, None, 4, 5], pa.float32())}, 'missing dense value in column "d"'),
+        (
+            {"d": pa.array([0, 1, 2, None, 4, 5], pa.float32())},
+            'missing dense value in column "d" (traffic.missing_dense: zero takes it for 0)',
+        ),
         ({"d": pa.array([0, 1, 2, NAN, 4, 5], pa.float32())}, 'NaN or infinite dense value in column "d"'),
         ({"d": pa.array([0, 1, 2, -INF, 4, 5])}, 'NaN or infinite dense value in column "d"'),
         ({"d": pa.array([0, 1, 2, 1e39, 4, 5])}, 'NaN or infinite dense value in column "d"'),  # beyond float32
