@@ -68,6 +68,7 @@ def evaluate_plans(
         if counter.is_hopeless:
             is_complete = False
             break
+    counter.check_outputs()
     assert total is not None, "a window has at least one batch"
     blocks = np.stack([np.sum(part, axis=0) for part in np.array_split(totals, min(NUM_BLOCKS, len(totals)))])
     metrics = tuple(

@@ -18,6 +18,7 @@ from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.models.layers import LayerAt
+from lowprec.models.outputs import OutputCount
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Forms, Plan, Precision, is_layer
 from lowprec.shards import LocalTables, Tables
@@ -65,6 +66,8 @@ class ExactEvaluator:
         # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
+        # How many outputs of the reference look like probabilities.
+        self.outputs = OutputCount()
         # For tasks that come back to the same batches.
         self.kept = Kept(kept_bytes)
         # How layers are stored and computed at precisions that leave a choice.
@@ -232,6 +235,7 @@ class ExactEvaluator:
                     f'"{name}" was to be {", ".join(sorted(low))}, but the model did not call it on batch {index}, so '
                     "what that does cannot be measured; call it through its module, or fix it to fp32 in space.units"
                 )
+        self.outputs += OutputCount.of(reference.logits, self.adapter.outputs)
         for call in reference.calls:
             self.lookups[call.table] += len(call.indices)
             self.bags[call.table] += len(call.offsets) - 1

@@ -42,7 +42,8 @@ class ServedLinear(nn.Module):
 
 
 def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) -> nn.Module:
-    """The module of a folder that `lowprec export` wrote, called as the model is.
+    """The module of a folder that `lowprec export` wrote, called as the model is. It returns what the model returns:
+    probabilities where the config has `model.outputs: probabilities`.
 
     Tables below fp32 are FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, layers below fp32 PyTorch's quantized
     operators; everything else is the model that the factory makes, which has to be importable. Rows are mapped from
@@ -64,7 +65,7 @@ def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) ->
         manifest.check_plan(folder, file)
     with without_table_init(without_rows=True):
         model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
-    adapter = ModelAdapter(model)
+    adapter = ModelAdapter(model, config.model.outputs)
     _check_units(adapter, manifest, folder)
     dense = dense_tensors(folder)
     _load_dense(adapter, manifest, dense, folder)

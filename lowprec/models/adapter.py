@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowprec.errors import LowprecError, ModelError
 from lowprec.models.inputs import ModelInputs, SparseInput, arguments_of, ids_of, inputs_of
 from lowprec.models.layers import LayerAt, LayerCall, LayerModules, replaced_forwards
+from lowprec.models.outputs import Outputs, as_logits, check_probabilities
 from lowprec.models.table_modules import (
     check_ids,
     check_not_shared,
@@ -61,8 +62,10 @@ class ModelAdapter:
     (`max` pooling, `max_norm`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outputs: Outputs = "logits") -> None:
+        """Find the tables. outputs: what the model returns; passes give logits, whatever it is."""
         self.model = model.eval()
+        self.outputs = outputs
         paths: dict[int, list[tuple[str, nn.EmbeddingBag]]] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.EmbeddingBag):
@@ -158,14 +161,14 @@ class ModelAdapter:
     def answered(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
         """The pass in which `calls`, those of `asked`, return their outputs."""
         with torch.inference_mode():
-            logits = self._replayed(inputs, calls, [call.output for call in calls])
+            logits = self._replayed(inputs, calls, [call.output for call in calls], is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
     def reference(self, inputs: ModelInputs) -> ReferencePass:
         """Run the model as it is and record the calls of its tables."""
         calls: list[BagCall] = []
         with torch.inference_mode(), self._forwards(_recorder(calls, lambda output: output)):
-            logits = self._logits(inputs)
+            logits = self._logits(inputs, is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
     def differentiated(
@@ -188,9 +191,9 @@ class ModelAdapter:
             with self.layers.watched(layers, for_gradients=True) as layer_calls:
                 if calls is None:
                     with self._forwards(_recorder(recorded, watched)):
-                        logits = self._logits(inputs)
+                        logits = self._logits(inputs, is_reference=True)
                 else:
-                    logits = self._replayed(inputs, calls, leaves)
+                    logits = self._replayed(inputs, calls, leaves, is_reference=True)
             outputs = [*leaves, *(call.output for call in layer_calls)]
             try:
                 gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
@@ -216,7 +219,9 @@ class ModelAdapter:
         with torch.inference_mode(), self.layers.at(layers):
             return self._replayed(inputs, reference.calls, outputs)
 
-    def _replayed(self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor]) -> Tensor:
+    def _replayed(
+        self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor], *, is_reference: bool = False
+    ) -> Tensor:
         position = 0
 
         def replay(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -233,7 +238,7 @@ class ModelAdapter:
             return replayed
 
         with self._forwards(replay):
-            logits = self._logits(inputs)
+            logits = self._logits(inputs, is_reference=is_reference)
         if position != len(outputs):
             raise ModelError(
                 f"model {type(self.model).__name__}: called its tables {len(outputs)} times at first and {position} "
@@ -300,18 +305,18 @@ class ModelAdapter:
             pass
         return {name: reached[ids.data_ptr()] for name, ids in given.items() if ids.data_ptr() in reached}
 
-    def _logits(self, inputs: ModelInputs) -> Tensor:
+    def _logits(self, inputs: ModelInputs, *, is_reference: bool = False) -> Tensor:
+        """Logits of the model. is_reference: outputs that are declared probabilities have to be some."""
+        model = type(self.model).__name__
         try:
-            logits = self.model(*arguments_of(self.model, inputs))
+            returned = self.model(*arguments_of(self.model, inputs))
         except LowprecError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise ModelError(f"model {type(self.model).__name__}: {_what_went_wrong(error)}") from error
-        num_rows = inputs.dense.shape[0]
-        if not isinstance(logits, Tensor) or logits.numel() != num_rows or not logits.is_floating_point():
-            got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"model {type(self.model).__name__}: must return {num_rows} float logits; returned {got}")
-        return logits.reshape(num_rows)
+            raise ModelError(f"model {model}: {_what_went_wrong(error)}") from error
+        if is_reference and self.outputs == "probabilities":
+            check_probabilities(returned, model=model)
+        return as_logits(returned, inputs.dense.shape[0], self.outputs, model=model)
 
     @contextmanager
     def _forwards(

@@ -15,6 +15,9 @@ from lowprec.search.surrogate import Surrogate
 
 __all__ = ["describe_job", "notes_on", "what_to_time"]
 
+# The first batch alone decides that outputs are probabilities only where it is so large.
+_MANY_OUTPUTS = 1000
+
 
 def what_to_time(config: Config, batch_size: int) -> tuple[tuple[int, ...], LayerGrid]:
     """The dims of a config's tables and the shapes of its model's layers, for `lowprec calibrate`."""
@@ -45,9 +48,13 @@ def describe_job(job: Job) -> dict[str, Any]:
         for unit in space.units
     ]
     # One batch through the model finds what reading the config cannot.
-    batch = job.window("search").batch(0)
+    first = job.window("search")
+    batch = first.batch(0)
     if job.adapter.has_rows:
-        ExactEvaluator(job.adapter).logits(batch, [])
+        evaluator = ExactEvaluator(job.adapter)
+        evaluator.logits(batch, [])
+        if first.num_batches == 1 or batch.num_rows >= _MANY_OUTPUTS:
+            evaluator.outputs.check()
     else:
         job.adapter.asked(inputs_of(batch))
     windows = []

@@ -88,7 +88,9 @@ class Job:
     def evaluated_on(self, name: str, window: TrafficWindow) -> list[object]:
         """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
         columns = self.config.traffic.model_dump(exclude={"path", "synthetic", "max_bad_fraction"})
-        model = self.config.model.model_dump(exclude={"checkpoint"})
+        # Keys that change no logit are left out, so that runs from before they existed can be resumed.
+        is_converted = self.config.model.outputs == "probabilities"
+        model = self.config.model.model_dump(exclude={"checkpoint", *(() if is_converted else ("outputs",))})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
         forms = {f"{unit} {precision}": form.to_dict() for (unit, precision), form in self.forms.items()}
         # Bags of a table that is cut are added up piece by piece, which decides their last bits.
@@ -277,6 +279,7 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
         threads=config.evaluation.threads_per_worker,
         import_paths=(os.getcwd(),),
         memory_bytes=config.evaluation.worker_memory,
+        outputs=config.model.outputs,
     )
     adapter = load_adapter_without_rows(spec) if _is_for_workers_alone(config, spec) else load_adapter(spec)
     layers = adapter.layers.units if config.space.layers else ()
