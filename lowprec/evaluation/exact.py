@@ -142,7 +142,7 @@ class ExactEvaluator:
         reference, gradients = self.adapter.differentiated(inputs, calls, layers)
         self._check(inputs, reference, needed, batch.index)
         _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
-        return reference, gradients
+        return self._as_served(inputs, reference), gradients
 
     def watched(self, batch: Batch, layers: Sequence[str]) -> ReferencePass:
         """The reference pass with its calls of layers, checked as `logits` checks it."""
@@ -211,8 +211,13 @@ class ExactEvaluator:
                 changes[row[layer]] += change
         at = self.layers_at(plan)
         self._check_layers(inputs, reference, {unit for unit, _, _ in at}, batch.index)
+        reference = self._as_served(inputs, reference)
         logits = self._passes.logits(inputs, reference, [outputs], [at])[0]
         return TracedBatch(reference.logits.numpy(), logits, changes)
+
+    def _as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
+        """The pass with the logits that plans are compared with, where kernels for gradients give others."""
+        return self.adapter.as_served(inputs, reference) if self.adapter.has_two_modes else reference
 
     def _check(
         self, inputs: ModelInputs, reference: ReferencePass, needed: Mapping[str, Collection[Precision]], index: int

@@ -14,6 +14,7 @@ from lowprec.errors import ExportError, LowprecError
 from lowprec.export.manifest import DENSE, ExportedTable, Manifest, read_config_and_plan, read_manifest
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.factory import build_model, without_table_init
+from lowprec.models.layers import any_shape
 from lowprec.ops.linear import served_linear
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import PlanFile, Precision
@@ -33,8 +34,7 @@ class ServedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer of the last dimension."""
-        flat: Tensor = self.low(input.reshape(-1, input.shape[-1]).contiguous())
-        return flat.reshape(*input.shape[:-1], flat.shape[-1])
+        return any_shape(self.low)(input)
 
     def extra_repr(self) -> str:
         """What `print(module)` says."""

@@ -66,8 +66,8 @@ def check_probabilities(returned: object, *, model: str) -> None:
     wrong = (returned < -_SLACK) | (returned > 1 + _SLACK)
     if wrong.any():
         raise ModelError(
-            f"model {model}: returned {float(returned.detach()[wrong].reshape(-1)[0]):.6g}, and model.outputs: probabilities "
-            "says that outputs lie in [0, 1]; set model.outputs: logits, or end the model in a sigmoid"
+            f"model {model}: returned {float(returned.detach()[wrong].reshape(-1)[0]):.6g}, and model.outputs: "
+            "probabilities says that outputs lie in [0, 1]; set model.outputs: logits, or end the model in a sigmoid"
         )
 
 

@@ -97,6 +97,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 def notes_on(job: Job) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
     notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    notes += [f"{layer} {why}: it is not searched and stays fp32" for layer, why in job.fp32_layers.items()]
     sparse = job.config.traffic.schema_of_columns().sparse
     unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]
     if unseen:

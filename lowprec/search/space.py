@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -137,8 +137,12 @@ def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
     return replace(space, decisions=tuple(decisions))
 
 
-def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True) -> SearchSpace:
+def build_space(
+    units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
+) -> SearchSpace:
     """The search space over `units`; `prune` leaves out precisions that a more exact one equals or beats in bytes.
+
+    fp32: units that can be nothing else, whatever the config allows.
 
     Raises `ConfigError` for patterns without units, for precisions that a unit cannot have, and for groups that
     contradict.
@@ -156,6 +160,7 @@ def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = Tru
                     f"space.units[{position}]: {name} cannot be {' or '.join(wanted)}; a {kind} can be "
                     f"{', '.join(by_name[name].precisions)}"
                 )
+    allowed |= {name: (Precision.FP32,) for name in fp32}
     storage = _storage(config)
     decisions: list[Decision] = []
     dominated: list[DominatedChoice] = []
