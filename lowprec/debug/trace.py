@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowprec.debug.arms import Arm, Layer
 from lowprec.debug.sums import MAX_ROWS, ErrorSums
+from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.layer_inputs import InputHistogram
@@ -182,9 +183,12 @@ class _Look:
         row = {unit: k for k, unit in enumerate(self._trace.units)}
         changes = np.zeros((len(row), part.num_rows), np.float32)
         with torch.inference_mode():
+            low = {unit for unit, precision in self._arm.file.plan.items() if precision is not Precision.FP32}
+            check_bags(reference.calls, part.num_rows, low, may_be_several=True)
             outputs = tuple(self._arm.pooled(call) for call in reference.calls)
             for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
-                changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
+                if len(output) % part.num_rows == 0:
+                    changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
             for layer_call, slope in zip(reference.layer_calls, gradients.layers, strict=True):
                 module = adapter.layers.modules(layer_call.layer)[layer_call.position]
                 flat = layer_call.input.reshape(-1, layer_call.input.shape[-1])

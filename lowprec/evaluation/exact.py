@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowprec.errors import ModelError
+from lowprec.evaluation.assignment import ASSIGNED_ROWS, check_assignment, check_bags
 from lowprec.evaluation.dense import DensePasses
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
@@ -75,6 +76,8 @@ class ExactEvaluator:
         self._passes = DensePasses(adapter)
         self._is_checked = False
         self._called_layers: frozenset[str] | None = None
+        # Tables of which the first order was compared with a measured change.
+        self._assigned: set[str] = set()
 
     @contextmanager
     def using(self, forms: Forms) -> Iterator[None]:
@@ -141,6 +144,7 @@ class ExactEvaluator:
         layers = [unit for unit in needed if is_layer(unit)]
         reference, gradients = self.adapter.differentiated(inputs, calls, layers)
         self._check(inputs, reference, needed, batch.index)
+        check_bags(reference.calls, batch.num_rows, _below_fp32(needed))
         _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
         return self._as_served(inputs, reference), gradients
 
@@ -200,6 +204,8 @@ class ExactEvaluator:
             self._check(inputs, reference, needed, batch.index)
             with torch.inference_mode():
                 pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
+        check_bags(reference.calls, batch.num_rows, _below_fp32(needed) & set(units))
+        self.check_assignment(batch, _below_fp32(needed) & set(units))
         outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
         row = {name: k for k, name in enumerate(units)}
         changes = np.zeros((len(units), batch.num_rows), dtype=np.float32)
@@ -214,6 +220,25 @@ class ExactEvaluator:
         reference = self._as_served(inputs, reference)
         logits = self._passes.logits(inputs, reference, [outputs], [at])[0]
         return TracedBatch(reference.logits.numpy(), logits, changes)
+
+    def check_assignment(self, batch: Batch, tables: Collection[str]) -> None:
+        """Refuse tables of which the first order does not say whose logit they change, once for each of them.
+
+        Found on the first examples of the batch; raises `ModelError`.
+        """
+        new = set(tables) - self._assigned
+        part = batch.rows(0, min(batch.num_rows, ASSIGNED_ROWS))
+        if not new or not part.num_rows:
+            return
+        inputs = inputs_of(part)
+        calls = None
+        if self.tables.are_remote:
+            asked = self.adapter.asked(inputs)
+            calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
+        reference, gradients = self.adapter.differentiated(inputs, calls)
+        check_bags(reference.calls, part.num_rows, new)
+        check_assignment(self.adapter, inputs, reference, gradients, new)
+        self._assigned |= new
 
     def _as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
         """The pass with the logits that plans are compared with, where kernels for gradients give others."""
@@ -256,6 +281,10 @@ class ExactEvaluator:
                 self.adapter.substituted(inputs, reference, outputs)
             self._called_layers = frozenset(call.layer for call in calls)
         _refuse_uncalled(layers - self._called_layers, index)
+
+
+def _below_fp32(needed: Mapping[str, Collection[Precision]]) -> set[str]:
+    return {unit for unit, precisions in needed.items() if set(precisions) - {Precision.FP32}}
 
 
 def _refuse_uncalled(layers: set[str], index: int) -> None:

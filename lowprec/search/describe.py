@@ -7,8 +7,10 @@ from typing import Any
 
 from lowprec.calibration import LayerGrid
 from lowprec.config import Config
+from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
+from lowprec.plan import is_layer
 from lowprec.search.job import Job, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
@@ -48,15 +50,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         for unit in space.units
     ]
     # One batch through the model finds what reading the config cannot.
-    first = job.window("search")
-    batch = first.batch(0)
-    if job.adapter.has_rows:
-        evaluator = ExactEvaluator(job.adapter)
-        evaluator.logits(batch, [])
-        if first.num_batches == 1 or batch.num_rows >= _MANY_OUTPUTS:
-            evaluator.outputs.check()
-    else:
-        job.adapter.asked(inputs_of(batch))
+    _try_first_batch(job)
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)
@@ -92,6 +86,24 @@ def describe_job(job: Job) -> dict[str, Any]:
         "windows": windows,
         "notes": notes_on(job),
     }
+
+
+def _try_first_batch(job: Job) -> None:
+    """Raise a `LowprecError` for a model of which no search is possible."""
+    window = job.window("search")
+    batch = window.batch(0)
+    if not batch.num_rows:
+        return
+    tables = {unit for unit, _ in job.columns if not is_layer(unit)}
+    if not job.adapter.has_rows:
+        check_bags(job.adapter.asked(inputs_of(batch)), batch.num_rows, tables)
+        return
+    evaluator = ExactEvaluator(job.adapter)
+    evaluator.logits(batch, [])
+    if window.num_batches == 1 or batch.num_rows >= _MANY_OUTPUTS:
+        evaluator.outputs.check()
+    check_bags(job.adapter.reference(inputs_of(batch)).calls, batch.num_rows, tables)
+    evaluator.check_assignment(batch, tables)
 
 
 def notes_on(job: Job) -> list[str]:
