@@ -26,6 +26,7 @@ from lowprec.models.table_modules import (
     check_not_shared,
     check_plain,
     check_supported,
+    named_embeddings,
     normalised,
     short_names,
 )
@@ -62,9 +63,12 @@ class ModelAdapter:
                 check_supported(path, module)
                 paths.setdefault(id(module.weight), []).append((path, module))
         if not paths:
+            found = named_embeddings(model)
+            instead = f"; look ids of {', '.join(found)} up in an nn.EmbeddingBag and not in an nn.Embedding"
             raise ModelError(
                 f"model {type(model).__name__}: no nn.EmbeddingBag inside; lowprec gives precisions to nn.EmbeddingBag "
-                "tables, called through their module (TorchScript and compiled models hide them)"
+                f"tables, called through their module (TorchScript and compiled models hide them)"
+                f"{instead if found else ''}"
             )
         check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
         names = short_names([found[0][0] for found in paths.values()])

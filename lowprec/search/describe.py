@@ -10,6 +10,7 @@ from lowprec.config import Config
 from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
+from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 from lowprec.plan import is_layer
 from lowprec.search.job import Job, open_job
 from lowprec.search.proxy import ProxyFront
@@ -84,6 +85,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             for d in space.dominated
         ],
         "windows": windows,
+        "fp32_parameters": [u.to_dict() for u in uncovered_parameters(job.adapter)],
         "notes": notes_on(job),
     }
 
@@ -108,7 +110,7 @@ def _try_first_batch(job: Job) -> None:
 
 def notes_on(job: Job) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
-    notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    notes = note_on_uncovered(uncovered_parameters(job.adapter))
     notes += [f"{layer} {why}: it is not searched and stays fp32" for layer, why in job.fp32_layers.items()]
     sparse = job.config.traffic.schema_of_columns().sparse
     unseen = [f.name for f in sparse if f.name not in job.features and f.num_embeddings is None]

@@ -9,6 +9,7 @@ from typing import Any
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
+from lowprec.models.uncovered import Uncovered
 from lowprec.plan import PlanFile, RowRange, rowwise_ranges
 from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
@@ -24,7 +25,8 @@ class SearchOutcome:
     """What a search found: a recommended plan for each budget (tightest first) with its evidence, and the front.
 
     `plan_paths` has a file for each recommendation; `profile_path` is the profile of the search window, `profiled` says
-    what it found of the reference. `notes` are warnings that are not about a metric.
+    what it found of the reference. `notes` are warnings that are not about a metric. uncovered: parameters that
+    belong to no unit.
     """
 
     run_id: str
@@ -40,6 +42,7 @@ class SearchOutcome:
     row_ranges: Mapping[str, RowRange]
     notes: tuple[str, ...]
     seconds: float
+    uncovered: tuple[Uncovered, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -67,6 +70,7 @@ class SearchOutcome:
             "warnings": list(
                 dict.fromkeys((*(w for r in self.recommendations for w in r.best.metrics.warnings()), *self.notes))
             ),
+            "fp32_parameters": [parameter.to_dict() for parameter in self.uncovered],
             "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),

@@ -18,6 +18,7 @@ from lowprec.evaluation.profile_file import read_profile, write_profile
 from lowprec.evaluation.race import RaceSums
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Workers
+from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.choice import Confirmed, finalists
@@ -131,6 +132,7 @@ class _Search:
                 n for r in recommendations for n in self._job.rows_without_form(self._workers, r.best.choice.trial.plan)
             ),
             seconds=time.monotonic() - self._began,
+            uncovered=uncovered_parameters(self._job.adapter),
         )
 
     def _surrogate(self) -> Surrogate:
