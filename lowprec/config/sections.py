@@ -128,11 +128,17 @@ class WindowsConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which model, and where its weights are."""
+    """Which model, where its weights are, and what it returns.
+
+    `outputs: probabilities` is for a model that ends in a sigmoid: its outputs are converted by
+    logit(p) = log(p) - log(1 - p), with p clamped to [2^-24, 1 - 2^-24]. Left out, outputs are logits, and a window
+    whose outputs all lie in [0, 1] is refused. `unchecked_logits` accepts such logits.
+    """
 
     factory: str = "lowprec.models.dlrm:build"
     args: dict[str, Any] = {}
     checkpoint: str
+    outputs: Literal["logits", "probabilities", "unchecked_logits"] = "logits"
 
 
 class TrainConfig(Section):

@@ -91,6 +91,7 @@ def debug_arm(
         with evaluator.using(job.forms):
             listener.stage("look at every unit", len(batches))
             trace = trace_batches(evaluator, arm, batches, num_parts=_NUM_PARTS, on_progress=lambda: listener.advance())
+            evaluator.outputs.check()
             if trace.exact is None or not trace.exact.num_rows:
                 raise TrafficError(
                     f"windows.{window}: the sample has no row with a usable label; choose another window"

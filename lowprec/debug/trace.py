@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from lowprec.debug.arms import Arm, Layer
 from lowprec.debug.sums import MAX_ROWS, ErrorSums
+from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.layer_inputs import InputHistogram
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.layer_form import LayerForm
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
-from lowprec.models.layers import any_shape, replaced_forwards
+from lowprec.models.layers import any_shape, in_fp32, replaced_forwards
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, is_layer
 from lowprec.traffic.batch import Batch
 
-__all__ = ["InputCodes", "Trace", "TracedPart", "called_units", "logits_with", "trace_batches"]
+__all__ = ["InputCodes", "Trace", "TracedPart", "logits_with", "trace_batches"]
 
 Single = NDArray[np.float32]
 
@@ -89,20 +90,6 @@ class Trace:
         return sum(part.batch.num_rows for part in self.parts)
 
 
-def called_units(adapter: ModelAdapter, inputs: ModelInputs) -> tuple[str, ...]:
-    """Every unit that the model calls, in the order of first calls."""
-    called: dict[str, None] = {}
-    names: dict[nn.Module, str] = {bag: unit for unit, bags in adapter.bags.items() for bag in bags}
-    names |= {m: unit.name for unit in adapter.layers.units for m in adapter.layers.modules(unit.name)}
-    hooks = [module.register_forward_pre_hook(lambda m, _: called.setdefault(names[m])) for module in names]
-    try:
-        adapter.reference(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(called)
-
-
 def trace_batches(
     evaluator: ExactEvaluator,
     arm: Arm,
@@ -123,7 +110,8 @@ def trace_batches(
         if not batch.num_rows:
             continue
         if trace is None:
-            units = called_units(evaluator.adapter, inputs_of(batch.part(0, max(1, batch.num_rows // _FEW_ROWS))))
+            few = batch.part(0, max(1, batch.num_rows // _FEW_ROWS))
+            units = evaluator.adapter.called_units(inputs_of(few))
             trace = Trace(units, shares=UnitSums.zero(len(units)))
         part = batch.part(num_parts // 2 - 1, num_parts // 2) if num_looks % 2 == 0 else batch.rows(0, 0)
         num_looks += 1
@@ -195,9 +183,12 @@ class _Look:
         row = {unit: k for k, unit in enumerate(self._trace.units)}
         changes = np.zeros((len(row), part.num_rows), np.float32)
         with torch.inference_mode():
+            low = {unit for unit, precision in self._arm.file.plan.items() if precision is not Precision.FP32}
+            check_bags(reference.calls, part.num_rows, low, may_be_several=True)
             outputs = tuple(self._arm.pooled(call) for call in reference.calls)
             for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
-                changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
+                if len(output) % part.num_rows == 0:
+                    changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
             for layer_call, slope in zip(reference.layer_calls, gradients.layers, strict=True):
                 module = adapter.layers.modules(layer_call.layer)[layer_call.position]
                 flat = layer_call.input.reshape(-1, layer_call.input.shape[-1])
@@ -229,10 +220,10 @@ class _Look:
 
         def computed(input: Tensor) -> Tensor:
             output: Tensor = forward(input)
-            flat, exact = input.reshape(-1, input.shape[-1]), output.reshape(-1, output.shape[-1])
+            flat, exact = input.reshape(-1, input.shape[-1]), output.reshape(-1, output.shape[-1]).float()
             if module in self._layers and not is_by_batch:
                 flat, exact = flat[:MAX_ROWS], exact[:MAX_ROWS]
-            found = self._layers[module](flat.contiguous()) if module in self._layers else exact
+            found = in_fp32(self._layers[module], flat) if module in self._layers else exact
             _add(self._trace.alone, layer, ErrorSums.of(exact, found))
             self._exact.append((layer, exact[:MAX_ROWS].clone()))  # the model may change it in place
             return output
@@ -246,7 +237,7 @@ class _Look:
             output: Tensor = forward(input)
             layer, exact = self._exact[self._position]
             self._position += 1
-            _add(self._trace.accumulated, layer, ErrorSums.of(exact, output.reshape(-1, exact.shape[1])))
+            _add(self._trace.accumulated, layer, ErrorSums.of(exact, output.reshape(-1, exact.shape[1]).float()))
             return output
 
         return computed

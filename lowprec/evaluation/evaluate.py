@@ -69,6 +69,7 @@ def evaluate_plans(
         if counter.is_hopeless:
             is_complete = False
             break
+    counter.check_outputs()
     assert total is not None, "a window has at least one batch"
     metrics = tuple(
         total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32}, blocks=blocks)

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lowprec.errors import ModelError
+from lowprec.evaluation.assignment import ASSIGNED_ROWS, check_assignment, check_bags
 from lowprec.evaluation.dense import DensePasses
 from lowprec.evaluation.kept import Kept
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.models.layers import LayerAt
+from lowprec.models.outputs import OutputCount
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Forms, Plan, Precision, is_layer
 from lowprec.shards import LocalTables, Tables
@@ -65,6 +67,8 @@ class ExactEvaluator:
         # How many ids and bags each table was asked for since this evaluator exists.
         self.lookups: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
         self.bags: Counter[str] = Counter(dict.fromkeys(self.tables.names, 0))
+        # How many outputs of the reference look like probabilities.
+        self.outputs = OutputCount()
         # For tasks that come back to the same batches.
         self.kept = Kept(kept_bytes)
         # How layers are stored and computed at precisions that leave a choice.
@@ -72,6 +76,8 @@ class ExactEvaluator:
         self._passes = DensePasses(adapter)
         self._is_checked = False
         self._called_layers: frozenset[str] | None = None
+        # Tables of which the first order was compared with a measured change.
+        self._assigned: set[str] = set()
 
     @contextmanager
     def using(self, forms: Forms) -> Iterator[None]:
@@ -138,8 +144,9 @@ class ExactEvaluator:
         layers = [unit for unit in needed if is_layer(unit)]
         reference, gradients = self.adapter.differentiated(inputs, calls, layers)
         self._check(inputs, reference, needed, batch.index)
+        check_bags(reference.calls, batch.num_rows, _below_fp32(needed))
         _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
-        return reference, gradients
+        return self._as_served(inputs, reference), gradients
 
     def watched(self, batch: Batch, layers: Sequence[str]) -> ReferencePass:
         """The reference pass with its calls of layers, checked as `logits` checks it."""
@@ -197,6 +204,8 @@ class ExactEvaluator:
             self._check(inputs, reference, needed, batch.index)
             with torch.inference_mode():
                 pooled = self.tables.pooled(reference.calls, [needed[call.table] for call in reference.calls])
+        check_bags(reference.calls, batch.num_rows, _below_fp32(needed) & set(units))
+        self.check_assignment(batch, _below_fp32(needed) & set(units))
         outputs = [pooled[k][plan[call.table]] for k, call in enumerate(reference.calls)]
         row = {name: k for k, name in enumerate(units)}
         changes = np.zeros((len(units), batch.num_rows), dtype=np.float32)
@@ -208,8 +217,32 @@ class ExactEvaluator:
                 changes[row[layer]] += change
         at = self.layers_at(plan)
         self._check_layers(inputs, reference, {unit for unit, _, _ in at}, batch.index)
+        reference = self._as_served(inputs, reference)
         logits = self._passes.logits(inputs, reference, [outputs], [at])[0]
         return TracedBatch(reference.logits.numpy(), logits, changes)
+
+    def check_assignment(self, batch: Batch, tables: Collection[str]) -> None:
+        """Refuse tables of which the first order does not say whose logit they change, once for each of them.
+
+        Found on the first examples of the batch; raises `ModelError`.
+        """
+        new = set(tables) - self._assigned
+        part = batch.rows(0, min(batch.num_rows, ASSIGNED_ROWS))
+        if not new or not part.num_rows:
+            return
+        inputs = inputs_of(part)
+        calls = None
+        if self.tables.are_remote:
+            asked = self.adapter.asked(inputs)
+            calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
+        reference, gradients = self.adapter.differentiated(inputs, calls)
+        check_bags(reference.calls, part.num_rows, new)
+        check_assignment(self.adapter, inputs, reference, gradients, new)
+        self._assigned |= new
+
+    def _as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
+        """The pass with the logits that plans are compared with, where kernels for gradients give others."""
+        return self.adapter.as_served(inputs, reference) if self.adapter.has_two_modes else reference
 
     def _check(
         self, inputs: ModelInputs, reference: ReferencePass, needed: Mapping[str, Collection[Precision]], index: int
@@ -232,6 +265,7 @@ class ExactEvaluator:
                     f'"{name}" was to be {", ".join(sorted(low))}, but the model did not call it on batch {index}, so '
                     "what that does cannot be measured; call it through its module, or fix it to fp32 in space.units"
                 )
+        self.outputs += OutputCount.of(reference.logits, self.adapter.outputs)
         for call in reference.calls:
             self.lookups[call.table] += len(call.indices)
             self.bags[call.table] += len(call.offsets) - 1
@@ -247,6 +281,10 @@ class ExactEvaluator:
                 self.adapter.substituted(inputs, reference, outputs)
             self._called_layers = frozenset(call.layer for call in calls)
         _refuse_uncalled(layers - self._called_layers, index)
+
+
+def _below_fp32(needed: Mapping[str, Collection[Precision]]) -> set[str]:
+    return {unit for unit, precisions in needed.items() if set(precisions) - {Precision.FP32}}
 
 
 def _refuse_uncalled(layers: set[str], index: int) -> None:

@@ -68,6 +68,7 @@ def measure_profile(
         if counter.is_hopeless:
             is_complete = False
             break
+    counter.check_outputs()
     evidence = parts[0].evidence
     for part in parts[1:]:
         evidence = evidence + part.evidence

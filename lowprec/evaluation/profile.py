@@ -280,7 +280,9 @@ def swaps(
     rows: dict[str, dict[Precision, int]] = {}
     for k, (unit, precision) in enumerate(columns):
         rows.setdefault(unit, {})[precision] = k
-    reference, gradients = evaluator.differentiated(batch, {unit: set(found) for unit, found in rows.items()})
+    needed = {unit: set(found) for unit, found in rows.items()}
+    reference, gradients = evaluator.differentiated(batch, needed)
+    evaluator.check_assignment(batch, [unit for unit in needed if not is_layer(unit)])
     s = np.zeros((len(columns), batch.num_rows), dtype=np.float32)
     with torch.inference_mode():
         wanted = [rows.get(call.table, {}) for call in reference.calls]

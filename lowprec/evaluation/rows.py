@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowprec.evaluation.worker import Chunk
+from lowprec.models.outputs import OutputCount
 from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["RowAccount", "RowCounter", "TableUse"]
@@ -62,6 +63,7 @@ class RowCounter:
         self._out_of_range: Counter[str] = Counter()
         self._lookups: Counter[str] = Counter()
         self._bags: Counter[str] = Counter()
+        self._outputs = OutputCount()
         self.bad_rows: list[BadRow] = []
 
     def add(self, chunk: Chunk[Any]) -> None:
@@ -71,11 +73,16 @@ class RowCounter:
         self._out_of_range.update(chunk.out_of_range)
         self._lookups.update(chunk.lookups)
         self._bags.update(chunk.bags)
+        self._outputs += chunk.outputs
 
     @property
     def is_hopeless(self) -> bool:
         """Whether the window has more bad rows than it may, and reading on would only fill memory with them."""
         return len(self.bad_rows) > self._max_bad
+
+    def check_outputs(self) -> None:
+        """Raise `ModelError` where the model returned nothing but probabilities, and they are not declared."""
+        self._outputs.check()
 
     def account(self, num_unlabelled: int) -> RowAccount:
         """What was counted."""

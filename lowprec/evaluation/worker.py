@@ -18,6 +18,7 @@ from lowprec.evaluation.metrics import Sums
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoint import load_checkpoint, load_dense
 from lowprec.models.factory import build_model, without_table_init
+from lowprec.models.outputs import OutputCount, Outputs
 from lowprec.plan import Plan, Precision, RowRange
 from lowprec.shards import LocalTables, TableShard, hot_tables
 from lowprec.shards.estimate import kept_bytes
@@ -49,7 +50,7 @@ class WorkerSpec:
     """All that a worker needs to become ready, small enough to send anywhere.
 
     row_ranges: by table; minmax for one left out. checkpoint_stamp: that of the checkpoint when the run began, None
-    where nobody looked. memory_bytes: what the worker may use, None where nobody said.
+    where nobody looked. memory_bytes: what the worker may use, None where nobody said. outputs: what the model returns.
     """
 
     factory: str
@@ -61,6 +62,7 @@ class WorkerSpec:
     import_paths: tuple[str, ...] = ()
     memory_bytes: int | None = None
     checkpoint_stamp: str | None = None
+    outputs: Outputs = "logits"
 
 
 class Summable(Protocol):
@@ -104,7 +106,10 @@ class ExactTask:
 
 @dataclass(frozen=True)
 class Chunk(Generic[T]):
-    """What a task gives back: sums, what was wrong with the rows, how many ids and bags each table was asked for."""
+    """What a task gives back: sums, what was wrong with the rows, how many ids and bags each table was asked for.
+
+    outputs: how many outputs of the reference look like probabilities.
+    """
 
     sums: T
     num_rows_read: int
@@ -112,6 +117,7 @@ class Chunk(Generic[T]):
     out_of_range: dict[str, int] = field(default_factory=dict)
     lookups: dict[str, int] = field(default_factory=dict)
     bags: dict[str, int] = field(default_factory=dict)
+    outputs: OutputCount = field(default_factory=OutputCount)
 
 
 class Workers(Protocol):
@@ -144,14 +150,14 @@ def load_adapter(spec: WorkerSpec) -> ModelAdapter:
     """Build the model without committing memory for its tables, and load its checkpoint."""
     model = _build(spec, without_rows=False)
     load_checkpoint(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
-    return ModelAdapter(model)
+    return ModelAdapter(model, spec.outputs)
 
 
 def load_adapter_without_rows(spec: WorkerSpec) -> ModelAdapter:
     """Build the model and load its dense part, for who only wants to know its tables."""
     model = _build(spec, without_rows=True)
     load_dense(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
-    return ModelAdapter(model)
+    return ModelAdapter(model, spec.outputs)
 
 
 class ShardLoader:
@@ -162,7 +168,7 @@ class ShardLoader:
         model = _build(spec, without_rows=True)
         self._spec, self._placement = spec, placement
         self._rows = load_dense(model, spec.checkpoint, stamp=spec.checkpoint_stamp)
-        self.adapter = ModelAdapter(model)
+        self.adapter = ModelAdapter(model, spec.outputs)
         self._names, self._hot = self.adapter.weight_names, hot_tables(self.adapter.shapes)
 
     @property
@@ -226,7 +232,7 @@ class Worker:
         sums: T | None = None
         bad_rows: list[BadRow] = []
         out_of_range: Counter[str] = Counter()
-        before = dict(evaluator.lookups), dict(evaluator.bags)
+        before, outputs_before = (dict(evaluator.lookups), dict(evaluator.bags)), evaluator.outputs
         num_rows_read = 0
         for k in task.batches:
             batch = window.batch(k) if task.keep is None else self._kept(window, task.keep, k)
@@ -240,7 +246,8 @@ class Worker:
             {name: count - then[name] for name, count in now.items()}
             for now, then in zip((evaluator.lookups, evaluator.bags), before, strict=True)
         )
-        return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups, bags)
+        outputs = evaluator.outputs - outputs_before
+        return Chunk(sums, num_rows_read, tuple(bad_rows), dict(out_of_range), lookups, bags, outputs)
 
     def check_rows(self, check: RowCheck) -> str | None:
         """What is wrong with the first of some rows that has no stored form; None where all have one."""

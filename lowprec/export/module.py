@@ -14,6 +14,7 @@ from lowprec.errors import ExportError, LowprecError
 from lowprec.export.manifest import DENSE, ExportedTable, Manifest, read_config_and_plan, read_manifest
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.factory import build_model, without_table_init
+from lowprec.models.layers import any_shape
 from lowprec.ops.linear import served_linear
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import PlanFile, Precision
@@ -33,8 +34,7 @@ class ServedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer of the last dimension."""
-        flat: Tensor = self.low(input.reshape(-1, input.shape[-1]).contiguous())
-        return flat.reshape(*input.shape[:-1], flat.shape[-1])
+        return any_shape(self.low)(input)
 
     def extra_repr(self) -> str:
         """What `print(module)` says."""
@@ -42,7 +42,8 @@ class ServedLinear(nn.Module):
 
 
 def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) -> nn.Module:
-    """The module of a folder that `lowprec export` wrote, called as the model is.
+    """The module of a folder that `lowprec export` wrote, called as the model is. It returns what the model returns:
+    probabilities where the config has `model.outputs: probabilities`.
 
     Tables below fp32 are FBGEMM's `IntNBitTableBatchedEmbeddingBagsCodegen`, layers below fp32 PyTorch's quantized
     operators; everything else is the model that the factory makes, which has to be importable. Rows are mapped from
@@ -64,7 +65,7 @@ def load(folder: str | Path, *, verify: bool = True, in_memory: bool = False) ->
         manifest.check_plan(folder, file)
     with without_table_init(without_rows=True):
         model = build_model(config.model.factory, config.model.args, config.traffic.schema_of_columns())
-    adapter = ModelAdapter(model)
+    adapter = ModelAdapter(model, config.model.outputs)
     _check_units(adapter, manifest, folder)
     dense = dense_tensors(folder)
     _load_dense(adapter, manifest, dense, folder)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowprec.errors import ExportError
 from lowprec.evaluation.worker import evaluator_of
 from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
+from lowprec.models.outputs import Outputs, as_logits
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Plan
 from lowprec.search import Job
@@ -63,6 +64,7 @@ def certified_outputs(job: Job, plan: Plan, window: str, num_batches: int) -> li
             outputs = tuple(of[plan[call.table]] for of, call in zip(pooled, calls, strict=True))
             tables = tuple(call.table for call in calls)
             found.append(Certified(inputs, tables, outputs, logits, batch.bad_rows))
+    evaluator.outputs.check()
     if not found:
         raise ExportError(
             f"export: windows.{window} has no usable row, so that nothing can be compared; choose another"
@@ -75,7 +77,7 @@ def check_parity(job: Job, module: nn.Module, expected: Sequence[Certified], win
     with _threads(job.spec.threads):
         for batch in expected:
             with _pooled_by(module) as pooled:
-                logits = _logits(module, batch.inputs)
+                logits = _logits(module, batch.inputs, job.adapter.outputs)
             if len(pooled) != len(batch.pooled):
                 raise ExportError(
                     f"export: the model calls its tables {len(batch.pooled)} times, and {len(pooled)} times when "
@@ -95,7 +97,7 @@ def check_program(name: str, job: Job, program: Callable[..., Tensor], expected:
     with _threads(job.spec.threads):
         for batch in expected:
             try:
-                logits = _logits(program, batch.inputs)
+                logits = _logits(program, batch.inputs, job.adapter.outputs)
             except RuntimeError as error:
                 raise ExportError(f"export: {name}: does not run: {' '.join(str(error).split())[:300]}") from None
             if not torch.equal(logits, batch.logits):
@@ -105,10 +107,11 @@ def check_program(name: str, job: Job, program: Callable[..., Tensor], expected:
                 )
 
 
-def _logits(module: Callable[..., Tensor], inputs: ModelInputs) -> Tensor:
+def _logits(module: Callable[..., Tensor], inputs: ModelInputs, outputs: Outputs) -> Tensor:
+    """Logits of what is served, converted as the evaluation does: it returns what the model returns."""
     arguments = arguments_of(module, inputs) if isinstance(module, nn.Module) else (inputs.dense, dict(inputs.sparse))
     with torch.inference_mode():
-        return module(*arguments).reshape(-1)
+        return as_logits(module(*arguments), len(inputs.dense), outputs, model="as served")
 
 
 @contextmanager

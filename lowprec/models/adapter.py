@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from lowprec.errors import LowprecError, ModelError
 from lowprec.models.inputs import ModelInputs, SparseInput, arguments_of, ids_of, inputs_of
-from lowprec.models.layers import LayerAt, LayerCall, LayerModules, replaced_forwards
+from lowprec.models.layers import LayerAt, LayerModules, replaced_forwards
+from lowprec.models.outputs import Outputs, as_logits, check_probabilities
+from lowprec.models.passes import Gradients, ReferencePass
 from lowprec.models.table_modules import (
     check_ids,
     check_not_shared,
     check_plain,
     check_supported,
+    named_embeddings,
     normalised,
     short_names,
 )
@@ -33,22 +36,8 @@ from lowprec.traffic.schema import Schema
 
 __all__ = ["Gradients", "ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
 
-
-@dataclass(frozen=True)
-class ReferencePass:
-    """The fp32 model's logits float32[B], and the calls that led to them in order: of tables, and of watched layers."""
-
-    logits: Tensor
-    calls: tuple[BagCall, ...]
-    layer_calls: tuple[LayerCall, ...] = ()
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """d logit / d output of every call of a reference pass, in the shape of the outputs, row i of logit i alone."""
-
-    tables: tuple[Tensor, ...]
-    layers: tuple[Tensor, ...] = ()
+# Their kernels for inference give other last bits than those that record gradients.
+_WITH_TWO_KERNELS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
 
 
 class ModelAdapter:
@@ -61,17 +50,25 @@ class ModelAdapter:
     (`max` pooling, `max_norm`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outputs: Outputs = "logits") -> None:
+        """Find the tables. outputs: what the model returns; passes give logits, whatever it is."""
         self.model = model.eval()
+        self.outputs = outputs
+        # Whether logits of a pass that records gradients differ from those of one that does not: attention and
+        # recurrent modules have a kernel for each. Other models are looked at by `check`.
+        self.has_two_modes = any(isinstance(module, _WITH_TWO_KERNELS) for module in model.modules())
         paths: dict[int, list[tuple[str, nn.EmbeddingBag]]] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.EmbeddingBag):
                 check_supported(path, module)
                 paths.setdefault(id(module.weight), []).append((path, module))
         if not paths:
+            found = named_embeddings(model)
+            instead = f"; look ids of {', '.join(found)} up in an nn.EmbeddingBag and not in an nn.Embedding"
             raise ModelError(
                 f"model {type(model).__name__}: no nn.EmbeddingBag inside; lowprec gives precisions to nn.EmbeddingBag "
-                "tables, called through their module (TorchScript and compiled models hide them)"
+                f"tables, called through their module (TorchScript and compiled models hide them)"
+                f"{instead if found else ''}"
             )
         check_not_shared(model, {key: found[0][0] for key, found in paths.items()})
         names = short_names([found[0][0] for found in paths.values()])
@@ -158,14 +155,14 @@ class ModelAdapter:
     def answered(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
         """The pass in which `calls`, those of `asked`, return their outputs."""
         with torch.inference_mode():
-            logits = self._replayed(inputs, calls, [call.output for call in calls])
+            logits = self._replayed(inputs, calls, [call.output for call in calls], is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
     def reference(self, inputs: ModelInputs) -> ReferencePass:
         """Run the model as it is and record the calls of its tables."""
         calls: list[BagCall] = []
         with torch.inference_mode(), self._forwards(_recorder(calls, lambda output: output)):
-            logits = self._logits(inputs)
+            logits = self._logits(inputs, is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
     def differentiated(
@@ -188,9 +185,9 @@ class ModelAdapter:
             with self.layers.watched(layers, for_gradients=True) as layer_calls:
                 if calls is None:
                     with self._forwards(_recorder(recorded, watched)):
-                        logits = self._logits(inputs)
+                        logits = self._logits(inputs, is_reference=True)
                 else:
-                    logits = self._replayed(inputs, calls, leaves)
+                    logits = self._replayed(inputs, calls, leaves, is_reference=True)
             outputs = [*leaves, *(call.output for call in layer_calls)]
             try:
                 gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
@@ -202,7 +199,7 @@ class ModelAdapter:
         filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(gradients, outputs, strict=True))
         detached = tuple(replace(call, output=call.output.detach()) for call in layer_calls)
         return (
-            ReferencePass(logits.detach(), tuple(recorded), detached),
+            ReferencePass(logits.detach(), tuple(recorded), detached, is_differentiated=True),
             Gradients(filled[: len(leaves)], filled[len(leaves) :]),
         )
 
@@ -216,7 +213,9 @@ class ModelAdapter:
         with torch.inference_mode(), self.layers.at(layers):
             return self._replayed(inputs, reference.calls, outputs)
 
-    def _replayed(self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor]) -> Tensor:
+    def _replayed(
+        self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor], *, is_reference: bool = False
+    ) -> Tensor:
         position = 0
 
         def replay(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -228,12 +227,12 @@ class ModelAdapter:
                         "over the same batch; the calls of tables must not depend on their outputs"
                     )
                 position += 1
-                return outputs[position - 1]
+                return outputs[position - 1].clone()  # the model may change it in place
 
             return replayed
 
         with self._forwards(replay):
-            logits = self._logits(inputs)
+            logits = self._logits(inputs, is_reference=is_reference)
         if position != len(outputs):
             raise ModelError(
                 f"model {type(self.model).__name__}: called its tables {len(outputs)} times at first and {position} "
@@ -246,6 +245,7 @@ class ModelAdapter:
 
         That needs two things: every call of a table returns the plain embedding bag of its weight (what is answered for
         a model without rows does), and the model run again on the same batch with the same outputs gives the same bits.
+        Passes that record gradients are compared with their like, because kernels may differ.
         """
         for call in reference.calls if self.has_rows else ():
             plain = nn.functional.embedding_bag(
@@ -261,13 +261,51 @@ class ModelAdapter:
                     f'"{call.table}": its module returns something else than the embedding bag of its weight (a '
                     "forward of its own, or a wrapper); do that outside of the table"
                 )
-        outputs = [call.output for call in reference.calls]
         for _ in range(2):  # what changes its input once and for all shows in the first, what goes on changing in both
-            if not torch.equal(self.substituted(inputs, reference, outputs), reference.logits):
+            if not torch.equal(self._again(inputs, reference), reference.logits):
                 raise ModelError(
                     f"model {type(self.model).__name__}: gives other logits when it runs again on the same batch: it "
                     "changes its inputs in place, or draws random numbers; plans could not be compared with it"
                 )
+        if reference.is_differentiated and not self.has_two_modes:
+            self.has_two_modes = not torch.equal(self.as_served(inputs, reference).logits, reference.logits)
+
+    def as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
+        """The same pass with the logits of one that records no gradients, as plans are evaluated and served."""
+        outputs = [call.output for call in reference.calls]
+        return replace(reference, logits=self.substituted(inputs, reference, outputs), is_differentiated=False)
+
+    def called_units(self, inputs: ModelInputs) -> tuple[str, ...]:
+        """Every unit whose module the model calls when it is served, in the order of first calls."""
+        called: dict[str, None] = {}
+
+        def noting(unit: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def noted(*args: Any, **kwargs: Any) -> Tensor:
+                called.setdefault(unit)
+                return forward(*args, **kwargs)
+
+            return noted
+
+        # No hooks: with some, PyTorch's encoder layers take another path, on which they call more modules.
+        units: dict[nn.Module, str] = {bag: unit for unit, bags in self.bags.items() for bag in bags}
+        units |= {m: unit.name for unit in self.layers.units for m in self.layers.modules(unit.name)}
+        if self.has_rows:
+            with replaced_forwards({module: noting(unit, module.forward) for module, unit in units.items()}):
+                self.reference(inputs)
+        else:
+            # Tables are answered for, so that their own calls do not show.
+            layers = {m: unit for m, unit in units.items() if not isinstance(m, nn.EmbeddingBag)}
+            with replaced_forwards({module: noting(unit, module.forward) for module, unit in layers.items()}):
+                called = {**dict.fromkeys(call.table for call in self.asked(inputs)), **called}
+        return tuple(called)
+
+    def _again(self, inputs: ModelInputs, reference: ReferencePass) -> Tensor:
+        """The logits of the same pass once more, in the same mode."""
+        outputs = [call.output for call in reference.calls]
+        if not reference.is_differentiated:
+            return self.substituted(inputs, reference, outputs)
+        with torch.enable_grad():
+            return self._replayed(inputs, reference.calls, [_leaf(output) for output in outputs]).detach()
 
     def tables_of_features(self, schema: Schema) -> dict[str, str]:
         """Which table (unit name) each feature's ids reach unchanged; features where none is seen to are left out.
@@ -300,18 +338,18 @@ class ModelAdapter:
             pass
         return {name: reached[ids.data_ptr()] for name, ids in given.items() if ids.data_ptr() in reached}
 
-    def _logits(self, inputs: ModelInputs) -> Tensor:
+    def _logits(self, inputs: ModelInputs, *, is_reference: bool = False) -> Tensor:
+        """Logits of the model. is_reference: outputs that are declared probabilities have to be some."""
+        model = type(self.model).__name__
         try:
-            logits = self.model(*arguments_of(self.model, inputs))
+            returned = self.model(*arguments_of(self.model, inputs))
         except LowprecError:
             raise
         except (Exception, SystemExit) as error:  # the user's code may raise anything
-            raise ModelError(f"model {type(self.model).__name__}: {_what_went_wrong(error)}") from error
-        num_rows = inputs.dense.shape[0]
-        if not isinstance(logits, Tensor) or logits.numel() != num_rows or not logits.is_floating_point():
-            got = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"model {type(self.model).__name__}: must return {num_rows} float logits; returned {got}")
-        return logits.reshape(num_rows)
+            raise ModelError(f"model {model}: {_what_went_wrong(error)}") from error
+        if is_reference and self.outputs == "probabilities":
+            check_probabilities(returned, model=model)
+        return as_logits(returned, inputs.dense.shape[0], self.outputs, model=model)
 
     @contextmanager
     def _forwards(
@@ -326,7 +364,7 @@ class ModelAdapter:
 def _recorder(
     calls: list[BagCall], answer: Callable[[Tensor], Tensor]
 ) -> Callable[[str, nn.EmbeddingBag, Callable[..., Tensor]], Callable[..., Tensor]]:
-    """A wrapper of forwards that appends every call to `calls` and gives the model `answer` of its output."""
+    """A wrapper of forwards that appends every call to `calls` and gives the model a copy of `answer` of its output."""
 
     def record(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def recorded(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -334,7 +372,7 @@ def _recorder(
             with torch.no_grad():
                 output = forward(input, offsets, per_sample_weights)
             calls.append(normalised(f"table:{name}", bag, input, offsets, per_sample_weights, output))
-            return answer(output)
+            return answer(output).clone()  # the model may change it in place
 
         return recorded
 

@@ -15,6 +15,7 @@ from lowprec.config import TrainConfig
 from lowprec.errors import ModelError, TrafficError
 from lowprec.models.inputs import arguments_of, inputs_of
 from lowprec.models.minibatches import labelled, shuffled_minibatches
+from lowprec.models.outputs import OutputCount, Outputs
 from lowprec.models.quality import Quality, quality
 from lowprec.traffic.batch import Batch
 
@@ -89,20 +90,27 @@ def fit(
     return Fit(best, rows_done, best_rows)
 
 
-def quality_on(model: nn.Module, batches: Iterable[Batch]) -> Quality:
-    """The model's quality on the labelled rows of some batches; keeps 16 bytes a row in memory."""
+def quality_on(model: nn.Module, batches: Iterable[Batch], *, outputs: Outputs | None = None) -> Quality:
+    """The quality of a model that returns logits on the labelled rows of some batches; keeps 16 bytes a row in memory.
+
+    outputs: what the config says that the model returns, to be checked: raises `ModelError` where it is something else.
+    """
     model.eval()
     logits, labels, weights = [], [], []
+    count = OutputCount()
     with torch.inference_mode():
         for batch in batches:
             rows = labelled(batch)
             if not rows.num_rows:
                 continue
             inputs = inputs_of(rows)
-            logits.append(model(*arguments_of(model, inputs)).reshape(-1).float().numpy())
+            found = model(*arguments_of(model, inputs)).reshape(-1).float()
+            count += OutputCount.of(found, outputs or "unchecked_logits")
+            logits.append(found.numpy())
             labels.append(rows.labels)
             if rows.weights is not None:
                 weights.append(rows.weights)
+    count.check()
     if not labels:
         return quality(np.empty(0, np.float32), np.empty(0, np.float32))
     return quality(np.concatenate(logits), np.concatenate(labels), np.concatenate(weights) if weights else None)
@@ -132,7 +140,7 @@ def _step(
 ) -> None:
     model.train()
     inputs = inputs_of(batch)
-    logits = model(*arguments_of(model, inputs)).reshape(-1)
+    logits = model(*arguments_of(model, inputs)).reshape(-1).float()
     weight = None if batch.weights is None else torch.from_numpy(batch.weights / mean_weight).float()
     total = binary_cross_entropy_with_logits(logits, torch.from_numpy(batch.labels), weight=weight, reduction="sum")
     for optimizer in optimizers:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lowprec.errors import ModelError, WeightError
 from lowprec.models.table_modules import short_names
 from lowprec.ops.linear import LowLinear, low_linear
 from lowprec.plan import Form, Precision, Unit
 
-__all__ = ["LayerAt", "LayerCall", "LayerModules", "any_shape", "replaced_forwards"]
+__all__ = ["LayerAt", "LayerCall", "LayerModules", "any_shape", "in_fp32", "replaced_forwards"]
 
 # Of layers made for low precisions, counted as fp32: one has up to 24 forms while the best of them is looked for.
 MAX_LOW_BYTES = 256 << 20
@@ -28,6 +29,8 @@ LayerAt = tuple[tuple[str, Precision, Form | None], ...]
 class LayerCall:
     """A call of a layer in the reference: input float32[..., in], output float32[..., out], in whichever shape.
 
+    Of a layer under autocast, these are bf16 numbers.
+
     position: of the module among those that share the layer's weight.
     """
 
@@ -38,13 +41,16 @@ class LayerCall:
 
 
 class LayerModules:
-    """Every `nn.Linear` of a model. Modules that share a weight are one layer."""
+    """Every `nn.Linear` of a model. Modules that share a weight are one layer.
+
+    The output projection of `nn.MultiheadAttention` is left out: attention reads its weight and never calls it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Find them; raises nothing: what cannot be low-precision says so when it is to be."""
         paths: dict[int, list[tuple[str, nn.Linear]]] = {}
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
                 paths.setdefault(id(module.weight), []).append((path, module))
         names = short_names([found[0][0] for found in paths.values()])
         self._modules = {
@@ -68,6 +74,15 @@ class LayerModules:
     def paths(self) -> dict[str, str]:
         """The module path of every layer, by unit name; of those that share a weight the first."""
         return dict(self._paths)
+
+    def why_fp32(self, layer: str) -> str | None:
+        """Why a layer cannot be below fp32, for people; None where it can."""
+        for module in self._modules[layer]:
+            if type(module).forward is not nn.Linear.forward:
+                return f"is a {type(module).__name__} with a forward of its own"
+            if module.weight.dtype != torch.float32:
+                return f"has a weight of {module.weight.dtype}"
+        return None
 
     def modules(self, layer: str) -> Sequence[nn.Linear]:
         """The modules of a layer."""
@@ -119,11 +134,12 @@ class LayerModules:
 
         def watch(layer: str, position: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def watched(input: Tensor) -> Tensor:
-                output = forward(input)
+                returned = forward(input)
+                output = returned.float()
                 if for_gradients and not output.requires_grad:
                     output = output.detach().requires_grad_()
-                calls.append(LayerCall(layer, position, input.detach().clone(), output))
-                return output.clone()
+                calls.append(LayerCall(layer, position, input.detach().float().clone(), output))
+                return output.clone() if returned.dtype == output.dtype else output.to(returned.dtype)
 
             return watched
 
@@ -153,10 +169,23 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> It
 
 
 def any_shape(low: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A forward that takes inputs of any number of dimensions, of one that takes float32[B, in]."""
+    """A forward that takes inputs of any number of dimensions, of one that takes float32[B, in].
+
+    Under autocast it returns what a layer of the model would there: the same numbers in autocast's type.
+    """
 
     def forward(input: Tensor) -> Tensor:
-        flat = low(input.reshape(-1, input.shape[-1]).contiguous())
+        flat = in_fp32(low, input.reshape(-1, input.shape[-1]))
+        if torch.is_autocast_enabled("cpu"):
+            flat = flat.to(torch.get_autocast_dtype("cpu"))
         return flat.reshape(*input.shape[:-1], flat.shape[-1])
 
     return forward
+
+
+def in_fp32(low: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a layer that takes float32[B, in] returns for inputs [B, in] of any float type, whether autocast is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return low(x.float().contiguous())
+    with torch.autocast("cpu", enabled=False):
+        return low(x.float().contiguous())

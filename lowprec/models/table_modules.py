@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from lowprec.errors import ModelError
 from lowprec.ops.bags import BagCall, flat_bags
 
-__all__ = ["check_ids", "check_not_shared", "check_plain", "check_supported", "normalised", "short_names"]
+__all__ = [
+    "check_ids",
+    "check_not_shared",
+    "check_plain",
+    "check_supported",
+    "named_embeddings",
+    "normalised",
+    "short_names",
+]
 
 
 def check_supported(path: str, bag: nn.EmbeddingBag) -> None:
@@ -88,3 +96,12 @@ def short_names(paths: Sequence[str]) -> list[str]:
                 break
         names.append(name or "embedding")
     return names
+
+
+def named_embeddings(model: nn.Module) -> list[str]:
+    """The `nn.Embedding` tables of a model with their shapes."""
+    return [
+        f"{path or 'embedding'} ({module.num_embeddings:,} x {module.embedding_dim})"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]

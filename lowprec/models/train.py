@@ -21,6 +21,7 @@ from lowprec.models.dlrm import DLRM
 from lowprec.models.factory import build_model
 from lowprec.models.fit import fit, quality_on
 from lowprec.models.minibatches import labelled
+from lowprec.models.outputs import returning_logits
 from lowprec.models.quality import Quality
 from lowprec.progress import Progress, Silent
 from lowprec.storage import Location
@@ -82,8 +83,9 @@ def train(config: Config, *, progress: Progress | None = None) -> TrainReport:
         if isinstance(model, DLRM):
             model.set_dense_statistics(torch.from_numpy(source.dense_mean), torch.from_numpy(source.dense_std))
             model.set_label_rate(source.label_rate)
-        fitted = fit(model, source, config.train, listener.advance)
-        train_quality = quality_on(model, source.in_order())
+        of_logits = returning_logits(model, config.model.outputs)
+        fitted = fit(of_logits, source, config.train, listener.advance)
+        train_quality = quality_on(of_logits, source.in_order(), outputs=config.model.outputs)
     save_checkpoint(
         model,
         config.model.checkpoint,

@@ -47,7 +47,11 @@ class Deployment:
             "units": {name: [str(p), *_details(file, name)] for name, p in file.plan.items()},
             "checkpoint": file.checkpoint_sha256,
             "traffic": traffic,
-            "model": [config.model.factory, config.model.args],
+            "model": [
+                config.model.factory,
+                config.model.args,
+                *([config.model.outputs] if config.model.outputs == "probabilities" else []),
+            ],
             "window": watch.window,
             "budget_pct": budget,
             "judged_by": watch.judge_by,

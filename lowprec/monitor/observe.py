@@ -197,6 +197,7 @@ def observe(
         if counter.is_hopeless:
             is_complete = False
             break
+    counter.check_outputs()
     assert total is not None, "a window has at least one batch"
     labels, kl_blocks, label_free = (Blocks(of[:, 0], of[:, 1]) for of in by_block)
     return WindowObservation(

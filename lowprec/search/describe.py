@@ -9,14 +9,20 @@ from typing import Any
 from lowprec.calibration import LayerGrid
 from lowprec.config import Config
 from lowprec.errors import TrafficError
+from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.models.adapter import inputs_of
+from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
+from lowprec.plan import is_layer
 from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
 from lowprec.traffic.decode import NO_LABEL
 
 __all__ = ["describe_job", "notes_on", "what_to_time"]
+
+# The first batch alone decides that outputs are probabilities only where it is so large.
+_MANY_OUTPUTS = 1000
 
 
 def what_to_time(config: Config, batch_size: int) -> tuple[tuple[int, ...], LayerGrid]:
@@ -48,13 +54,9 @@ def describe_job(job: Job) -> dict[str, Any]:
         for unit in space.units
     ]
     # One batch through the model finds what reading the config cannot.
-    batch = job.window("search").batch(0)
     for name in ("search", "confirm"):
         _check_label_values(job, name)
-    if job.adapter.has_rows:
-        ExactEvaluator(job.adapter).logits(batch, [])
-    else:
-        job.adapter.asked(inputs_of(batch))
+    _try_first_batch(job)
     choice = choose_workers_for(job)
     windows = []
     for name in ("search", "confirm"):
@@ -91,6 +93,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "windows": windows,
         "traffic_version": job.reader.version,
         "workers": vars(choice),
+        "fp32_parameters": [u.to_dict() for u in uncovered_parameters(job.adapter)],
         "notes": [*notes_on(job), str(choice)],
     }
 
@@ -111,9 +114,28 @@ def _check_label_values(job: Job, name: str) -> None:
         )
 
 
+def _try_first_batch(job: Job) -> None:
+    """Raise a `LowprecError` for a model of which no search is possible."""
+    window = job.window("search")
+    batch = window.batch(0)
+    if not batch.num_rows:
+        return
+    tables = {unit for unit, _ in job.columns if not is_layer(unit)}
+    if not job.adapter.has_rows:
+        check_bags(job.adapter.asked(inputs_of(batch)), batch.num_rows, tables)
+        return
+    evaluator = ExactEvaluator(job.adapter)
+    evaluator.logits(batch, [])
+    if window.num_batches == 1 or batch.num_rows >= _MANY_OUTPUTS:
+        evaluator.outputs.check()
+    check_bags(job.adapter.reference(inputs_of(batch)).calls, batch.num_rows, tables)
+    evaluator.check_assignment(batch, tables)
+
+
 def notes_on(job: Job) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
-    notes = [f"{path} is an nn.Embedding: it is not searched and stays fp32" for path in job.adapter.other_embeddings]
+    notes = note_on_uncovered(uncovered_parameters(job.adapter))
+    notes += [f"{layer} {why}: it is not searched and stays fp32" for layer, why in job.fp32_layers.items()]
     if job.reader.version is not None:
         notes.insert(0, f"traffic {job.reader.path}: version {job.reader.version} of the Delta table is read")
     sparse = job.config.traffic.schema_of_columns().sparse

@@ -74,6 +74,7 @@ class Job:
     later reads the same.
     adapter: the model; without rows where workers alone are to have them.
     placement: which worker holds which rows, where no worker can hold them all. forms: of layers, once they are known.
+    fp32_layers: those that can be nothing but fp32, with the reason.
     """
 
     config: Config
@@ -85,6 +86,7 @@ class Job:
     features: dict[str, str]
     placement: Placement | None = None
     forms: Forms = field(default_factory=dict)
+    fp32_layers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -103,7 +105,9 @@ class Job:
         """All that decides which examples a window gives and what the model makes of them, for the keys of trials."""
         # The version of a Delta table is part of the window's fingerprint.
         columns = self.config.traffic.model_dump(exclude={"path", "version", "synthetic", "max_bad_fraction"})
-        model = self.config.model.model_dump(exclude={"checkpoint"})
+        # Keys that change no logit are left out, so that runs from before they existed can be resumed.
+        is_converted = self.config.model.outputs == "probabilities"
+        model = self.config.model.model_dump(exclude={"checkpoint", *(() if is_converted else ("outputs",))})
         ranges = {unit: str(row_range) for unit, row_range in self.spec.row_ranges.items()}
         forms = {f"{unit} {precision}": form.to_dict() for (unit, precision), form in self.forms.items()}
         # Bags of a table that is cut are added up piece by piece, which decides their last bits.
@@ -299,6 +303,7 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
         threads=config.evaluation.threads_per_worker,
         import_paths=(os.getcwd(),),
         memory_bytes=config.evaluation.worker_memory,
+        outputs=config.model.outputs,
     )
     adapter = load_adapter_without_rows(spec) if _is_for_workers_alone(config, spec) else load_adapter(spec)
     layers = adapter.layers.units if config.space.layers else ()
@@ -308,17 +313,37 @@ def open_job(config: Config, *, is_placed: bool = True) -> Job:
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
     row_ranges = {unit.name: config.space.row_range for unit in adapter.units}
+    reader = reader.with_schema(schema)
+    fp32_layers = _fp32_layers(config, reader, adapter) if layers else {}
     job = Job(
         config=config,
-        reader=reader.with_schema(schema),
+        reader=reader,
         adapter=adapter,
         # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
-        space=build_space((*adapter.units, *layers), config.space, prune=config.cost.calibration is None),
+        space=build_space(
+            (*adapter.units, *layers), config.space, prune=config.cost.calibration is None, fp32=fp32_layers
+        ),
         spec=replace(spec, row_ranges=row_ranges),
         checkpoint_sha256=checkpoint_sha256(checkpoint, stamp=spec.checkpoint_stamp),
         features=features,
+        fp32_layers=fp32_layers,
     )
     return replace(job, placement=_placed(job)) if is_placed else job
+
+
+def _fp32_layers(config: Config, reader: TrafficReader, adapter: ModelAdapter) -> dict[str, str]:
+    """The layers that cannot be below fp32 and why: of another kind, or not called on the search window's first batch.
+
+    Where the window has no rows, nothing is known of calls.
+    """
+    found = {unit.name: why for unit in adapter.layers.units if (why := adapter.layers.why_fp32(unit.name))}
+    window = reader.find(_window(config, "search", reader))
+    batch = window.batch(0) if window is not None else None
+    if batch is not None and batch.num_rows:
+        called = adapter.called_units(inputs_of(batch))
+        uncalled = [unit.name for unit in adapter.layers.units if unit.name not in called]
+        found |= {name: "is not called through its module" for name in uncalled}
+    return found
 
 
 def _placed(job: Job, cuts: Cuts | None = None) -> Placement | None:

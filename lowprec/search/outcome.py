@@ -10,6 +10,7 @@ from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import shortfall
+from lowprec.models.uncovered import Uncovered
 from lowprec.plan import PlanFile, RowRange, rowwise_ranges
 from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
@@ -27,7 +28,8 @@ class SearchOutcome:
     `plan_paths` has a file for each recommendation; `profile_path` is the profile of the search window, `profiled` says
     what it found of the reference. `notes` are warnings that are not about a metric. confirm_days: the length of the
     confirm window. by_group: whether groups are the units of evidence. num_spent: how often other runs had confirmed on
-    an overlapping window of this checkpoint.
+    an overlapping window of this checkpoint. uncovered: parameters
+    that belong to no unit.
     """
 
     run_id: str
@@ -46,6 +48,7 @@ class SearchOutcome:
     confirm_days: float | None = None
     by_group: bool = False
     num_spent: int = 0
+    uncovered: tuple[Uncovered, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -74,6 +77,7 @@ class SearchOutcome:
             "warnings": list(
                 dict.fromkeys((*(w for r in self.recommendations for w in r.best.metrics.warnings()), *self.notes))
             ),
+            "fp32_parameters": [parameter.to_dict() for parameter in self.uncovered],
             "rows": {name: account.to_dict() for name, account in self.rows.items()},
             "front": [{**self._plan(t), **t.metrics.to_dict()} for t in self.front],
             "seconds": round(self.seconds, 1),

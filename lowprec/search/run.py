@@ -18,6 +18,7 @@ from lowprec.evaluation.profile_file import read_profile, write_profile
 from lowprec.evaluation.race import RaceSums
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Workers
+from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.choice import finalists
@@ -142,6 +143,7 @@ class _Search:
             confirm_days=self._confirm_window.num_days,
             by_group=self._job.config.traffic.group is not None,
             num_spent=num_spent,
+            uncovered=uncovered_parameters(self._job.adapter),
         )
 
     def _surrogate(self) -> Surrogate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -144,8 +144,12 @@ def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
     return replace(space, decisions=tuple(decisions))
 
 
-def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True) -> SearchSpace:
+def build_space(
+    units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
+) -> SearchSpace:
     """The search space over `units`; `prune` leaves out precisions that a more exact one equals or beats in bytes.
+
+    fp32: units that can be nothing else, whatever the config allows.
 
     Raises `ConfigError` for patterns without units, for precisions that a unit cannot have, and for groups that
     contradict.
@@ -163,6 +167,7 @@ def build_space(units: Sequence[Unit], config: SpaceConfig, *, prune: bool = Tru
                     f"space.units[{position}]: {name} cannot be {' or '.join(wanted)}; a {kind} can be "
                     f"{', '.join(by_name[name].precisions)}"
                 )
+    allowed |= {name: (Precision.FP32,) for name in fp32}
     storage = _storage(config)
     decisions: list[Decision] = []
     dominated: list[DominatedChoice] = []
