@@ -115,7 +115,8 @@ def _tensors_of(document: Any, path: Location) -> dict[str, Tensor]:
             f"checkpoint {path}: must hold a state dict (name -> tensor), alone or under the key "
             f"{', '.join(NESTING_KEYS[:-1])} or {NESTING_KEYS[-1]}{advice}"
         )
-    return {str(name): tensor for name, tensor in found.items()}
+    # A transposed weight is stored as it lies in memory; rows are needed one after the other.
+    return {str(name): tensor.contiguous() for name, tensor in found.items()}
 
 
 def _is_state_dict(value: Any) -> bool:

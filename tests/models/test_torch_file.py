@@ -94,3 +94,11 @@ def test_other_files_say_what_they_are(tmp_path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         loaded(path)
+
+
+def test_a_weight_that_was_stored_transposed_is_put_in_order(tmp_path):
+    state = state_of(model_with(1))
+    state["tables.c3.weight"] = state["tables.c3.weight"].t().contiguous().t()
+    torch.save(state, tmp_path / "m.pt")
+    weight = loaded(tmp_path / "m.pt").tables["c3"].weight
+    assert weight.is_contiguous() and torch.equal(weight, state["tables.c3.weight"])
