@@ -26,6 +26,7 @@ __all__ = [
     "form_of",
     "is_layer",
     "precision_counts",
+    "precision_texts",
     "read_plan",
     "rowwise_ranges",
     "write_plan",
@@ -318,6 +319,22 @@ def precision_counts(precisions: Iterable[str]) -> str:
     """How many units have each precision, the most frequent first: `int4:13 int8:8`."""
     counts = Counter(precisions)
     return " ".join(f"{precision}:{count}" for precision, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+
+
+def precision_texts(plans: Sequence[Mapping[str, str]]) -> list[str]:
+    """How many units of each plan have each precision; where plans count alike, the units in which they differ too.
+
+    The first of those that count alike stands as it is; the others name up to three units that differ from it.
+    """
+    first: dict[str, Mapping[str, str]] = {}
+    texts = []
+    for plan in plans:
+        counts = precision_counts(plan.values())
+        other = first.setdefault(counts, plan)
+        differing = [f"{unit} {precision}" for unit, precision in plan.items() if other[unit] != precision]
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        texts.append(f"{counts} ({', '.join(differing[:3])}{more})" if differing else counts)
+    return texts
 
 
 def _details(file: PlanFile, unit: str, precision: Precision) -> dict[str, Any]:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
-__all__ = ["bytes_text", "bytes_text_above", "counted", "parse_bytes", "parse_rate", "parse_seconds"]
+__all__ = ["bytes_text", "bytes_text_above", "counted", "digits_apart", "parse_bytes", "parse_rate", "parse_seconds"]
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
-def bytes_text(size: float) -> str:
-    """Bytes in the unit that keeps three digits."""
+def bytes_text(size: float, *, digits: int = 3) -> str:
+    """Bytes in the unit that keeps three digits before the point, with so many digits in all."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(size) < 1000:
-            return f"{size:.3g} {unit}"
+            return f"{size:.{digits}g} {unit}"
         size /= 1000
-    return f"{size:,.4g} TB"
+    return f"{size:,.{digits + 1}g} TB"
+
+
+def digits_apart(sizes: Iterable[float]) -> int:
+    """The digits, 3 or more, with which `bytes_text` writes different sizes differently."""
+    distinct = set(sizes)
+    enough = (n for n in range(3, 15) if len({bytes_text(size, digits=n) for size in distinct}) == len(distinct))
+    return next(enough, 15)
 
 
 def bytes_text_above(size: float) -> str:

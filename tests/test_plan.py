@@ -6,7 +6,17 @@ import pytest
 
 from lowprec.errors import PlanError
 from lowprec.layer_form import Arithmetic, ClipRange, LayerForm, WeightScale
-from lowprec.plan import Plan, PlanFile, Precision, RowRange, Unit, precision_counts, read_plan, write_plan
+from lowprec.plan import (
+    Plan,
+    PlanFile,
+    Precision,
+    RowRange,
+    Unit,
+    precision_counts,
+    precision_texts,
+    read_plan,
+    write_plan,
+)
 
 UNITS = (Unit("table:a", 10, 4), Unit("table:b", 20, 8))
 PLAN = Plan({"table:a": Precision.INT4, "table:b": Precision.FP16})
@@ -156,3 +166,19 @@ def test_unreadable_plan_files(tmp_path):
 def test_units_are_named_by_kind(name):
     with pytest.raises(PlanError, match="table:NAME"):
         Unit(name, 1, 1)
+
+
+def test_plans_that_count_alike_name_the_units_in_which_they_differ():
+    first = {"table:a": "int4", "table:b": "int2", "table:c": "int2"}
+    second = {"table:a": "int2", "table:b": "int4", "table:c": "int2"}
+    other = {"table:a": "int4", "table:b": "int4", "table:c": "int2"}
+    assert precision_texts([first, other, second]) == [
+        "int2:2 int4:1",
+        "int4:2 int2:1",
+        "int2:2 int4:1 (table:a int2, table:b int4)",
+    ]
+    many = [dict.fromkeys(map(str, range(10)), p) for p in ("int4", "int2")]
+    turned = {**many[0], **{str(k): "int2" for k in range(5)}}
+    assert precision_texts([turned, {k: "int2" if v == "int4" else "int4" for k, v in turned.items()}])[1].endswith(
+        "2 int4 and 7 more)"
+    )

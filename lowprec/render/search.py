@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowprec.console import stdout
-from lowprec.plan import precision_counts
+from lowprec.plan import precision_counts, precision_texts
 from lowprec.render.text import gap_text, is_known, number, render_rows
-from lowprec.sizes import bytes_text
+from lowprec.sizes import bytes_text, digits_apart
 
 __all__ = ["render_front", "render_plan", "render_search", "render_sensitivities", "render_verify"]
 
@@ -32,11 +32,13 @@ def render_front(rows: Sequence[Mapping[str, Any]]) -> None:
     num_columns = 7 if stdout.width >= 126 else 6 if stdout.width >= 107 else 5
     for name in ("", "bytes", "of fp32", "gap", "KL gap", "precisions", "trial")[:num_columns]:
         table.add_column(name, no_wrap=True)
+    # Rows of different sizes look different.
+    digits = digits_apart(row["size_bytes"] for row in rows)
     for row in rows:
         cells = (
             "*" if row["recommended"] else "",
-            bytes_text(row["size_bytes"]),
-            f"{row['bytes_ratio']:.3f}",
+            bytes_text(row["size_bytes"], digits=digits),
+            f"{row['bytes_ratio']:.{digits}f}",
             gap_text(row),
             number(row["kl_pct"], "{:.4f} %"),
             row["precisions"],
@@ -52,6 +54,8 @@ def render_search(document: Mapping[str, Any]) -> None:
     kept = ("trial_key", "plan", "bytes", "bytes_ratio", "latency_ns", "promised_pct")
     chosen = [{k: r[k] for k in kept} | r["search"] for r in document["recommendations"]]
     shown = {trial["trial_key"]: trial for trial in [*document["front"], *chosen]}
+    trials = sorted(shown.values(), key=lambda t: t["bytes"])
+    texts = precision_texts([trial["plan"] for trial in trials])
     render_front(
         [
             {
@@ -61,9 +65,9 @@ def render_search(document: Mapping[str, Any]) -> None:
                 "window": document["windows"]["search"],
                 "size_bytes": trial["bytes"],
                 "recommended": trial["trial_key"] in recommended,
-                "precisions": precision_counts(trial["plan"].values()),
+                "precisions": text,
             }
-            for trial in sorted(shown.values(), key=lambda t: t["bytes"])
+            for trial, text in zip(trials, texts, strict=True)
         ]
     )
     _render_profile(document["profile"])

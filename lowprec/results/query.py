@@ -12,7 +12,7 @@ import duckdb
 import pyarrow as pa
 
 from lowprec.errors import QueryError, ResultsError, first_line
-from lowprec.plan import precision_counts
+from lowprec.plan import precision_texts
 from lowprec.results.schema import TABLES, TableSchema
 from lowprec.results.store import ResultsStore
 
@@ -91,7 +91,8 @@ def latest_front(root: str | Path = "runs", run_id: str | None = None) -> pd.Dat
     """The plans that no other plan of a run beats in both cost and gap, and the recommended ones, cheapest first.
 
     Of the exact evaluations of `run_id`, or of the latest finished run that has any, else of the latest run.
-    `precisions` counts the tables at each precision. Raises `QueryError` when there is no such run.
+    `precisions` counts the units at each precision, and names some where plans count alike. Raises `QueryError` when
+    there is no such run.
     """
     import pandas as pd
 
@@ -105,7 +106,9 @@ def latest_front(root: str | Path = "runs", run_id: str | None = None) -> pd.Dat
     for _, trial in trials.sort_values(["cost", "gap_pct", "number"]).iterrows():
         if trial["gap_pct"] < best or trial["trial_key"] in starred:
             best = min(best, trial["gap_pct"])
-            front.append({**trial, "precisions": precision_counts(json.loads(trial["plan_json"]).values())})
+            front.append(dict(trial))
+    texts = precision_texts([json.loads(trial["plan_json"]) for trial in front])
+    front = [{**trial, "precisions": text} for trial, text in zip(front, texts, strict=True)]
     frame = pd.DataFrame(front, columns=list(dict.fromkeys((*trials.columns, *_FRONT_COLUMNS))))
     frame["recommended"] = frame["trial_key"].isin(starred)
     return frame[list(_FRONT_COLUMNS)]
