@@ -42,6 +42,7 @@ def propose(
     enqueued: Sequence[Plan] = (),
     front: Sequence[Known] = (),
     excess: Callable[[Sequence[Plan]], NDArray[np.float64]] | None = None,
+    is_allowed: Callable[[Plan], bool] = lambda _: True,
     count: int,
     budget_pct: float,
     seed: int,
@@ -50,19 +51,20 @@ def propose(
 
     `enqueued` plans come first. The study begins with the plans that are `known` and with the points of the predicted
     `front`, so the sampler proposes around both. Of its proposals those with the least `excess` (float64, one a plan)
-    are taken. The same arguments give the same plans, in this process or another.
+    are taken. Plans that are not `is_allowed` are left out. The same arguments give the same plans, in this process or
+    another.
     """
     distributions: dict[str, BaseDistribution] = {
         d.name: CategoricalDistribution([str(p) for p in d.choices]) for d in space.free
     }
     seen = {item.plan for item in known}
     if not distributions:
-        return [plan for plan in dict.fromkeys(enqueued) if plan not in seen][:count]
+        return [plan for plan in dict.fromkeys(enqueued) if plan not in seen and is_allowed(plan)][:count]
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         study = _study(space, [*known, *(p for p in front if p.plan not in seen)], distributions, budget_pct, seed)
-        queue = [plan for plan in dict.fromkeys(enqueued) if plan not in seen][:count]
+        queue = [plan for plan in dict.fromkeys(enqueued) if plan not in seen and is_allowed(plan)][:count]
         for plan in queue:
             study.enqueue_trial(_params(space, plan, distributions))
         first = _asked(study, space, distributions, set(seen), len(queue))
@@ -70,11 +72,12 @@ def propose(
         proposals = _asked(study, space, distributions, seen | set(first), wanted * (ASKED_FOR_EACH if excess else 1))
     finally:
         optuna.logging.set_verbosity(verbosity)
+    proposals = [plan for plan in proposals if is_allowed(plan)]
     if excess is not None and len(proposals) > wanted:
         order = np.argsort(excess(proposals), kind="stable")[:wanted]
         proposals = [proposals[k] for k in sorted(order)]
     found = first + proposals
-    return found + _others(space, known, seen | set(found), count - len(found), seed)
+    return found + _others(space, known, seen | set(found), is_allowed, count - len(found), seed)
 
 
 def _asked(
@@ -127,13 +130,20 @@ def _params(space: SearchSpace, plan: Plan, distributions: dict[str, BaseDistrib
     return {name: str(p) for name, p in space.choices(plan).items() if name in distributions}
 
 
-def _others(space: SearchSpace, known: Sequence[Known], seen: set[Plan], count: int, seed: int) -> list[Plan]:
+def _others(
+    space: SearchSpace,
+    known: Sequence[Known],
+    seen: set[Plan],
+    is_allowed: Callable[[Plan], bool],
+    count: int,
+    seed: int,
+) -> list[Plan]:
     """Plans not known yet: any of a small space, else those one decision away from the best known or from others."""
     if count <= 0:
         return []
     rng = random.Random(seed)
     if space.num_plans <= MAX_ENUMERATED:
-        fresh = [plan for plan in space.every_plan() if plan not in seen]
+        fresh = [plan for plan in space.every_plan() if plan not in seen and is_allowed(plan)]
         return rng.sample(fresh, min(count, len(fresh)))
     found: dict[Plan, None] = {}
     by_cost = sorted(
@@ -143,6 +153,6 @@ def _others(space: SearchSpace, known: Sequence[Known], seen: set[Plan], count: 
     front = [item.plan for item, least in zip(by_cost, best, strict=True) if item.risk_pct == least]
     for plans in (front, [item.plan for item in known], [space.most_exact]):
         moves = [plan.replace(dict.fromkeys(d.units, p)) for plan in plans for d in space.free for p in d.choices]
-        fresh = [plan for plan in dict.fromkeys(moves) if plan not in seen and plan not in found]
+        fresh = [p for p in dict.fromkeys(moves) if p not in seen and p not in found and is_allowed(p)]
         found.update(dict.fromkeys(rng.sample(fresh, min(count - len(found), len(fresh)))))
     return list(found)

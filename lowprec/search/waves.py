@@ -28,9 +28,10 @@ def next_wave(
 ) -> tuple[str, list[Plan]]:
     """The kind of a wave and its plans.
 
-    First uniform plans, or, from a plan to start with, that plan and what makes some of its units more exact. Then all
-    others where the limit on trials allows it; else the front of the quadratic model, then in turn cheaper plans that
-    may meet the rule and, where there are none, what the sampler proposes around the front.
+    First uniform plans, or, from a plan to start with, that plan and what makes some of its units more exact. Then the
+    front of the quadratic model, and then in turn cheaper plans that may meet the rule and, where there are none, what
+    the sampler proposes around the front: in the end every plan of a small space. The limit on trials decides nothing
+    here, because a run may be resumed with another one.
     """
     costs, size = surrogate.costs, settings.wave_size
     if wave == 0:
@@ -38,9 +39,6 @@ def next_wave(
         first = space.uniform_plans() if start is None else _around(surrogate, space, settings, start)
         if first := [plan for plan in first if costs.keeps_limits(plan)]:
             return kind, first
-    if space.num_plans <= settings.max_trials:
-        done = {trial.plan for trial in before}
-        return "all", [p for p in space.every_plan() if p not in done and costs.keeps_limits(p)][: 2 * size]
     known = [Known(t.plan, t.cost, risk_pct(t.metrics)) for t in before]
     is_first = all(trial.kind in ("uniform", "start") for trial in before)
     seed = int(np.random.SeedSequence([settings.seed, wave]).generate_state(1)[0])
@@ -54,11 +52,12 @@ def next_wave(
         enqueued=surrogate.candidates(count) if is_first else (),
         front=surrogate.anchor_points(),
         excess=surrogate.excess,
+        is_allowed=costs.keeps_limits,
         count=count,
         budget_pct=settings.all_budgets[-1],
         seed=seed,
     )
-    return "front" if is_first else "optuna", [plan for plan in plans if costs.keeps_limits(plan)]
+    return "front" if is_first else "optuna", plans
 
 
 def _around(surrogate: Surrogate, space: SearchSpace, settings: SearchConfig, start: Plan) -> list[Plan]:

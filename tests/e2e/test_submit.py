@@ -336,7 +336,11 @@ def test_the_job_scripts_do_what_the_commands_do_on_the_cluster_of_the_job(
     jobs, python = ROOT / "jobs", installation.bin / "python"
     on_workers = user / config(**changes, evaluation__num_workers=1)
     searching = ray_job(installation, cluster, jobs, python, "search.py", on_workers, "--max-trials", 5, cwd=user)
-    plan = ("--plan", document["document"]["plan_path"])
+    # The model has another name here.
+    made = json.loads(Path(document["document"]["plan_path"]).read_text())
+    renamed = user / "renamed-plan.json"
+    renamed.write_text(json.dumps({**made, "model": changes["model__factory"]}))
+    plan = ("--plan", renamed)
     verifying = ray_job(installation, cluster, jobs, python, "verify.py", user / config(**changes), *plan, cwd=user)
     debugging = ray_job(installation, cluster, jobs, python, "debug.py", user / config(**changes), *plan, cwd=user)
     said, code = searching()

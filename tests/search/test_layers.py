@@ -16,6 +16,7 @@ from lowprec.calibration import (
     write_calibration,
 )
 from lowprec.config import load_config
+from lowprec.config.sections import ResultsConfig
 from lowprec.errors import ConfigError, PlanError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.formed import FormedWorkers
@@ -143,9 +144,10 @@ def test_the_proxy_of_layers_and_tables_together_agrees_with_what_is_exact(small
     assert np.corrcoef(kl, [m.kl_pct for m in exact])[0, 1] > 0.995
 
 
-def test_two_ray_workers_find_what_this_process_finds(small_config):
+def test_two_ray_workers_find_what_this_process_finds(small_config, tmp_path):
     config = small_config(LAYERS, ONLY_LAYERS, "search.max_trials=8")
     remote = small_config(LAYERS, ONLY_LAYERS, "search.max_trials=8", "evaluation.num_workers=2")
+    remote = remote.model_copy(update={"results": ResultsConfig(root=str(tmp_path / "remote"))})
     here, there = run_search(config), run_search(remote)
     assert units_of(there) == units_of(here)
     assert there.recommendations[0].best.metrics == here.recommendations[0].best.metrics

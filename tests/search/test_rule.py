@@ -124,11 +124,22 @@ def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(sur
 
 def test_a_space_within_the_limit_on_trials_is_evaluated_whole(small_config):
     units = "space.units=[{match: 'table:c[0-2]', fixed: int8}]"
-    config = small_config("space.precisions=[int8, int4, int2]", units, "search.max_trials=30")
+    options = "space.precisions=[int8, int4, int2]", units
+    config = small_config(*options, "search.max_trials=30")
     outcome = run_search(config)
     trials = RunRecord(open_job(config), outcome.run_id).trials("exact")
-    assert len(trials) == open_job(config).space.num_plans == 27
-    assert {t.kind for t in trials} == {"uniform", "all"}
+    assert len(trials) == len({t.plan for t in trials}) == open_job(config).space.num_plans == 27
+
+
+def test_all_plans_that_keep_the_limits_are_evaluated(small_config):
+    """The last ones are found one by one, among many that do not keep them."""
+    units = "space.units=[{match: 'table:c[0-2]', fixed: int8}]"
+    job = open_job(small_config("space.precisions=[int8, int4, int2]", units))
+    limit = sorted(job.space.size_bytes(plan) for plan in job.space.every_plan())[9]
+    options = "space.precisions=[int8, int4, int2]", units, f"cost.max_bytes={limit}"
+    config = small_config(*options, "search.max_trials=30", "search.wave_size=4")
+    outcome = run_search(config)
+    assert outcome.num_trials == sum(job.space.size_bytes(plan) <= limit for plan in job.space.every_plan())
 
 
 @pytest.mark.parametrize("shift", [0.0, -2.0])
