@@ -125,11 +125,15 @@ def test_films_are_watched_quarter_by_quarter_as_the_readme_says(lowprec, tmp_pa
     searched = lowprec("search", *arguments, "--json")
     assert searched.code == 0 and searched.document["bytes_ratio"] < 0.2, searched.err
     done = lowprec("monitor", *arguments, "--plan", searched.document["plan_path"], "--json")
-    # The last digits of a trained model are those of a machine; what holds everywhere is that the promise is not
-    # broken, and that inputs moved: hardly any user of 2014 rates films in later years.
-    assert done.code in (1, 4), done.err
+    # The last digits of a trained model are those of a machine, so the worst quarter may be a breach or not. On every
+    # machine that quarter is the one of the README, and inputs moved: hardly any user of 2014 rates films later.
     windows = done.document["windows"]
-    assert len(windows) == 15 and {w["state"] for w in windows} <= {"ok", "warn", "insufficient_data"}
+    worst = max(windows, key=lambda w: w["gap_pct"])
+    states = [w["state"] for w in windows]
+    assert len(windows) == 15 and set(states) <= {"ok", "warn", "insufficient_data", "breach"}
+    assert done.code == (2 if "breach" in states else 1 if "warn" in states else 4), done.err
+    if "breach" in states:
+        assert windows[states.index("breach")] is worst and worst["gap_lower_pct"] > 0.3
     for window in windows:
         assert window["gap_lower_pct"] < window["gap_pct"] < window["gap_upper_pct"]
         assert 0 < window["kl_pct"] < 0.3
@@ -137,14 +141,17 @@ def test_films_are_watched_quarter_by_quarter_as_the_readme_says(lowprec, tmp_pa
             assert window["kl_lower_pct"] < window["kl_pct"] < window["kl_upper_pct"]
         assert window["running_lower_pct"] < window["running_pct"] < window["running_upper_pct"]
         assert sum(u["kl_pct"] for u in window["units"]) == pytest.approx(window["kl_pct"], rel=0.3)
-        assert window["num_moved"] > 0 and window["inputs"][0]["feature"] == "cat_user"
+        assert window["inputs"][0]["feature"] == "cat_user" and window["inputs"][0]["distance"] > 0.5
+    # Users come and go: that is named until earlier windows say that it is normal.
+    assert all(w["num_moved"] > 0 for w in windows[:4])
+    assert not any(i["is_warning"] for w in windows[4:] for i in w["inputs"] if i["feature"] == "cat_user")
     readme = (PROJECT / "README.md").read_text()
     (shown,) = (
         json.loads(block) for block in re.findall(r"```json\n(.*?)```", readme, re.DOTALL) if "cat_user" in block
     )
     told = next(w for w in windows if w["window"] == shown["window"])
     assert shown.keys() <= told.keys() and shown["units"][0].keys() <= told["units"][0].keys()
-    assert told["overdispersion"] > 5 and told["gap_pct"] == pytest.approx(shown["gap_pct"], abs=0.3)
+    assert told is worst and told["overdispersion"] > 5 and told["gap_pct"] > 0.5
     sql = 'SELECT left("window", 11) AS quarter, num_rows, state FROM monitor_windows ORDER BY window_start'
     rows = json.loads(lowprec("results", sql, "--root", tmp_path / "runs", "--format", "json").out)["rows"]
     assert [row["state"] for row in rows] == [w["state"] for w in windows]
