@@ -88,6 +88,7 @@ class PlannedArm:
         self._job, self._adapter = job, job.adapter
         self._tables = evaluator_of(job.spec, job.adapter).tables
         self._weights = job.adapter.weights
+        self._stored_layers: dict[tuple[str, int, Precision], Mapping[str, Tensor]] = {}
 
     def with_precision(self, unit: str, precision: Precision | None) -> PlannedArm:
         """The same with one unit at another precision; None for the same."""
@@ -128,10 +129,14 @@ class PlannedArm:
         )
 
     def stored_layer(self, layer: str, position: int) -> Mapping[str, Tensor]:
-        """As `stored_linear` makes it."""
-        module = self._adapter.layers.modules(layer)[position]
+        """As `stored_linear` makes it, once for each precision."""
         precision = self.file.plan.get(layer, Precision.FP32)
-        return stored_linear(module.weight, module.bias, precision, self.file.layer_forms.get(layer))
+        key = layer, position, precision
+        if key not in self._stored_layers:
+            module = self._adapter.layers.modules(layer)[position]
+            form = self.file.layer_forms.get(layer)
+            self._stored_layers[key] = stored_linear(module.weight, module.bias, precision, form)
+        return self._stored_layers[key]
 
     def _low_layers(self) -> list[tuple[str, tuple[nn.Linear, ...]]]:
         low = [u.name for u in self._adapter.layers.units if self.file.plan.get(u.name, Precision.FP32) != "fp32"]

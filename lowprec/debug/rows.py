@@ -154,8 +154,12 @@ def _why(rows: SeenRows, k: int, median_range: float) -> str:
         return f"spans {span:g}, so little that its fp16 scale underflows to zero"
     if step < _SMALLEST_NORMAL_FP16:
         return f"spans {span:g}, so little that its fp16 scale has few digits left"
-    outlier = int(np.argmax(np.abs(values - np.median(values))))
-    rest = float(np.ptp(np.delete(values, outlier))) if len(values) > 1 else span
+    # The value furthest from the median is the first or the last in order.
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    is_low = float(ordered[len(ordered) // 2]) - lowest > highest - float(ordered[(len(ordered) - 1) // 2])
+    outlier = int(order[0 if is_low else -1])
+    rest = float(ordered[-1] - ordered[1] if is_low else ordered[-2] - ordered[0]) if len(values) > 1 else span
     if rest * _WIDE < span:
         return f"value {outlier} is {values[outlier]:g}; without it the row would span {rest:g} and not {span:g}"
     if median_range * _WIDE < span:

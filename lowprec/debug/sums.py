@@ -16,7 +16,7 @@ Float = NDArray[np.float64]
 Values = NDArray[np.float32] | NDArray[np.float64]
 
 # Of a batch; its rows are examples like any other.
-MAX_ROWS = 1024
+MAX_ROWS = 512
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ Single = NDArray[np.float32]
 
 # Enough to see in which order units are called.
 _FEW_ROWS = 16
+# Batches from one part that takes a backward pass to the next.
+PART_EVERY = 4
 # Values of a layer's inputs that are looked at, of a batch.
 _MAX_INPUTS = 1 << 15
 
@@ -98,9 +100,9 @@ def trace_batches(
     num_parts: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """Look at the batches; the changes of logits by unit, which take a backward pass, on one of `num_parts` of each.
+    """Look at the batches; changes of logits by unit, which take a backward pass, on one of `num_parts` of all rows.
 
-    Of every other batch, that is, and twice as much of it: passes over few examples take as long as over more.
+    They are rows of every fourth batch, four times as many of it: a pass over few rows takes as long as over more.
     """
     layers = arm.layers()
     num_looks = 0
@@ -113,7 +115,8 @@ def trace_batches(
             few = batch.part(0, max(1, batch.num_rows // _FEW_ROWS))
             units = evaluator.adapter.called_units(inputs_of(few))
             trace = Trace(units, shares=UnitSums.zero(len(units)))
-        part = batch.part(num_parts // 2 - 1, num_parts // 2) if num_looks % 2 == 0 else batch.rows(0, 0)
+        num_here = max(1, num_parts // PART_EVERY)
+        part = batch.part(num_here - 1, num_here) if num_looks % PART_EVERY == 0 else batch.rows(0, 0)
         num_looks += 1
         _Look(trace, evaluator, arm, layers, batch, part).add()
         on_progress()

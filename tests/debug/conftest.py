@@ -25,12 +25,16 @@ FITTED: dict[str, tuple[Precision, Form | None]] = {
 }
 
 
+# All rows of a batch are compared.
+BATCHES = "traffic.batch_size=512"
+
+
 @pytest.fixture
 def planned(small_config: Callable[..., Config], tmp_path: Path) -> Callable[..., tuple[Config, PlanFile, Path]]:
     """A mixed plan: the config, what the plan file holds, and where it is."""
 
     def make(*overrides: str, layers: Mapping[str, Any] | None = FITTED) -> tuple[Config, PlanFile, Path]:
-        config = small_config(*([LAYERS] if layers else []), *overrides)
+        config = small_config(BATCHES, *([LAYERS] if layers else []), *overrides)
         return config, write_mixed_plan(config, tmp_path / "plan.json", layers), tmp_path / "plan.json"
 
     return make
@@ -52,7 +56,7 @@ def uniform(small_config: Callable[..., Config], tmp_path: Path) -> Callable[...
     """A plan with one precision for all tables but some."""
 
     def make(precision: Precision, *overrides: str, **tables: Precision) -> tuple[Config, PlanFile, Path]:
-        config = small_config(*overrides)
+        config = small_config(BATCHES, *overrides)
         job = open_job(config)
         chosen = {f"table:{name}": at for name, at in tables.items()}
         plan = Plan.uniform(job.units, precision).replace(chosen)
@@ -85,7 +89,7 @@ def often(small_config: Callable[..., Config]) -> Callable[[str], int]:
     """The row of a feature's table that the confirm window asks for most."""
 
     def row(feature: str) -> int:
-        window = open_job(small_config()).window("confirm")
+        window = open_job(small_config(BATCHES)).window("confirm")
         ids = np.concatenate([window.batch(k).sparse[feature].values for k in range(window.num_batches)])
         return int(np.bincount(ids).argmax())
 

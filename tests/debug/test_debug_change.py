@@ -20,7 +20,7 @@ def kl_pct(config, file, plan):
     evaluator = evaluator_of(job.spec, job.adapter)
     window = job.window("confirm")
     with evaluator.using(job.forms):
-        sums = [evaluator.sums(window.batch(k).part(7, 8), [plan]) for k in range(0, window.num_batches, 2)]
+        sums = [evaluator.sums(window.batch(k).part(3, 4), [plan]) for k in range(0, window.num_batches, 4)]
     total = sums[0]
     for more in sums[1:]:
         total = total + more

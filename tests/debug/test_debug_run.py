@@ -86,14 +86,14 @@ def test_units_come_in_the_order_of_the_model_with_what_the_plan_says(planned):
         assert unit.form == (str(file.layer_forms[name]) if name in file.layer_forms else None)
     assert sum(unit.size_bytes for unit in report.units) == file.size_bytes
     assert report.is_as_planned and not report.notes and not any(unit.is_broken for unit in report.units)
-    assert report.checkpoint_sha256 == job.checkpoint_sha256 and report.num_traced == 3 * 1024 // 8
-    assert report.num_compared == 6000  # batches of 1,024
+    assert report.checkpoint_sha256 == job.checkpoint_sha256 and report.num_traced == 3 * 512 // 4
+    assert report.num_compared == 6000  # batches of 512
 
 
 def test_the_first_rows_of_large_batches_are_compared_and_it_is_said(planned):
     config, _, path = planned("traffic.batch_size=2048", layers=None)
     report = debug_plan(config, path)
-    assert report.num_compared == report.to_dict()["num_compared"] == 3 * 1024
+    assert report.num_compared == report.to_dict()["num_compared"] == 3 * 512
 
 
 def test_fp32_units_are_exact_and_nothing_is_before_the_first_ones(planned):
@@ -137,7 +137,7 @@ def test_tables_alone_are_what_their_dequantized_rows_pool_to(planned, served, i
                     embedding_bag(ids, torch.from_numpy(table), ends, mode="sum", include_last_offset=True)[:MAX_ROWS]
                 )
         y, x = torch.cat(exact), torch.cat(found)
-        assert unit.alone.num_summed == len(y) == 2048 and unit.alone.num_rows == 3000
+        assert unit.alone.num_summed == len(y) == 2 * MAX_ROWS and unit.alone.num_rows == 3000
         if at is Precision.FP32:
             assert torch.equal(y, x) and unit.alone.sqnr_db == math.inf
             continue
@@ -254,8 +254,8 @@ def test_shares_are_to_first_order_and_add_up(planned, layers):
     second, first, squares = (np.zeros(len(names)) for _ in range(3))
     entropy = loss = 0.0
     with evaluator.using(job.forms):
-        for batch in sampled(job, range(0, job.window("confirm").num_batches, 2)):
-            part = batch.part(7, 8)
+        for batch in sampled(job, range(0, job.window("confirm").num_batches, 4)):
+            part = batch.part(3, 4)
             traced = evaluator.traced(part, file.plan, low)
             changes = np.zeros((len(names), part.num_rows))
             changes[rows] = traced.changes
@@ -280,8 +280,8 @@ def test_inputs_beyond_their_codes_are_the_reason_of_the_error_that_they_make(pl
     form, job = file.layer_forms["layer:top.2"], open_job(config)
     low = job.adapter.layers.low("layer:top.2", 0, Precision.INT8_STATIC, form)
     whole = beyond = 0.0
-    for batch in sampled(job, range(0, job.window("confirm").num_batches, 2)):
-        x, y = layer_calls(job.adapter.model, PATHS, batch.part(7, 8))[0]["top.2"]
+    for batch in sampled(job, range(0, job.window("confirm").num_batches, 4)):
+        x, y = layer_calls(job.adapter.model, PATHS, batch.part(3, 4))[0]["top.2"]
         error2 = (low(x) - y).square().sum(dim=1)
         whole += float(error2.sum())
         beyond += float(error2[(x > (127.5 - 3) * form.input_scale).any(dim=1)].sum())
@@ -300,9 +300,9 @@ def test_codes_that_end_too_early_and_values_that_are_lost_are_counted(planned):
     form = file.layer_forms["layer:top.2"]
     job = open_job(config)
     values = saturated = lost = 0
-    for batch in sampled(job, range(0, job.window("confirm").num_batches, 2)):
+    for batch in sampled(job, range(0, job.window("confirm").num_batches, 4)):
         x = layer_calls(job.adapter.model, PATHS, batch)[0]["top.2"][0]
-        x = x[len(x) - len(x) // 8 :].numpy().astype(np.float32)
+        x = x[len(x) - len(x) // 4 :].numpy().astype(np.float32)
         codes = np.rint(x / np.float32(form.input_scale)) + form.input_zero_point
         values += x.size
         saturated += int(((codes < 0) | (codes > 127)).sum())
