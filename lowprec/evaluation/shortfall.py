@@ -44,12 +44,16 @@ class Shortfall:
         if self.examples_needed is None or self.units_needed is None:
             return f"{found}: a decision needs more than {MAX_FACTOR:,.0f} times this traffic; the gap is at the budget"
         groups = "" if self.unit == "examples" else f" ({self.units_needed - self.num_units:,} more groups)"
-        days = "" if self.days_needed is None else f", about {self.days_needed:,.3g} days more at the current rate"
+        days = "" if self.days_needed is None else f", about {_number(self.days_needed)} more days at the current rate"
         return f"{found}: a decision needs about {self.examples_needed:,} more examples{groups}{days}"
 
     def to_dict(self) -> dict[str, Any]:
         """For documents."""
         return dict(vars(self))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def shortfall(

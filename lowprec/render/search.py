@@ -234,7 +234,7 @@ def _render_floors(floors: Sequence[Mapping[str, Any]]) -> None:
 def _render_verdict(document: Mapping[str, Any]) -> None:
     verdict, missing = document["verdict"], document["missing_evidence"]
     stdout.print(f"[{VERDICT_STYLE[verdict]}]{verdict}[/] against a budget of {document['budget_pct']} %")
+    if not document.get("saves", True):
+        stdout.print("the recommended plan saves nothing, which is no success")
     if missing:
         stdout.print(f"missing evidence: {missing['text']}")
-    elif not document.get("saves", True):
-        stdout.print("the recommended plan saves nothing, which is no success")

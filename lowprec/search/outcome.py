@@ -16,6 +16,7 @@ from lowprec.search.choice import Confirmed
 from lowprec.search.confirm import Recommendation
 from lowprec.search.job import Job
 from lowprec.search.trial import Trial
+from lowprec.sizes import bytes_text
 from lowprec.storage import Location
 
 __all__ = ["SearchOutcome", "plan_file"]
@@ -101,12 +102,25 @@ class SearchOutcome:
         }
 
     def _shortfall(self, recommendation: Recommendation) -> dict[str, Any] | None:
-        """What an inconclusive verdict lacks."""
-        best = recommendation.best
+        """What an inconclusive verdict lacks; where the plan saves nothing, that of the cheapest plan tried."""
+        lacking = [recommendation.best] if recommendation.saves else recommendation.tried
+        lacking = [confirmed for confirmed in lacking if confirmed.verdict == "inconclusive"]
+        if not lacking:
+            return None
+        cheapest = min(lacking, key=lambda confirmed: confirmed.choice.trial.cost)
         found = shortfall(
-            best.metrics, recommendation.budget_pct, best.verdict, days=self.confirm_days, by_group=self.by_group
+            cheapest.metrics,
+            recommendation.budget_pct,
+            cheapest.verdict,
+            days=self.confirm_days,
+            by_group=self.by_group,
         )
-        return None if found is None else {**found.to_dict(), "text": found.sentence()}
+        if found is None:
+            return None
+        trial = cheapest.choice.trial
+        whose = "" if recommendation.saves else f" (for the plan of {bytes_text(trial.size_bytes)})"
+        text = found.sentence() + whose
+        return {**found.to_dict(), "trial_key": trial.key, "text": text}
 
     def _finalist(self, confirmed: Confirmed) -> dict[str, Any]:
         return {

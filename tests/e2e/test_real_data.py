@@ -72,3 +72,18 @@ def test_results_show_the_front(lowprec, job, searched):
     sql = "SELECT count(*) AS n FROM trials WHERE evaluation = 'exact'"
     rows = json.loads(lowprec("results", sql, "--root", folder / "runs", "--format", "json").out)["rows"]
     assert rows == [{"n": searched.document["num_trials"]}]
+
+
+def test_few_heavy_users_are_no_success_and_the_missing_evidence_is_stated(lowprec, tmp_path):
+    """With users as groups a plan carries its change in a few of them: nothing cheaper than fp32 can be certified."""
+    log = real_log("movielens_latest_small_2015_2018.parquet")
+    arguments = arguments_of("movielens", log, tmp_path)
+    assert lowprec("train", *arguments).code == 0
+    done = lowprec("search", *arguments, "--set", "traffic.group=cat_user", "--json")
+    assert done.code == 4, done.err
+    missing = done.document["missing_evidence"]
+    assert done.document["verdict"] == "inconclusive" and missing["unit"] == "groups"
+    assert missing["effective_units"] < missing["effective_needed"] or missing["examples_needed"] > 0
+    assert missing["days_needed"] > 0 and "more groups" in missing["text"]
+    shown = lowprec("search", *arguments, "--set", "traffic.group=cat_user", "--set", "search.max_trials=8")
+    assert shown.code == 4 and "missing evidence: " in shown.out

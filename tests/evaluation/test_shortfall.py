@@ -35,7 +35,7 @@ def test_so_many_more_examples_decide(seed):
     assert lacks.units_needed == pytest.approx(1000 / 0.3**2, rel=0.02)
     assert lacks.examples_needed == pytest.approx(lacks.units_needed - 1000, abs=1)
     assert lacks.days_needed == pytest.approx(2 * lacks.examples_needed / 1000, rel=0.01)
-    assert f"{lacks.examples_needed:,} more examples" in lacks.sentence() and "days more" in lacks.sentence()
+    assert f"{lacks.examples_needed:,} more examples" in lacks.sentence() and "more days" in lacks.sentence()
     error = small.standard_error_pct * math.sqrt(small.num_units / lacks.units_needed)
     assert small.gap_pct + deviations(lacks.units_needed, 0.05) * error == pytest.approx(budget, rel=0.01)
 
