@@ -43,17 +43,26 @@ class Confirmed:
     attempt: int = 0
 
 
-def finalists(trials: Sequence[Trial], budget_pct: float) -> list[Choice]:
+def finalists(trials: Sequence[Trial], budget_pct: float, reference_cost: float = math.inf) -> list[Choice]:
     """The plans worth confirming, safest first; empty without trials that have a finite gap.
 
     Each is the cheapest plan whose risk (see `rule`) is within a share of the budget. Without such a plan it is the
-    cheapest whose estimate is within budget, else the most accurate.
+    cheapest whose estimate is within budget, else the most accurate. Where all of them cost as much as the reference,
+    the cheapest plan whose gap and KL gap are within budget is added: the confirm window may have more evidence.
     """
     trials = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
     chosen: dict[int, Choice] = {}
     for share in LADDER:
         if choice := _cheapest_within(trials, budget_pct, share):
             chosen.setdefault(choice.trial.number, choice)
+    if chosen and all(choice.trial.cost >= reference_cost for choice in chosen.values()):
+        hopeful = [
+            t for t in trials if max(t.metrics.gap_pct, t.metrics.kl_pct) <= budget_pct and t.cost < reference_cost
+        ]
+        if hopeful:
+            because = "cheapest plan whose gap and KL gap are within budget; no interval is narrow enough to be sure"
+            cheapest = min(hopeful, key=_cheapest_first)
+            chosen[cheapest.number] = Choice(cheapest, True, because)
     if chosen:
         return sorted(chosen.values(), key=lambda c: _cheapest_first(c.trial), reverse=True)
     likely = [t for t in trials if t.metrics.gap_pct <= budget_pct]

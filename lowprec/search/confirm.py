@@ -54,7 +54,7 @@ def confirm(
     the confirmed trials of this run from before a resumption: they keep the try that they were part of. num_spent:
     tries of other runs on this window, which have spent their parts of the error rate.
     """
-    choices = {budget: finalists(trials, budget) for budget in budgets}
+    choices = {budget: finalists(trials, budget, reference_cost) for budget in budgets}
     if not all(choices.values()):
         raise ModelError("search: no plan gives finite logits; look for huge weights in the checkpoint")
     for budget, chosen in choices.items():

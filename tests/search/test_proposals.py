@@ -218,3 +218,14 @@ def test_confirming_several_finalists_certifies_no_more_falsely_than_confirming_
 def test_trials_survive_a_round_trip_through_their_row():
     t = trial(SPACE.cheapest, 3, 2)
     assert Trial.from_row(t.to_row()) == t
+
+
+def test_where_only_the_reference_meets_the_rule_a_plan_that_may_save_is_confirmed_too():
+    """The search window has too few units for an interval, the confirm window may have more."""
+    sizes = [SPACE.size_bytes(plan) for plan in SPACE.uniform_plans()]
+    plans = SPACE.uniform_plans()
+    found = [metrics(0.0), metrics(0.0, math.inf), metrics(-0.1, math.inf, kl=0.04), metrics(-0.2, math.inf, kl=0.2)]
+    trials = [trial_of(k, plan, sizes[k], m) for k, (plan, m) in enumerate(zip(plans, found, strict=False))]
+    assert [c.trial.number for c in finalists(trials, 0.05)] == [0]
+    assert [c.trial.number for c in finalists(trials, 0.05, reference_cost=sizes[0])] == [0, 2]
+    assert [c.trial.number for c in finalists(trials, 0.05, reference_cost=sizes[0] + 1)] == [0]
