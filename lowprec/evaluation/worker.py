@@ -50,7 +50,7 @@ class WorkerSpec:
     """All that a worker needs to become ready, small enough to send anywhere.
 
     row_ranges: by table; minmax for one left out. checkpoint_stamp: that of the checkpoint when the run began, None
-    where nobody looked. memory_bytes: what the worker may use, None where nobody said. outputs: what the model returns.
+    where it was not taken. memory_bytes: what the worker may use, None without a limit. outputs: what a model returns.
     """
 
     factory: str

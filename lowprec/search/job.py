@@ -383,8 +383,8 @@ def choose_workers_for(job: Job, work: Work | None = None) -> WorkersChoice:
 def open_workers(job: Job, note: Callable[[str], None] = lambda _: None, work: Work | None = None) -> Iterator[Workers]:
     """The workers that the config asks for, Ray actors or this process.
 
-    `note` is told which, where that was to be chosen, and what happens to them. work: what they are for, by default a
-    search.
+    `note` receives the choice where `evaluation.num_workers` is auto, and what happens to the workers. work: what they
+    are for, by default a search.
     """
     workers: Workers
     where = job.config.evaluation

@@ -162,7 +162,7 @@ def open_parquet(source: Source, file: SourceFile) -> pq.ParquetFile:
             raise unreadable(file, error) from None
         raise TrafficError(
             f"traffic file {file.name}: belongs to version {source.version} of the Delta table, but is gone (removed "
-            "by VACUUM?); restore it, or read another version (traffic.version; a run must begin anew then)"
+            "by VACUUM?); restore it, or read another version (traffic.version, in a new run)"
         ) from None
     except (OSError, pa.ArrowException) as error:
         raise unreadable(file, error, what="cannot be read as Parquet") from None

@@ -1,4 +1,4 @@
-"""Ray as it is started for a command, and what is said where it cannot be."""
+"""Ray as a command starts it, and the advice where it cannot be started."""
 
 import os
 
