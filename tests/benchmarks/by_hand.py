@@ -65,7 +65,8 @@ class HandBatch:
     """A decoded batch of B rows, ready for one lookup in all tables.
 
     bottom: float32[B, dim], the dense vector; indices: int64[num_ids], table after table; offsets: int64[T * B + 1];
-    labels, reference: float64[B], the latter the fp32 model's logits; reference_loss: the sum of its losses.
+    labels, reference: float64[B], the latter the fp32 model's logits; reference_loss, reference_entropy: the sums of
+    its losses and of the entropies of its predictions.
     """
 
     bottom: Tensor
@@ -74,6 +75,7 @@ class HandBatch:
     labels: Tensor
     reference: Tensor
     reference_loss: float
+    reference_entropy: float
 
 
 class HandModel:
@@ -98,7 +100,7 @@ class HandModel:
 
         # All tables in all precisions lie in one buffer, and a plan is a list of places in it.
         stored = {
-            (name, p): quantize(weight.numpy(), p).reshape(-1)
+            (name, p): quantize(weight.numpy(), p, row_range=job.config.space.row_range).reshape(-1)
             for name, weight in job.adapter.weights.items()
             for p in TABLE_PRECISIONS
         }
@@ -133,14 +135,14 @@ class HandModel:
 
     @torch.inference_mode()
     def kl_pct(self, plan: Plan, batches: Sequence[HandBatch] | None = None) -> float:
-        """The label-free gap over the batches: mean KL divergence from the reference's predictions."""
+        """The label-free gap over the batches: KL divergence from the reference's predictions, of its entropy."""
         batches = self.batches if batches is None else batches
         total = 0.0
         for batch in batches:
             expected = torch.sigmoid(batch.reference)
-            own_entropy = cross_entropy(batch.reference, expected, reduction="sum")
-            total += float(cross_entropy(self._logits(batch, plan), expected, reduction="sum") - own_entropy)
-        return 100 * total / sum(batch.reference_loss for batch in batches)
+            crossed = float(cross_entropy(self._logits(batch, plan), expected, reduction="sum"))
+            total += crossed - batch.reference_entropy
+        return 100 * total / sum(batch.reference_entropy for batch in batches)
 
     def lookup(self, batch: HandBatch, plan: Plan) -> Tensor:
         """The pooled outputs of all tables, float32[B, T * dim]."""
@@ -196,6 +198,7 @@ class HandModel:
             labels=labels,
             reference=reference,
             reference_loss=float(cross_entropy(reference, labels, reduction="sum")),
+            reference_entropy=float(cross_entropy(reference, torch.sigmoid(reference), reduction="sum")),
         )
 
 
