@@ -162,9 +162,10 @@ def search(
 @click.option("--plan", type=PLACE, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @by_hand
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's or the plan's.")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
 @click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
+@click.option("--sequential", is_flag=True, help="Allow any number of looks while the window grows (wider interval).")
 @click.option("--max-ne", type=click.FloatRange(min=0, min_open=True), help="Reject an NE that is not below it.")
 @click.option("--calibration", metavar="LOWEST,HIGHEST", help="Reject a calibration outside of this range.")
 @click.option("--max-ne-change", type=float, metavar="PERCENT", help="With --snapshot: reject a larger rise of NE.")
@@ -177,6 +178,7 @@ def verify(
     budget: float | None,
     snapshot: str | None,
     repair: bool,
+    sequential: bool,
     max_ne: float | None,
     calibration: str | None,
     max_ne_change: float | None,
@@ -203,7 +205,14 @@ def verify(
     )
     with console.Bars().shown() as bars:
         outcome = verify_plan(
-            config, chosen, window=window, budget_pct=budget, snapshot=snapshot, repair=repair, progress=bars
+            config,
+            chosen,
+            window=window,
+            budget_pct=budget,
+            snapshot=snapshot,
+            repair=repair,
+            sequential=sequential,
+            progress=bars,
         )
     show(console.json_document("verify", outcome.to_dict()), as_json, render.render_verify)
     return exit_codes.VERDICTS[outcome.final_verdict]

@@ -21,10 +21,9 @@ __all__ = [
     "RatioMoments",
     "Verdict",
     "design_effect",
-    "deviations",
+    "moment_sums",
     "radius",
     "ratio_interval",
-    "standard_error",
     "verdict",
 ]
 
@@ -51,7 +50,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class RatioMoments:
-    """Sums over `num_units` independent units of (x, y) and their products: all that a ratio of means needs."""
+    """Sums over `num_units` independent units of (x, y) and their products: all that a ratio of means needs.
+
+    Confidence sequences do without the third powers.
+    """
 
     num_units: int
     x: float
@@ -60,6 +62,15 @@ class RatioMoments:
     xy: float
     yy: float
     xxxx: float
+    xxx: float = 0.0
+    xxy: float = 0.0
+    xyy: float = 0.0
+    yyy: float = 0.0
+
+    @classmethod
+    def of(cls, x: NDArray[np.float64], y: NDArray[np.float64]) -> RatioMoments:
+        """Of units with these x and y, float64[num_units] each."""
+        return cls(len(y), *map(float, moment_sums(x, y)))
 
     @property
     def effective_units(self) -> float:
@@ -70,6 +81,15 @@ class RatioMoments:
     def ratio(self) -> float:
         """Sum x / sum y; NaN when there is nothing to divide by."""
         return self.x / self.y if self.y else math.nan
+
+
+def moment_sums(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sums of `RatioMoments`, without the number of units: float64[..., 10] of x float64[..., B], y float64[B]."""
+    xx, xy, yy = x * x, x * y, y * y
+    of_x = (x, xx, xy, xx * xx, xx * x, xx * y, xy * y)
+    sums_x, sums_xx, sums_xy, sums_xxxx, *thirds = (v.sum(axis=-1) for v in of_x)
+    sums_y, sums_yy, sums_yyy = (np.broadcast_to(v.sum(), x.shape[:-1]) for v in (y, yy, yy * y))
+    return np.stack([sums_x, sums_y, sums_xx, sums_xy, sums_yy, sums_xxxx, *thirds, sums_yyy], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -88,20 +108,6 @@ def radius(num_units: float, alpha: float, *, tuned_for: float) -> float:
     rho_squared = (-2 * math.log(alpha) + math.log(-2 * math.log(alpha) + 1)) / tuned_for
     spread = num_units * rho_squared + 1
     return math.sqrt(2 * spread / (num_units**2 * rho_squared) * math.log(math.sqrt(spread) / alpha))
-
-
-def deviations(num_units: float, alpha: float) -> float:
-    """Half the width of an interval for one look at `num_units`, in standard errors."""
-    return radius(num_units, alpha, tuned_for=num_units) * math.sqrt(num_units)
-
-
-def standard_error(moments: RatioMoments, blocks: Blocks | None = None) -> float:
-    """The standard error of the ratio, NaN without units; sums over time `blocks` widen it by their design effect."""
-    ratio = moments.ratio
-    if not math.isfinite(ratio):
-        return math.nan
-    variance = max(moments.xx - 2 * ratio * moments.xy + ratio**2 * moments.yy, 0.0)
-    return math.sqrt(variance * (1.0 if blocks is None else design_effect(moments, blocks))) / abs(moments.y)
 
 
 def design_effect(moments: RatioMoments, blocks: Blocks) -> float:

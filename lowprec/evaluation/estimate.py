@@ -18,11 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
-import numpy as np
-from numpy.typing import NDArray
+from scipy import special
 
+from lowprec.evaluation.bounds import spread
 from lowprec.evaluation.confidence import (
     MIN_UNITS,
     Blocks,
@@ -31,7 +30,6 @@ from lowprec.evaluation.confidence import (
     design_effect,
     radius,
     ratio_interval,
-    standard_error,
 )
 from lowprec.evaluation.metrics import PlanMetrics, Sums
 from lowprec.evaluation.profile import Profile
@@ -51,14 +49,12 @@ class PlanEstimate:
     """What is known of a plan during a race; gaps in percent.
 
     `on_window` and `kl_on_window` are intervals of gap and KL gap on this very window, which compare plans raced on it;
-    the intervals of `metrics` are of traffic like it. `window_half_pct` is half the width that the interval of the gap
-    would have if every slice had been seen.
+    the intervals of `metrics` are of traffic like it.
     """
 
     metrics: PlanMetrics
     on_window: Interval
     kl_on_window: Interval
-    window_half_pct: float
 
 
 def estimates(
@@ -73,12 +69,10 @@ def estimates(
     for k, plan in enumerate(plans):
         is_reference = set(plan.values()) == {Precision.FP32}
         if is_reference or sums.num_slices == num_slices:
-            exact = sums.exact.metrics(k, confidence=confidence, is_reference=is_reference)
+            exact = sums.exact.metrics(k, confidence=confidence, is_reference=is_reference, looks="repeated")
             if not is_reference:
                 exact = _widened(exact, sums.exact, k, Blocks(change[k], loss), confidence)
-            interval = exact.gap_interval_pct
-            half = (interval.upper - interval.lower) / 2
-            found.append(PlanEstimate(exact, _point(exact.gap_pct), _point(exact.kl_pct), half))
+            found.append(PlanEstimate(exact, _point(exact.gap_pct), _point(exact.kl_pct)))
             continue
         found.append(
             _estimate(
@@ -130,7 +124,7 @@ def _estimate(
     confidence: float,
 ) -> PlanEstimate:
     alpha = 1 - confidence
-    seen = sums.exact.metrics(k, confidence=confidence)
+    seen = sums.exact.metrics(k, confidence=confidence, looks="repeated")
     sampled_gap, sampled_kl = sums.exact.evidence(k)
     # Where no slice seen has a label, nothing is added to what is predicted, and nothing is concluded.
     window_loss, share = profile.loss, sums.gap.y / profile.loss or math.inf
@@ -190,9 +184,10 @@ def _estimate(
         calibration_plan=calibration * seen.calibration_plan / seen.calibration_ref,
         confidence=confidence,
         effective_units=gap.effective_units,
-        standard_error_pct=100 * standard_error(gap, blocks),
+        standard_error_pct=100 * spread(gap, blocks).standard_error,
+        looks="repeated",
     )
-    return PlanEstimate(metrics, on_window, kl_on_window, 100 * (gap_alone.upper - gap_alone.lower) / 2)
+    return PlanEstimate(metrics, on_window, kl_on_window)
 
 
 def _widened(metrics: PlanMetrics, sums: Sums, k: int, blocks: Blocks, confidence: float) -> PlanMetrics:
@@ -201,7 +196,7 @@ def _widened(metrics: PlanMetrics, sums: Sums, k: int, blocks: Blocks, confidenc
     if design_effect(moments, blocks) == 1.0:
         return metrics
     interval = ratio_interval(moments, 1 - confidence, blocks=blocks)
-    error_pct = 100 * standard_error(moments, blocks)
+    error_pct = 100 * spread(moments, blocks).standard_error
     return metrics.with_gap_interval(Interval(100 * interval.lower, 100 * interval.upper), error_pct)
 
 
@@ -237,13 +232,5 @@ def _ne(loss: float, label: float, weight: float) -> float:
 
 
 def _student(degrees: int, alpha: float) -> float:
-    """Student's quantile over the normal one, two-sided at alpha (the expansion of Cornish and Fisher, 1937)."""
-    z = NormalDist().inv_cdf(1 - alpha / 2)
-    terms: NDArray[np.float64] = np.array(
-        [
-            (z**3 + z) / 4,
-            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        ]
-    )
-    return float(1 + (terms / degrees ** np.arange(1, 4)).sum() / z)
+    """Student's quantile over the normal one, two-sided at alpha."""
+    return float(special.stdtrit(degrees, 1 - alpha / 2) / special.ndtri(1 - alpha / 2))

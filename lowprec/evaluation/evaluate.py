@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowprec.evaluation.metrics import PlanMetrics, Sums
+from lowprec.evaluation.metrics import Looks, PlanMetrics, Sums
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
 from lowprec.evaluation.worker import ExactTask, Workers
 from lowprec.plan import Plan, Precision
@@ -45,13 +45,15 @@ def evaluate_plans(
     batches_per_task: int,
     batches: Sequence[int] | None = None,
     max_bad_fraction: float = 0.0,
+    looks: Looks = "once",
+    tuned_for: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluate `plans` on all batches of the window, or on those given.
 
     The split into tasks and the order of adding depend on the batches alone, so the result is the same to the bit for
-    any number of workers. `on_progress` is told of every few batches done. What to do about bad rows is the caller's;
-    here they only end an evaluation that is bound to fail for them.
+    any number of workers. `looks` and `tuned_for` are those of `Sums.metrics`. `on_progress` is told of every few
+    batches done. What to do about bad rows is the caller's; here they only end an evaluation that is bound to fail.
     """
     pieces = pieces_of(window, batches, batches_per_task)
     counter = RowCounter(window, max_bad_fraction)
@@ -72,7 +74,14 @@ def evaluate_plans(
     counter.check_outputs()
     assert total is not None, "a window has at least one batch"
     metrics = tuple(
-        total.metrics(k, confidence=confidence, is_reference=set(plan.values()) == {Precision.FP32}, blocks=blocks)
+        total.metrics(
+            k,
+            confidence=confidence,
+            is_reference=set(plan.values()) == {Precision.FP32},
+            blocks=blocks,
+            looks=looks,
+            tuned_for=tuned_for,
+        )
         for k, plan in enumerate(plans)
     )
     rows = counter.account(total.num_unlabelled)

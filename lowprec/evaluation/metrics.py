@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.evaluation.bounds import one_look, spread
 from lowprec.evaluation.confidence import (
     Blocks,
     Interval,
     RatioMoments,
     Verdict,
+    moment_sums,
     ratio_interval,
-    standard_error,
     verdict,
 )
 from lowprec.evaluation.second_moment import mixed
 from lowprec.models.quality import softplus
 
-__all__ = ["AUC_BINS", "GroupSums", "PlanMetrics", "Sums", "group_sums", "sums_of_batch"]
+__all__ = ["AUC_BINS", "GroupSums", "Looks", "PlanMetrics", "Sums", "group_sums", "sums_of_batch"]
 
 Float = NDArray[np.float64]
+
+# How often one looks at a window before a verdict, which decides between one-sided bounds and confidence sequences.
+Looks = Literal["once", "repeated"]
 
 # Logits beyond +-16 share the outermost bins; a bin is 1/256 of a logit wide.
 AUC_BINS = 8192
@@ -60,8 +64,8 @@ class Sums:
     Model 0 is the reference, models 1 to P are the plans. With w the weight, y the label, l the loss and p the
     prediction of an example: `weight` is the sum of w, `label` of w y, `entropy` of w H(p) of the reference, `loss`
     float64[P + 1] of w l, `prediction` float64[P + 1] of w p, `histogram` float64[P + 1, 2, AUC_BINS] of w by label and
-    logit. `moments` float64[P, 12] holds the sums of `_row_moments` where rows are the units of evidence. Where groups
-    are the units, it is zero and `groups` has the sums of each group.
+    logit. `moments` float64[P, 2, 10] holds the `moment_sums` of gap and KL gap where rows are the units of evidence.
+    Where groups are the units, it is zero and `groups` has the sums of each group.
 
     Adding is associative up to rounding; for bit-equal results add in the order of batches.
     """
@@ -117,20 +121,27 @@ class Sums:
 
     def totals(self) -> Float:
         """The sums of loss change and of KL of every plan, then the reference's loss and entropy: float64[2 P + 2]."""
-        kl = self.moments[:, 4] if self.groups is None else self.groups.values[self.num_plans : -2].sum(axis=1)
+        kl = self.moments[:, 1, 0] if self.groups is None else self.groups.values[self.num_plans : -2].sum(axis=1)
         return np.concatenate([self.loss[1:] - self.loss[0], kl, self.loss[:1], [self.entropy]])
 
     def metrics(
-        self, plan: int, *, confidence: float, is_reference: bool = False, blocks: Float | None = None
+        self,
+        plan: int,
+        *,
+        confidence: float,
+        is_reference: bool = False,
+        blocks: Float | None = None,
+        looks: Looks = "once",
+        tuned_for: int | None = None,
     ) -> PlanMetrics:
-        """The metrics of one plan (counted from 0) with intervals at `confidence`.
+        """The metrics of one plan (counted from 0) with bounds at `confidence`.
 
-        `is_reference` says that the plan is the reference itself: its gap is 0 by definition, not by evidence.
-        blocks: float64[num_blocks, 2 P + 2], the `totals` of time blocks that make up these sums; where blocks vary
-        more than independent units would, intervals are widened.
+        looks: `once` gives one-sided bounds, `repeated` a confidence sequence, which is tightest at `tuned_for` units,
+        by default at those at hand. `is_reference` says that the plan is the reference itself: its gap is 0 by
+        definition, not by evidence. blocks: float64[num_blocks, 2 P + 2], the `totals` of time blocks that make up
+        these sums; where blocks vary more than independent units would, bounds are further apart.
         """
         gap, kl = self.evidence(plan)
-        alpha = 1 - confidence
 
         def over_time(column: int, below: int) -> Blocks | None:
             return None if blocks is None else Blocks(blocks[:, column], blocks[:, below])
@@ -138,7 +149,10 @@ class Sums:
         def interval(moments: RatioMoments, column: int, below: int) -> Interval:
             if is_reference:
                 return Interval(0.0, 0.0)
-            return _percent(ratio_interval(moments, alpha, blocks=over_time(column, below)))
+            over = over_time(column, below)
+            if looks == "once":
+                return _percent(one_look(moments, confidence, blocks=over))
+            return _percent(ratio_interval(moments, 1 - confidence, tuned_for=tuned_for, blocks=over))
 
         entropy = _entropy(self.label / self.weight) if self.weight else math.nan
         auc_ref, error_ref = _auc(self.histogram[0])
@@ -167,21 +181,17 @@ class Sums:
             calibration_plan=calibration(plan + 1),
             confidence=confidence,
             effective_units=gap.effective_units,
-            standard_error_pct=0.0 if is_reference else 100 * standard_error(gap, over_time(plan, -2)),
+            standard_error_pct=0.0 if is_reference else 100 * spread(gap, over_time(plan, -2)).standard_error,
+            looks=looks,
         )
 
     def evidence(self, plan: int) -> tuple[RatioMoments, RatioMoments]:
         """Moments of (loss change, reference loss) and of (KL, reference entropy) over the units of evidence."""
         if self.groups is None:
-            x, xx, xy, x4, k, kk, kh, k4, y, yy, h, hh = map(float, self.moments[plan])
-            n = self.num_rows
-        else:
-            gx, gk, gy, gh = self.groups.values[[plan, self.num_plans + plan, -2, -1]]
-            n = len(gy)
-            terms = (gx, gx**2, gx * gy, gx**4, gk, gk**2, gk * gh, gk**4)
-            x, xx, xy, x4, k, kk, kh, k4 = (float(v.sum()) for v in terms)
-            y, yy, h, hh = (float(v.sum()) for v in (gy, gy * gy, gh, gh * gh))
-        return RatioMoments(n, x, y, xx, xy, yy, x4), RatioMoments(n, k, h, kk, kh, hh, k4)
+            gap, kl = (RatioMoments(self.num_rows, *map(float, sums)) for sums in self.moments[plan])
+            return gap, kl
+        x, kl_of_groups, y, h = self.groups.values[[plan, self.num_plans + plan, -2, -1]]
+        return RatioMoments.of(x, y), RatioMoments.of(kl_of_groups, h)
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,8 @@ class PlanMetrics:
     predicts the rest, and NE is that of all of them, while AUC and the plan's calibration come from those drawn.
     `auc_error` bounds how far either AUC can be from the exact one (pairs that share a histogram bin).
     `effective_units` says how many equal units of evidence would carry as much of the change as the `num_units` do;
-    `standard_error_pct` is that of the gap.
+    `standard_error_pct` is that of the gap. Intervals lie between two one-sided bounds, each at `confidence`, where
+    `looks` is `once`, and are confidence sequences where it is `repeated`.
     """
 
     num_examples: int
@@ -215,6 +226,7 @@ class PlanMetrics:
     confidence: float
     effective_units: float = math.nan
     standard_error_pct: float = math.nan
+    looks: Looks = "once"
 
     def with_gap_interval(self, interval: Interval, standard_error_pct: float) -> PlanMetrics:
         """The same with another interval and standard error of the gap (percent)."""
@@ -283,6 +295,9 @@ def sums_of_batch(
     kl = w * (positive[1:] - positive[0] - prediction[0] * (logits[1:] - logits[0]))
     entropy = w * (positive[0] - prediction[0] * logits[0])
     y, x = loss[0], loss[1:] - loss[0]
+    moments = np.zeros((len(plans), 2, 10))
+    if groups is None:
+        moments = np.stack([moment_sums(x, y), moment_sums(kl, entropy)], axis=1)
     return Sums(
         num_rows=len(labels),
         num_unlabelled=num_unlabelled,
@@ -292,20 +307,9 @@ def sums_of_batch(
         loss=loss.sum(axis=1),
         prediction=(prediction * w).sum(axis=1),
         histogram=_histogram(logits, labels, w),
-        moments=_row_moments(x, kl, y, entropy) if groups is None else np.zeros((len(plans), 12)),
+        moments=moments,
         groups=None if groups is None else group_sums(np.concatenate([x, kl, y[None], entropy[None]]), groups),
     )
-
-
-def _row_moments(x: Float, kl: Float, y: Float, h: Float) -> Float:
-    """float64[P, 12]: sums over rows of x, x^2, x y, x^4, k, k^2, k h, k^4, y, y^2, h, h^2.
-
-    x is the loss change of a plan, k its KL divergence from the reference, y the loss of the reference, h its entropy.
-    """
-    xx, kk = x * x, kl * kl
-    columns = [x, xx, x * y, xx * xx, kl, kk, kl * h, kk * kk]
-    constant = np.broadcast_to([y.sum(), (y * y).sum(), h.sum(), (h * h).sum()], (len(x), 4))
-    return np.concatenate([np.stack([c.sum(axis=1) for c in columns], axis=1), constant], axis=1)
 
 
 def group_sums(rows: Float, groups: NDArray[np.int64]) -> GroupSums:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.evaluation.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Verdict, deviations
+from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
+from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
 
 __all__ = ["Shortfall", "shortfall"]
@@ -61,16 +62,19 @@ def shortfall(
 ) -> Shortfall | None:
     """What an inconclusive verdict lacks; None for other verdicts.
 
-    A decision needs units enough for an interval, and an interval that is narrower than the distance between gap and
-    budget: its width falls with the square root of the number of units. days: the length of the window.
+    A decision needs units enough for bounds, and a bound that is nearer to the gap than the budget is: its distance
+    falls with the square root of the number of units. days: the length of the window.
     """
     if verdict != "inconclusive":
         return None
     n, effective = metrics.num_units, metrics.effective_units
-    factors = [MIN_UNITS / n if n else math.inf, MIN_EFFECTIVE_UNITS / effective if effective > 0 else math.inf]
+    factors = [MIN_EFFECTIVE_UNITS / effective if n and effective > 0 else math.inf]
     distance = abs(metrics.gap_pct - budget_pct)
-    if math.isfinite(metrics.standard_error_pct) and n:
-        half = deviations(n, 1 - metrics.confidence) * metrics.standard_error_pct
+    bounds = metrics.gap_interval_pct
+    half = bounds.upper - metrics.gap_pct if metrics.gap_pct <= budget_pct else metrics.gap_pct - bounds.lower
+    if not math.isfinite(half):
+        half = normal_quantile(metrics.confidence) * metrics.standard_error_pct
+    if math.isfinite(half) and n:
         factors.append((half / distance) ** 2 if distance else math.inf)
     factor = max(1.0, *factors)
     is_known = factor <= MAX_FACTOR

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lowprec.evaluation.confidence import Interval, ratio_interval
+from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.evaluate import NUM_BLOCKS
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
@@ -155,7 +156,7 @@ def measure_window(
     is_reference = set(plan.values()) == {Precision.FP32}
     metrics = _labelled(observation, confidence, is_reference)
     label_free = observation.label_free.evidence
-    interval = ratio_interval(label_free, 1 - confidence, blocks=observation.label_free_blocks)
+    interval = one_look(label_free, confidence, blocks=observation.label_free_blocks)
     shares = unit_shares(observation, precisions_of(plan)) if label_free.num_units else []
     return MeasuredWindow(
         metrics=metrics,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.evaluation.attribution import UnitSums, unit_sums
-from lowprec.evaluation.confidence import Blocks, RatioMoments, design_effect
+from lowprec.evaluation.confidence import Blocks, RatioMoments, design_effect, moment_sums
 from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
 from lowprec.evaluation.exact import ExactEvaluator
 from lowprec.evaluation.metrics import GroupSums, Sums, group_sums, sums_of_batch
@@ -36,7 +36,7 @@ class LabelFreeSums:
     """Sums over all examples, labelled or not: the KL divergence of the plan and the entropy of the reference.
 
     The entropy of a prediction is its expected loss where the reference is calibrated, so KL over entropy is the
-    expected gap. moments: float64[6], sums over rows of k, k^2, k h, k^4, h, h^2; zero where groups are the units of
+    expected gap. moments: float64[10], the `moment_sums` of k and h; zero where groups are the units of
     evidence, and then `groups` has the sums of each (rows k, h).
     """
 
@@ -51,17 +51,14 @@ class LabelFreeSums:
     @property
     def totals(self) -> Float:
         """The sums of k and of h, float64[2]."""
-        return self.moments[[0, 4]] if self.groups is None else np.asarray(self.groups.values.sum(axis=1))
+        return self.moments[:2] if self.groups is None else np.asarray(self.groups.values.sum(axis=1))
 
     @property
     def evidence(self) -> RatioMoments:
         """Moments of (KL, entropy) over the units of evidence."""
         if self.groups is None:
-            k, kk, kh, k4, h, hh = map(float, self.moments)
-            return RatioMoments(self.num_rows, k, h, kk, kh, hh, k4)
-        gk, gh = self.groups.values
-        terms = (gk, gh, gk**2, gk * gh, gh**2, gk**4)
-        return RatioMoments(len(gk), *(float(v.sum()) for v in terms))
+            return RatioMoments(self.num_rows, *map(float, self.moments))
+        return RatioMoments.of(*self.groups.values)
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,5 @@ class _Rows:
 
 def _label_free(kl: Float, entropy: Float, groups: NDArray[np.int64] | None) -> LabelFreeSums:
     if groups is not None:
-        return LabelFreeSums(len(kl), np.zeros(6), group_sums(np.stack([kl, entropy]), groups))
-    kk = kl * kl
-    terms = (kl, kk, kl * entropy, kk * kk, entropy, entropy * entropy)
-    return LabelFreeSums(len(kl), np.array([float(t.sum()) for t in terms]), None)
+        return LabelFreeSums(len(kl), np.zeros(10), group_sums(np.stack([kl, entropy]), groups))
+    return LabelFreeSums(len(kl), moment_sums(kl, entropy), None)

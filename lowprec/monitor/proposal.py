@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowprec.evaluation.bounds import normal_quantile
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import measure_profile
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
 from lowprec.search.layer_forms import forms_beside
+from lowprec.search.rule import Forecast
 from lowprec.search.space import SearchSpace, at_least_as_exact
 from lowprec.search.surrogate import build_surrogate
 from lowprec.traffic import TrafficWindow
@@ -93,7 +95,9 @@ def propose(
         on_progress=on_progress,
     )
     costs = replace(job, space=space).costs(measured.use)
-    surrogate = build_surrogate(measured, space, costs, budgets=[budget_pct], confidence=confidence)
+    # The plan will be judged on windows like this one.
+    forecast = Forecast(normal_quantile(confidence), 1.0)
+    surrogate = build_surrogate(measured, space, costs, budgets=[budget_pct], forecast=forecast)
     now = float(surrogate.promised_pct([plan])[0])
     worse = max(1.0, gap_pct / now) if now > 0 else 1.0
     point = surrogate.front.cheapest_within(AIM * budget_pct / worse)

@@ -53,6 +53,11 @@ def _render_job(document: Mapping[str, Any]) -> None:
         stdout.print(
             f"{window['name']} window {window['window']}: {window['num_rows']:,} rows, {window['num_batches']} batches"
         )
+    for power in document["power"]:
+        stdout.print(
+            f"budget {power['budget_pct']:g} %: the confirm window certifies plans with a KL gap of up to about "
+            f"{power['kl_pct']:.4f} % (of independent examples, and where the reference is calibrated)"
+        )
     for note in document["notes"]:
         stdout.print(escape(note))
 

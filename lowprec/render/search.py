@@ -96,7 +96,7 @@ def render_plan(document: Mapping[str, Any]) -> None:
 def render_verify(document: Mapping[str, Any]) -> None:
     """One plan and its evidence."""
     _render_plan(document)
-    stdout.print(_evidence(document, document["window"]))
+    stdout.print(_evidence(document, document["window"]) + _certifiable(document))
     _render_quality(document)
     render_rows("verified", document["rows"])
     for warning in document["warnings"]:
@@ -146,13 +146,13 @@ def _render_recommendation(document: Mapping[str, Any], windows: Mapping[str, st
     stdout.print(
         f"         {document['because']}; the profile promised {number(document['promised_pct'], '{:+.4f} %')}"
     )
-    stdout.print(f"confirm: {_evidence(document['confirm'], windows['confirm'])}")
+    stdout.print(f"confirm: {_evidence(document['confirm'], windows['confirm'])}{_certifiable(document)}")
     for other in document["finalists"]:
         if other["trial_key"] != document["trial_key"]:
             stdout.print(
                 f"also tried: {bytes_text(other['bytes'])} ({other['bytes_ratio']:.3f} of fp32, "
                 f"{precision_counts(other['plan'].values())}), {_evidence(other, windows['confirm'])}: "
-                f"{other['verdict']}"
+                f"{other['verdict']}{_certifiable(other)}"
             )
     _render_quality(document["confirm"])
     stdout.print(f"plan written to {escape(document['plan_path'])}")
@@ -197,10 +197,17 @@ def _evidence(metrics: Mapping[str, Any], window: str) -> str:
     exact, whole = metrics["num_exact"], metrics["num_examples"]
     counted = f"{whole:,}" if exact == whole else f"{exact:,} of {whole:,}"
     rest = "" if exact == whole else ", the profile for the rest"
+    confidence = f"{100 * metrics['confidence']:.4g} %"
+    how = f"one-sided bounds at {confidence} each" if metrics["looks"] == "once" else f"sequence at {confidence}"
     return (
-        f"gap {gap_text(metrics)} at {100 * metrics['confidence']:.4g} % confidence, KL gap {gap_text(metrics, 'kl')}, "
+        f"gap {gap_text(metrics)} ({how}), KL gap {gap_text(metrics, 'kl')}, "
         f"exact on {counted} examples{groups} of {window}{rest}"
     )
+
+
+def _certifiable(document: Mapping[str, Any]) -> str:
+    budget = document["certifiable_budget_pct"]
+    return f"; certified for budgets from {budget:.4f} % on" if is_known(budget) else "; certified for no budget"
 
 
 def _render_quality(metrics: Mapping[str, Any]) -> None:

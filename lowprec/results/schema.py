@@ -20,8 +20,9 @@ __all__ = ["SCHEMA_VERSION", "TABLES", "TableSchema", "table_schema", "to_arrow"
 
 # What the columns mean. It moves when a column comes, goes or changes its meaning, and stands in each Delta table's
 # description. 1: the KL gap of searches was in percent of the reference's loss (tables without a description). 2: it is
-# in percent of the reference's entropy, everywhere; trials have floors.
-SCHEMA_VERSION = 2
+# in percent of the reference's entropy, everywhere; trials have floors. 3: intervals of confirm, verify and a monitored
+# window lie between two one-sided bounds of one look (before: two-sided confidence sequences); trials say which.
+SCHEMA_VERSION = 3
 
 _TIME = pa.timestamp("us", tz="UTC")
 _NAMES = {pa.string(): "text", pa.int64(): "an integer", pa.float64(): "a number", _TIME: "a time with a zone"}
@@ -101,6 +102,8 @@ TABLES: Mapping[str, TableSchema] = {
                 "num_examples": pa.int64(),
                 "num_exact": pa.int64(),  # of these, evaluated exactly; the profile predicts the rest
                 "num_units": pa.int64(),  # units of evidence: examples, or groups of them
+                "looks": pa.string(),  # once: bounds are one-sided, each at `confidence`; repeated: a sequence
+                "confidence": pa.float64(),
                 "metrics_json": pa.string(),
                 "floors_json": pa.string(),  # of the launch gate: figure, limit and verdict of each floor; null without
             },
@@ -143,7 +146,7 @@ TABLES: Mapping[str, TableSchema] = {
                 "checkpoint_sha256": pa.string(),
                 "budget_pct": pa.float64(),
                 "judged_by": pa.string(),  # labels or kl
-                **_INTERVALS,  # of this window by itself
+                **_INTERVALS,  # of this window by itself, between two one-sided bounds
                 "running_pct": pa.float64(),  # of all windows since the deployment, or the last breach or its end
                 "running_lower_pct": pa.float64(),
                 "running_upper_pct": pa.float64(),

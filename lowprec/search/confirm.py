@@ -10,6 +10,7 @@ from lowprec.errors import ModelError
 from lowprec.evaluation.confidence import Verdict
 from lowprec.plan import Plan
 from lowprec.search.choice import Choice, Confirmed, confidence_of_try, finalists, next_try, recommended
+from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
 
 __all__ = ["Recommendation", "confirm"]
@@ -40,6 +41,7 @@ def confirm(
     trials: Sequence[Trial],
     budgets: Sequence[float],
     *,
+    forecast: Forecast,
     found: Sequence[Trial],
     confidence: float,
     evaluate: EvaluateThere,
@@ -54,7 +56,7 @@ def confirm(
     the confirmed trials of this run from before a resumption: they keep the try that they were part of. num_spent:
     tries of other runs on this window, which have spent their parts of the error rate.
     """
-    choices = {budget: finalists(trials, budget, reference_cost) for budget in budgets}
+    choices = {budget: finalists(trials, budget, forecast, reference_cost) for budget in budgets}
     if not all(choices.values()):
         raise ModelError("search: no plan gives finite logits; look for huge weights in the checkpoint")
     for budget, chosen in choices.items():
@@ -86,7 +88,7 @@ def confirm(
             tested = {c.choice.trial.plan for c in tried[budget]} | {
                 p for p, t in known.items() if t.wave < first + later
             }
-            if choice := next_try(trials, budget, tested, later):
+            if choice := next_try(trials, budget, forecast, tested, later):
                 fresh[budget] = choice
         if not fresh:
             break

@@ -6,14 +6,18 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+
 from lowprec.calibration import LayerGrid
 from lowprec.config import Config
 from lowprec.errors import TrafficError
 from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.power import certifiable_kl_pct
 from lowprec.models.adapter import inputs_of
 from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 from lowprec.plan import is_layer
+from lowprec.search.choice import confidence_of_try
 from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
@@ -56,7 +60,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     # One batch through the model finds what reading the config cannot.
     for name in ("search", "confirm"):
         _check_label_values(job, name)
-    _try_first_batch(job)
+    loss = _try_first_batch(job)
     choice = choose_workers_for(job)
     windows = []
     for name in ("search", "confirm"):
@@ -91,6 +95,7 @@ def describe_job(job: Job) -> dict[str, Any]:
             for d in space.dominated
         ],
         "windows": windows,
+        "power": _power(job, loss),
         "traffic_version": job.reader.version,
         "workers": vars(choice),
         "fp32_parameters": [u.to_dict() for u in uncovered_parameters(job.adapter)],
@@ -114,22 +119,45 @@ def _check_label_values(job: Job, name: str) -> None:
         )
 
 
-def _try_first_batch(job: Job) -> None:
-    """Raise a `LowprecError` for a model of which no search is possible."""
+def _power(job: Job, loss: float | None) -> list[dict[str, Any]]:
+    """For each budget the largest KL gap that the confirm window is likely to certify; loss: of the first batch."""
+    if loss is None:
+        return []
+    confidence = confidence_of_try(job.config.search.confidence, 0)
+    num_examples = job.window("confirm").num_rows
+    return [
+        {
+            "budget_pct": budget,
+            "kl_pct": certifiable_kl_pct(budget, num_examples=num_examples, loss=loss, confidence=confidence),
+        }
+        for budget in job.config.search.all_budgets
+    ]
+
+
+def _try_first_batch(job: Job) -> float | None:
+    """The reference's mean entropy in the first batch (nats), None where it is not known.
+
+    Raises a `LowprecError` for a model of which no search is possible.
+    """
     window = job.window("search")
     batch = window.batch(0)
     if not batch.num_rows:
-        return
+        return None
     tables = {unit for unit, _ in job.columns if not is_layer(unit)}
     if not job.adapter.has_rows:
         check_bags(job.adapter.asked(inputs_of(batch)), batch.num_rows, tables)
-        return
+        # The tables are not on this machine: of the labels alone, which a model can only do better than.
+        rate = float(np.nanmean(batch.labels)) if not np.isnan(batch.labels).all() else math.nan
+        return -rate * math.log(rate) - (1 - rate) * math.log1p(-rate) if 0 < rate < 1 else None
     evaluator = ExactEvaluator(job.adapter)
-    evaluator.logits(batch, [])
+    logits = evaluator.logits(batch, []).reference.astype(np.float64)
     if window.num_batches == 1 or batch.num_rows >= _MANY_OUTPUTS:
         evaluator.outputs.check()
     check_bags(job.adapter.reference(inputs_of(batch)).calls, batch.num_rows, tables)
     evaluator.check_assignment(batch, tables)
+    positive = np.logaddexp(0, logits)
+    loss = float(np.mean(positive - np.exp(logits - positive) * logits))
+    return loss if math.isfinite(loss) else None
 
 
 def notes_on(job: Job) -> list[str]:

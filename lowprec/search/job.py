@@ -25,6 +25,7 @@ from lowprec.evaluation.auto_workers import (
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.measure import MeasuredProfile, measure_profile
+from lowprec.evaluation.metrics import Looks
 from lowprec.evaluation.profile import Column, columns_of
 from lowprec.evaluation.profile_file import ProfileOrigin
 from lowprec.evaluation.rows import RowAccount, TableUse
@@ -239,6 +240,8 @@ class Job:
         quarantine: Location,
         batches: Sequence[int] | None = None,
         confidence: float | None = None,
+        looks: Looks = "once",
+        tuned_for: int | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Evaluate plans on a window; bad rows are written to `quarantine`, and too many of them stop the job.
@@ -250,6 +253,8 @@ class Job:
             window,
             plans,
             confidence=confidence or self.config.search.confidence,
+            looks=looks,
+            tuned_for=tuned_for,
             batches_per_task=self.config.evaluation.batches_per_task,
             batches=batches,
             max_bad_fraction=self.config.traffic.max_bad_fraction,

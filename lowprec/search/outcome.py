@@ -8,6 +8,7 @@ from typing import Any
 
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.power import certifiable_pct
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import shortfall
 from lowprec.models.uncovered import Uncovered
@@ -90,6 +91,8 @@ class SearchOutcome:
             "budget_pct": recommendation.budget_pct,
             "verdict": recommendation.verdict,
             "saves": recommendation.saves,
+            "certifiable_budget_pct": certifiable_pct(best.metrics),
+            "chance": best.choice.chance,
             "missing_evidence": self._shortfall(recommendation),
             "meets_budget_in_search": best.choice.meets_budget,
             "because": best.choice.because,
@@ -127,6 +130,8 @@ class SearchOutcome:
             **self._plan(confirmed.choice.trial),
             "try": confirmed.attempt + 1,
             "verdict": confirmed.verdict,
+            "chance": confirmed.choice.chance,
+            "certifiable_budget_pct": certifiable_pct(confirmed.metrics),
             **confirmed.metrics.to_dict(),
         }
 

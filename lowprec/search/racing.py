@@ -11,7 +11,7 @@ from lowprec.evaluation.estimate import MIN_SLICES, PlanEstimate, estimates
 from lowprec.evaluation.profile import Profile
 from lowprec.evaluation.race import RaceSums
 from lowprec.plan import Plan
-from lowprec.search.rule import risk_on_window
+from lowprec.search.rule import Forecast
 
 __all__ = ["Finish", "Rival", "laps", "race"]
 
@@ -32,8 +32,8 @@ class Rival(Protocol):
         """What the search minimises."""
 
     @property
-    def risk_on_window(self) -> Interval:
-        """The risk on this very window."""
+    def risk_on_window(self) -> Interval | None:
+        """The risk on this very window; None where it was not raced."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class Finish:
     estimate: PlanEstimate
     num_slices: int
     why: str
-
-    @property
-    def risk_on_window(self) -> Interval:
-        """The risk on this very window."""
-        return risk_on_window(self.estimate)
+    risk_on_window: Interval
 
 
 def laps(num_slices: int) -> list[int]:
@@ -72,19 +68,21 @@ def race(
     profile: Profile,
     order: Sequence[int],
     *,
+    forecast: Forecast,
+    corrections_pct: Sequence[float],
     rivals: Sequence[Rival] = (),
     budgets: Sequence[float],
     confidence: float,
 ) -> list[Finish]:
     """Race plans on the slices of a window in the random `order`; finishes in the order of plans.
 
-    `run_lap` evaluates plans on slices. A plan stops when it is known for every budget whether the plan meets the rule
-    of a search on this window, when a rival that costs no more has a lower risk with confidence, or when more slices
-    would take too long.
+    `run_lap` evaluates plans on slices. corrections_pct: for each plan the expected gap less the measured one. A plan
+    stops when it is known for every budget whether the plan meets the rule of a search on this window, when a rival
+    that costs no more has a lower risk with confidence, or when more slices would take too long.
     Plans of one race are no rivals of each other, so what is found of a plan does not depend on its company: a wave
     that was cut in two is the same as a whole one.
     """
-    known = [(rival.cost, rival.risk_on_window.upper) for rival in rivals]
+    known = [(rival.cost, rival.risk_on_window.upper) for rival in rivals if rival.risk_on_window is not None]
     finished: dict[int, Finish] = {}
     running = list(range(len(plans)))
     sums: RaceSums | None = None
@@ -108,9 +106,10 @@ def race(
             )
         )
         for k, estimate in found.items():
-            why = _decided(estimate, costs[k], known, budgets)
+            risk = forecast.risk_on_window(estimate, corrections_pct[k])
+            why = _decided(risk, costs[k], known, budgets)
             if why or seen == planned[-1]:
-                finished[k] = Finish(plans[k], costs[k], estimate, seen, why or "end")
+                finished[k] = Finish(plans[k], costs[k], estimate, seen, why or "end", risk)
         if len(finished) == len(plans):
             break
         sums = sums.only([position for position, k in enumerate(running) if k not in finished])
@@ -118,10 +117,7 @@ def race(
     return [finished[k] for k in range(len(plans))]
 
 
-def _decided(
-    estimate: PlanEstimate, cost: float, known: Sequence[tuple[float, float]], budgets: Sequence[float]
-) -> str | None:
-    risk = risk_on_window(estimate)
+def _decided(risk: Interval, cost: float, known: Sequence[tuple[float, float]], budgets: Sequence[float]) -> str | None:
     if all(risk.upper <= (1 - SLACK) * budget or risk.lower > (1 + SLACK) * budget for budget in budgets):
         return "rule"
     return "dominated" if any(other <= cost and upper < risk.lower for other, upper in known) else None

@@ -19,9 +19,10 @@ from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
 from lowprec.search.floors import Floor, gated
 from lowprec.search.job import Job
+from lowprec.search.looks import Look
 from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
-from lowprec.search.trial import Trial
+from lowprec.search.trial import Trial, plan_text
 from lowprec.storage import Location
 from lowprec.traffic.window import overlap
 
@@ -225,6 +226,20 @@ class RunRecord:
         others = set(runs) - {self.run_id}
         rows = self._store.read("trials", evaluation="confirm").select(["run_id", "window", "wave"]).to_pylist()
         return len({(r["run_id"], r["wave"]) for r in rows if r["run_id"] in others and overlap(r["window"], window)})
+
+    def looks(self, plan: Plan, window: str) -> list[Look]:
+        """All looks so far at a plan of this checkpoint on this window or one that overlaps with it, in time."""
+        runs = self._store.read("runs", checkpoint_sha256=self.job.checkpoint_sha256).column("run_id").to_pylist()
+        of_checkpoint, text = set(runs), plan_text(plan)
+        columns = ["run_id", "window", "trial_key", "plan_json", "looks", "confidence", "num_units", "committed_at"]
+        found = [
+            row
+            for evaluation in ("confirm", "verify")
+            for row in self._store.read("trials", evaluation=evaluation).select(columns).to_pylist()
+            if row["plan_json"] == text and row["run_id"] in of_checkpoint and overlap(row["window"], window)
+        ]
+        found.sort(key=lambda row: row["committed_at"])
+        return [Look(r["trial_key"], r["looks"], r["confidence"], r["num_units"]) for r in found]
 
     def add_trials(
         self, trials: Sequence[Trial], *, evaluation: str, window: str, floors: Sequence[Floor] = ()

@@ -1,20 +1,17 @@
 """The rule of a search as a function of the profile: what risk a plan is predicted to have (see `rule`).
 
 With the first-order sums a, Q and the evidence E of a profile, a plan z has the gap a z + 1/2 z Q z, the KL gap
-1/2 z Q z, and an interval whose half width grows with sqrt(z E z). So the risk follows from quadratic forms. The sums a
-are those measured, label noise included, because the rule looks at the measured gap. The KL gap keeps that noise from
-being exploited.
+1/2 z Q z, and a standard error that grows with sqrt(z E z). So the risk follows from quadratic forms. The sums a are
+those without their label noise (see `shrinkage`): the gap is the one that is expected of later traffic.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lowprec.evaluation.confidence import deviations
 from lowprec.evaluation.profile import Profile
 from lowprec.plan import Plan
 from lowprec.search.proxy import Float, build_proxy
@@ -27,16 +24,13 @@ __all__ = ["RiskModel"]
 class RiskModel:
     """Predicted risks, in percent.
 
-    deviations: half the width of an interval, in standard errors of the labelled gap.
+    first: the first-order sums, float64[D]. deviations: how far the upper bound will be above the gap, in standard
+    errors of the window that was profiled.
     """
 
     profile: Profile
+    first: Float
     deviations: float
-
-    @classmethod
-    def of(cls, profile: Profile, *, confidence: float) -> RiskModel:
-        """With intervals at a confidence, of the window that was profiled."""
-        return cls(profile, deviations(profile.num_rows, 1 - confidence) if profile.num_rows else math.inf)
 
     def widened(self, factor: float) -> RiskModel:
         """The same with intervals wider by a factor."""
@@ -49,7 +43,7 @@ class RiskModel:
 
     def risks(self, plans: Sequence[Plan]) -> Float:
         """The risk of each plan, float64[P]."""
-        gaps, divergences = self.profile.gaps_pct(self.profile.selected(plans))
+        gaps, divergences = self.profile.gaps_pct(self.profile.selected(plans), self.first)
         return np.asarray(np.maximum(gaps, divergences) + self.half_widths(plans))
 
     def risks_of_all(self, every: EveryPlan) -> Float:

@@ -1,36 +1,81 @@
-"""The rule that a plan must meet on the search window, and what is known of it during a race.
+"""What a search expects the confirm window to say of a plan: the rule by which it chooses.
 
-A plan meets a budget where its *risk* is within the budget: the larger of its gap and its KL gap, plus half the width
-of its interval. The labelled gap alone would pick the plans that label noise favours, and with an overfitted or badly
-calibrated reference those whose gap is negative. The KL gap needs no labels.
+On the search window nothing is promised, so nothing is tested there. A plan meets a budget where its *risk* is within
+the budget: the larger of its expected gap and its KL gap, plus what the confirm window takes for chance, which is the
+standard error that the gap will have there times the quantile of its one-sided bound. Such a plan is certified with a
+probability of about one half; a plan with less risk is certified more often.
+
+The expected gap is that of the search window without the label noise that is in it (see `shrinkage`): the measured gap
+alone would pick the plans that label noise favours. The KL gap needs no labels, and keeps a reference that is
+overfitted or badly calibrated from making plans look better than fp32.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from scipy import special
+
+from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.estimate import PlanEstimate
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.search.trial import Trial
 
-__all__ = ["known_risk", "risk_on_window", "risk_pct"]
-
-
-def risk_pct(metrics: PlanMetrics) -> float:
-    """The risk of a plan by what is known of it, in percent; infinite without an interval, NaN without a finite gap."""
-    interval = metrics.gap_interval_pct
-    return max(metrics.gap_pct, metrics.kl_pct) + (interval.upper - interval.lower) / 2
+__all__ = ["Forecast"]
 
 
-def risk_on_window(estimate: PlanEstimate) -> Interval:
-    """Bounds of the risk that a plan would have if every slice of this window had been seen, in percent."""
-    half = estimate.window_half_pct
-    if not math.isfinite(half):
-        return Interval(-math.inf, math.inf)
-    gaps, divergences = estimate.on_window, estimate.kl_on_window
-    return Interval(max(gaps.lower, divergences.lower) + half, max(gaps.upper, divergences.upper) + half)
+@dataclass(frozen=True)
+class Forecast:
+    """How the confirm window will judge what was measured on the search window.
 
+    quantile: standard errors between a gap and its upper bound there. scale: a standard error there over the same one
+    here, from the numbers of their examples.
+    """
 
-def known_risk(metrics: PlanMetrics) -> Interval:
-    """The risk of a plan that was evaluated on a whole window, as bounds that meet."""
-    return Interval(risk_pct(metrics), risk_pct(metrics))
+    quantile: float
+    scale: float
+
+    @classmethod
+    def of(cls, *, confidence: float, num_search: int, num_confirm: int) -> Forecast:
+        """Of windows with these numbers of examples; confidence: that of the first plans confirmed."""
+        scale = math.sqrt(num_search / num_confirm) if num_confirm else math.inf
+        return cls(normal_quantile(confidence), scale)
+
+    def half_width_pct(self, metrics: PlanMetrics) -> float:
+        """How far above its gap the upper bound of a plan will be, in percent; infinite with too little evidence."""
+        if not math.isfinite(metrics.standard_error_pct):
+            return math.inf
+        # The reference itself has no error.
+        if metrics.standard_error_pct > 0 and metrics.effective_units < MIN_EFFECTIVE_UNITS * self.scale**2:
+            return math.inf
+        return self.quantile * self.scale * metrics.standard_error_pct
+
+    def risk_pct(self, trial: Trial) -> float:
+        """The risk of a plan in percent; NaN without a finite gap."""
+        metrics = trial.metrics
+        expected = metrics.gap_pct if trial.expected_pct is None else trial.expected_pct
+        return max(expected, metrics.kl_pct) + self.half_width_pct(metrics)
+
+    def risk_on_window(self, estimate: PlanEstimate, correction_pct: float) -> Interval:
+        """Bounds of the risk that a plan would have if every slice of the search window had been seen, in percent.
+
+        correction_pct: the expected gap less the measured one.
+        """
+        half = self.half_width_pct(estimate.metrics)
+        gaps, divergences = estimate.on_window, estimate.kl_on_window
+        if not math.isfinite(half) or not math.isfinite(gaps.upper):
+            return Interval(-math.inf, math.inf)
+        return Interval(
+            max(gaps.lower + correction_pct, divergences.lower) + half,
+            max(gaps.upper + correction_pct, divergences.upper) + half,
+        )
+
+    def chance(self, trial: Trial, budget_pct: float) -> float:
+        """The probability that the confirm window certifies a plan: both windows have their own chance errors."""
+        risk = self.risk_pct(trial)
+        deviation = trial.metrics.standard_error_pct * math.hypot(1.0, self.scale)
+        if not math.isfinite(risk) or not deviation > 0:
+            return float(risk <= budget_pct)
+        return float(special.ndtr((budget_pct - risk) / deviation))

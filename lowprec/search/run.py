@@ -21,7 +21,7 @@ from lowprec.evaluation.worker import Workers
 from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.search.choice import finalists
+from lowprec.search.choice import confidence_of_try, finalists
 from lowprec.search.confirm import Recommendation, confirm
 from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
@@ -29,7 +29,7 @@ from lowprec.search.layer_forms import fitted_forms, num_passes
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.racing import race
 from lowprec.search.record import RunRecord, on_same_traffic
-from lowprec.search.rule import known_risk
+from lowprec.search.rule import Forecast
 from lowprec.search.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
 from lowprec.search.surrogate import Surrogate, build_surrogate
@@ -98,6 +98,11 @@ class _Search:
         self._began = time.monotonic()
         self._window = job.window("search")
         self._confirm_window = job.window("confirm")  # opened first: an empty window must not cost a search
+        self._forecast = Forecast.of(
+            confidence=confidence_of_try(self._settings.confidence, 0),
+            num_search=self._window.num_rows,
+            num_confirm=self._confirm_window.num_rows,
+        )
         self._slices = slices_of(self._window)
         # The one random order in which slices are raced: plans of different waves meet on the same slices.
         self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
@@ -112,6 +117,7 @@ class _Search:
         recommendations = confirm(
             trials,
             self._budgets,
+            forecast=self._forecast,
             found=self._record.trials("confirm"),
             confidence=self._settings.confidence,
             evaluate=lambda chosen, confidence, attempt: self._confirm(surrogate, chosen, confidence, attempt),
@@ -166,9 +172,7 @@ class _Search:
         costs = self._job.costs(measured.use)
         for note in costs.notes:
             self._progress.note(note)
-        surrogate = build_surrogate(
-            measured, self._job.space, costs, budgets=self._budgets, confidence=self._settings.confidence
-        )
+        surrogate = build_surrogate(measured, self._job.space, costs, budgets=self._budgets, forecast=self._forecast)
         if surrogate.front.infeasible:
             raise ConfigError(f"search: {surrogate.front.infeasible}")
         return surrogate
@@ -236,7 +240,9 @@ class _Search:
                 self._progress.note(f"stopped by the time limit after {len(trials)} trials")
                 break
             before = [t for t in trials if t.wave < wave]
-            kind, plans = next_wave(surrogate, self._job.space, settings, before, wave, self._record.start)
+            kind, plans = next_wave(
+                surrogate, self._job.space, settings, before, wave, self._record.start, self._forecast
+            )
             if not plans:
                 self._progress.note("there are no more plans to evaluate")
                 break
@@ -262,12 +268,15 @@ class _Search:
     def _wave(
         self, surrogate: Surrogate, kind: str, wave: int, plans: Sequence[Plan], before: Sequence[Trial], first: int
     ) -> list[Trial]:
+        corrections = surrogate.corrections_pct(plans)
         finishes = race(
             plans,
             [surrogate.costs.cost(plan) for plan in plans],
             lambda chosen, slices: self._lap(surrogate, chosen, slices),
             surrogate.profile,
             self._order,
+            forecast=self._forecast,
+            corrections_pct=corrections.tolist(),
             rivals=before,
             budgets=self._budgets,
             confidence=self._settings.confidence,
@@ -285,6 +294,7 @@ class _Search:
                 f.risk_on_window,
                 surrogate.measured.rows,
                 float(promised[k]),
+                f.estimate.metrics.gap_pct + float(corrections[k]),
             )
             for k, f in enumerate(finishes)
         ]
@@ -323,7 +333,7 @@ class _Search:
                 attempt,
                 "finalist",
                 metrics,
-                known_risk(metrics),
+                None,
                 evaluation.rows,
                 trial.promised_pct,
             )
@@ -341,9 +351,10 @@ class _Search:
         wave: int,
         kind: str,
         metrics: PlanMetrics,
-        risk_on_window: Interval,
+        risk_on_window: Interval | None,
         rows: RowAccount,
         promised_pct: float | None,
+        expected_pct: float | None = None,
     ) -> Trial:
         return Trial(
             key=self._key(name, plan),
@@ -358,6 +369,7 @@ class _Search:
             metrics=metrics,
             risk_on_window=risk_on_window,
             rows=rows,
+            expected_pct=expected_pct,
         )
 
     def _key(self, name: str, plan: Plan) -> str:
@@ -367,7 +379,7 @@ class _Search:
     def _save_best(self, trials: Sequence[Trial]) -> None:
         """Keep the safest finalists so far where a person finds them, with the evidence that there is."""
         for budget in self._budgets:
-            choices = finalists(trials, budget)
+            choices = finalists(trials, budget, self._forecast)
             if choices:
                 self._save(choices[0].trial, budget, None)
 

@@ -10,12 +10,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.evaluation.bounds import spread
+from lowprec.evaluation.confidence import Blocks
 from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile import Profile
 from lowprec.plan import Plan
 from lowprec.search.costs import Costs
 from lowprec.search.proxy import ProxyFront, ProxyModel, ProxyPoint, build_proxy
 from lowprec.search.risk_model import RiskModel
+from lowprec.search.rule import Forecast
 from lowprec.search.rule_front import solve_rule
 from lowprec.search.shrinkage import FirstOrder, shrunk_first_order
 from lowprec.search.space import SearchSpace
@@ -35,7 +38,7 @@ class Surrogate:
     """The profile of a search with its first-order sums shrunk, and what the quadratic model says is best.
 
     `front` is over cost and promised gap. `rule_front` is over cost and risk, by which the search chooses: the
-    `gap_pct` of its points is a risk. `model` has the gaps that the profile measured, and the decisions of the space.
+    `gap_pct` of its points is a risk. `model` has the promised gaps, and the decisions of the space.
     """
 
     measured: MeasuredProfile
@@ -51,6 +54,10 @@ class Surrogate:
     def profile(self) -> Profile:
         """The profile itself."""
         return self.measured.profile
+
+    def corrections_pct(self, plans: Sequence[Plan]) -> Float:
+        """What the promised gap of each plan has above the measured one: the label noise that was taken out."""
+        return self.promised_pct(plans) - self.profile.gaps_pct(self.profile.selected(plans))[0]
 
     def promised_pct(self, plans: Sequence[Plan]) -> Float:
         """The gap that the profile promises for each plan, in percent."""
@@ -116,7 +123,7 @@ class Surrogate:
 
 
 def build_surrogate(
-    measured: MeasuredProfile, space: SearchSpace, costs: Costs, *, budgets: Sequence[float], confidence: float
+    measured: MeasuredProfile, space: SearchSpace, costs: Costs, *, budgets: Sequence[float], forecast: Forecast
 ) -> Surrogate:
     """The quadratic model of a profile over a space, solved."""
     profile = measured.profile
@@ -124,14 +131,15 @@ def build_surrogate(
     num_columns = len(profile.columns)
     percent = 100 / profile.loss if profile.loss else 0.0
     second = profile.second.dense()[:num_columns, :num_columns] * percent
-    promised, measured_gap = (
-        build_proxy(space, profile.columns, first * percent, second, cost=costs.unit_cost, limits=costs.limits)
-        for first in (first_order.sums, profile.first[:num_columns])
+    promised = build_proxy(
+        space, profile.columns, first_order.sums * percent, second, cost=costs.unit_cost, limits=costs.limits
     )
     front = solve_front(promised)
-    risk = RiskModel.of(profile, confidence=confidence)
+    # No plan shifts or scales the logits as a whole.
+    first = np.pad(first_order.sums, (0, len(profile.first) - num_columns))
+    risk = RiskModel(profile, first, forecast.quantile * forecast.scale)
     if front.points:
-        risk = risk.widened(_block_effect(risk, front, confidence))
+        risk = risk.widened(_block_effect(risk, front))
     slopes = [_slope_of_upper_end(profile, budget, risk.deviations) for budget in sorted(budgets)]
     return Surrogate(
         measured=measured,
@@ -140,19 +148,22 @@ def build_surrogate(
         risk=risk,
         budgets=tuple(sorted(budgets)),
         front=front,
-        rule_front=solve_rule(measured_gap, risk, slopes) if front.points else front,
-        model=measured_gap,
+        rule_front=solve_rule(promised, risk, slopes) if front.points else front,
+        model=promised,
     )
 
 
-def _block_effect(risk: RiskModel, front: ProxyFront, confidence: float) -> float:
-    """How much wider intervals of the front are for the time blocks of the window, as a median of some plans."""
-    plans = [point.plan for point in _spread(front.points, MAX_ANCHORS)]
-    intervals = risk.profile.intervals_pct(risk.profile.selected(plans), confidence=confidence)
-    half = np.array([(interval.upper - interval.lower) / 2 for interval in intervals])
-    alone = risk.half_widths(plans)
-    known = np.isfinite(half) & (alone > 0)
-    return max(1.0, float(np.median(half[known] / alone[known]))) if known.any() else 1.0
+def _block_effect(risk: RiskModel, front: ProxyFront) -> float:
+    """How much larger standard errors are for the time blocks of the window, as a median of plans of the front."""
+    profile = risk.profile
+    z = profile.selected([point.plan for point in _spread(front.points, MAX_ANCHORS)])
+    change, loss = profile.block_sums(z)
+    found = [
+        spread(m, Blocks(x, loss)).standard_error / alone
+        for m, x in zip(profile.moments(z), change, strict=True)
+        if (alone := spread(m).standard_error) > 0
+    ]
+    return float(np.median(found)) if found else 1.0
 
 
 def _slope_of_upper_end(profile: Profile, budget_pct: float, deviations: float) -> float:

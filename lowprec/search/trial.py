@@ -14,7 +14,7 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan, Precision
 
-__all__ = ["Trial", "pareto_front", "plan_key"]
+__all__ = ["Trial", "pareto_front", "plan_key", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Trial:
 
     `key` names checkpoint, window and plan, so the same evaluation has the same key in every run. `kind` is where the
     plan came from. `cost` is what the search minimises, bytes or latency. `promised_pct` is the gap that the profile
-    promised before anything was evaluated exactly, `risk_on_window` bounds of the risk on this very window (percent).
+    promised before anything was evaluated exactly, `expected_pct` the gap of later traffic that search expects (see
+    `rule`), `risk_on_window` bounds of the risk on this very window (percent): None where nothing was raced.
     """
 
     key: str
@@ -36,20 +37,25 @@ class Trial:
     cost: float
     promised_pct: float | None
     metrics: PlanMetrics
-    risk_on_window: Interval
+    risk_on_window: Interval | None
     rows: RowAccount
+    expected_pct: float | None = None
 
     def to_row(self) -> dict[str, Any]:
         """The columns of the `trials` table that come from the trial itself."""
         flat = self.metrics.to_dict()
-        ends = [self.risk_on_window.lower, self.risk_on_window.upper]
-        extra = {"rows": self.rows.to_dict(), "risk_on_window_pct": [v if math.isfinite(v) else None for v in ends]}
+        risk = self.risk_on_window
+        extra = {
+            "rows": self.rows.to_dict(),
+            "risk_on_window_pct": risk and [v if math.isfinite(v) else None for v in (risk.lower, risk.upper)],
+            "expected_pct": self.expected_pct,
+        }
         return {
             "trial_key": self.key,
             "number": self.number,
             "wave": self.wave,
             "kind": self.kind,
-            "plan_json": json.dumps({name: str(p) for name, p in self.plan.items()}),
+            "plan_json": plan_text(self.plan),
             "size_bytes": self.size_bytes,
             "latency_ns": self.latency_ns,
             "cost": float(self.cost),
@@ -62,7 +68,6 @@ class Trial:
     def from_row(cls, row: Mapping[str, Any]) -> Trial:
         """The inverse of `to_row`."""
         flat = json.loads(row["metrics_json"])
-        lower, upper = flat["risk_on_window_pct"]
         return cls(
             key=row["trial_key"],
             number=row["number"],
@@ -74,9 +79,17 @@ class Trial:
             cost=row["cost"],
             promised_pct=row["promised_pct"],
             metrics=PlanMetrics.from_dict(flat),
-            risk_on_window=Interval(-math.inf if lower is None else lower, math.inf if upper is None else upper),
+            risk_on_window=_interval(flat["risk_on_window_pct"]),
             rows=RowAccount.from_dict(flat["rows"]),
+            expected_pct=flat["expected_pct"],
         )
+
+
+def _interval(ends: Sequence[float | None] | None) -> Interval | None:
+    if ends is None:
+        return None
+    lower, upper = ends
+    return Interval(-math.inf if lower is None else lower, math.inf if upper is None else upper)
 
 
 _METRIC_COLUMNS = (
@@ -96,7 +109,14 @@ _METRIC_COLUMNS = (
     "num_examples",
     "num_exact",
     "num_units",
+    "looks",
+    "confidence",
 )
+
+
+def plan_text(plan: Plan) -> str:
+    """The precisions of a plan as they stand in the results."""
+    return json.dumps({name: str(p) for name, p in plan.items()})
 
 
 def plan_key(checkpoint_sha256: str, evaluated_on: Sequence[object], plan: Plan) -> str:

@@ -13,6 +13,7 @@ from lowprec.evaluation.auto_workers import VERIFY_PASSES, Work
 from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.formed import FormedWorkers
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.power import certifiable_pct
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.worker import Workers
@@ -22,10 +23,10 @@ from lowprec.search.floors import Floor, Gate, gated
 from lowprec.search.hand_plan import HandPlan, make_plan
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import recalibrated
+from lowprec.search.looks import Spending, spending
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.planned import read_planned
 from lowprec.search.record import RunRecord
-from lowprec.search.rule import known_risk
 from lowprec.search.run import run_search
 from lowprec.search.trial import Trial, plan_key
 from lowprec.storage import Location, Where
@@ -55,8 +56,8 @@ class Snapshot:
 class Verification:
     """How a plan did on a window.
 
-    missing: what an inconclusive verdict lacks. verdict: with the floors of the launch gate. budget_verdict: of the gap
-    alone. repair_floors: of the plans that a repair found.
+    missing: what an inconclusive verdict lacks. spending: how the look was judged. verdict: with the floors of the
+    launch gate. budget_verdict: of the gap alone. repair_floors: of the plans that a repair found.
     """
 
     run_id: str
@@ -72,6 +73,7 @@ class Verification:
     rows: RowAccount
     notes: tuple[str, ...]
     seconds: float
+    spending: Spending
     missing: Shortfall | None = None
     snapshot: Snapshot | None = None
     repair: SearchOutcome | None = None
@@ -96,6 +98,8 @@ class Verification:
             "budget_pct": self.budget_pct,
             "budget_verdict": self.budget_verdict,
             "floors": [floor.to_dict() for floor in self.floors],
+            "certifiable_budget_pct": certifiable_pct(self.metrics),
+            "earlier_looks": self.spending.num_earlier,
             "window": self.window,
             "plan": {name: str(p) for name, p in self.plan.items()},
             "row_ranges": dict(self.row_ranges),
@@ -125,13 +129,17 @@ def verify_plan(
     budget_pct: float | None = None,
     snapshot: str | None = None,
     repair: bool = False,
+    sequential: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Evaluate a plan on the config's window of that name and keep the result.
 
     plan: the path or URL of a plan file, or a plan by hand, which is made for the config's checkpoint.
 
-    Its budget is `budget_pct`, else the config's, else, where that has several, the one that the plan was made for.
+    Its budget is `budget_pct`, else what the config says, else the one that the plan was made for, else the default.
+    Where the config says several it is the one of them that the plan was made for. sequential: judge by a confidence
+    sequence, which may be looked at again and again while the window grows; otherwise each further look at the plan on
+    an overlapping window is held to a stricter confidence (see `looks`).
     snapshot: a checkpoint of the same model to judge the plan on instead of the config's, the launch gate: the plan may
     have been made for another one, and where it is certified a plan for this one is written. repair: where it is not,
     search from there, with that budget, else the config's, unless its fp32 model breaks a floor too.
@@ -160,19 +168,31 @@ def verify_plan(
         with open_workers(job, listener.note, work) as workers:
             if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
                 job, workers = _recalibrated(job, workers)
+            key = plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan)
+            terms = spending(
+                record.looks(file.plan, job.window_text(window)),
+                key,
+                confidence=job.config.search.confidence,
+                sequential=sequential,
+            )
+            if terms.note:
+                listener.note(terms.note)
             evaluation = job.evaluate(
                 workers,
                 window,
                 traffic_window,
                 [file.plan],
                 quarantine=record.artifacts / "quarantine",
+                confidence=terms.confidence,
+                looks=terms.looks,
+                tuned_for=terms.tuned_for,
                 on_progress=listener.advance,
             )
             wrong_rows = job.rows_without_form(workers, file.plan)
         metrics = evaluation.metrics[0]
         costs = job.costs(evaluation.use)
         trial = Trial(
-            key=plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan),
+            key=key,
             number=0,
             wave=0,
             kind="verify",
@@ -182,7 +202,7 @@ def verify_plan(
             cost=costs.cost(file.plan),
             promised_pct=None,
             metrics=metrics,
-            risk_on_window=known_risk(metrics),
+            risk_on_window=None,
             rows=evaluation.rows,
         )
         floors = gate.floors(metrics, window, record.artifacts / "quarantine")
@@ -199,7 +219,8 @@ def verify_plan(
             verdict=gated(metrics.verdict(budget), floors),
             window=job.window_text(window),
             rows=evaluation.rows,
-            notes=(*_notes(job, file, config), *costs.notes, *wrong_rows),
+            notes=(*_notes(job, file, config), *costs.notes, *wrong_rows, *([terms.note] if terms.note else [])),
+            spending=terms,
             seconds=time.monotonic() - began,
             missing=shortfall(
                 metrics,
@@ -282,6 +303,8 @@ def _budget(config: Config, file: PlanFile, given: float | None) -> float:
     if given is not None:
         return given
     made_for: Any = file.evidence.get("budget_pct")
+    if made_for and not config.search.model_fields_set & {"budget", "budgets"}:
+        return float(made_for)
     if len(budgets) == 1:
         return budgets[0]
     if made_for in budgets:

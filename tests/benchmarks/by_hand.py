@@ -277,7 +277,7 @@ def greedy_revert(model: HandModel, *, measure: Literal["gap", "kl"], num_plans:
         measured = (model.gap_pct if measure == "gap" else model.kl_pct)(alone, model.sample)
         sensitivity = max(measured, 0.0)
         sizes = {p: model.size_bytes(fp32.replace({unit.name: p})) for p in TABLE_PRECISIONS}
-        for low, high in itertools.pairwise(reversed(Precision)):
+        for low, high in itertools.pairwise(reversed(TABLE_PRECISIONS)):
             gain = sensitivity * NUM_STEPS[Precision.INT2] ** 2 * (NUM_STEPS[low] ** -2 - NUM_STEPS[high] ** -2)
             steps.append((gain / (sizes[high] - sizes[low]), unit.name, high))
     path = [Plan.uniform(model.units, Precision.INT2)]

@@ -12,11 +12,13 @@ from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.choice import LADDER, LATER_TRIES, confidence_of_try
 from lowprec.search.confirm import confirm
-from lowprec.search.rule import known_risk
+from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
 
 ROWS = RowAccount(1000, 0, 0, {})
 CONFIDENCE = 0.95
+# The upper bound on the confirm window is one standard error of the search window above the gap.
+FORECAST = Forecast(1.0, 1.0)
 
 
 def plan_of(number):
@@ -27,13 +29,13 @@ def plan_of(number):
 def metrics(gap, lower, upper, confidence=CONFIDENCE):
     return PlanMetrics(
         1000, 1000, 1000, gap, Interval(lower, upper), gap, Interval(lower, upper),
-        0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, confidence,
+        0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, confidence, 1000.0, (upper - lower) / 2,
     )  # fmt: skip
 
 
 def trial(number, cost, gap, half=0.0, *, wave=0, found=None):
     m = found or metrics(gap, gap - half, gap + half)
-    return Trial(f"k{number}", number, wave, "t", plan_of(number), int(cost), None, cost, None, m, known_risk(m), ROWS)
+    return Trial(f"k{number}", number, wave, "t", plan_of(number), int(cost), None, cost, None, m, None, ROWS)
 
 
 class Window:
@@ -56,6 +58,7 @@ class Window:
         return confirm(
             trials,
             budgets,
+            forecast=FORECAST,
             found=found,
             confidence=CONFIDENCE,
             evaluate=self.evaluate,
@@ -64,9 +67,10 @@ class Window:
         )
 
 
-# Six plans, cheaper and worse from the first on; the last four are the ladder of a budget of 1.
-LADDER_OF_ONE = [trial(0, 900, 0.0), trial(1, 700, 0.08), trial(2, 600, 0.2)]
-LADDER_OF_ONE += [trial(3, 500, 0.4), trial(4, 400, 0.65), trial(5, 300, 0.95), trial(6, 200, 3.0)]
+# Seven plans, cheaper and worse from the first on; for a budget of 1 the fourth is certified almost surely, the fifth
+# with a probability of 0.83, the sixth of 0.57.
+LADDER_OF_ONE = [trial(0, 900, 0.0), trial(1, 700, 0.08, 0.01), trial(2, 600, 0.2, 0.02)]
+LADDER_OF_ONE += [trial(3, 500, 0.4, 0.1), trial(4, 400, 0.65, 0.15), trial(5, 300, 0.95, 0.04), trial(6, 200, 3.0)]
 
 
 def tried(recommendation):
@@ -82,6 +86,14 @@ def test_the_boldest_of_the_finalists_is_recommended_where_all_are_certified():
     assert (sorted(numbers), attempt) == ([3, 4, 5], 0)
     assert confidence == confidence_of_try(CONFIDENCE, 0) > CONFIDENCE
     assert window.notes == []
+
+
+def test_the_chances_of_finalists_are_told():
+    (found,) = Window(dict.fromkeys(range(7), 0.5)).confirm(LADDER_OF_ONE, [1.0])
+    chances = [c.choice.chance for c in found.tried]
+    assert chances == [pytest.approx(p, abs=0.005) for p in (0.9998, 0.827, 0.570)]
+    assert ["over 99.9%" in c.choice.because for c in found.tried] == [True, False, False]
+    assert "57.0%" in found.tried[2].choice.because
 
 
 def test_testing_stops_at_the_first_that_is_not_certified_and_all_are_reported():
@@ -187,7 +199,7 @@ def test_several_budgets_share_one_evaluation_and_keep_their_own_verdicts():
     assert [r.budget_pct for r in found] == [0.2, 1.0, 2.0]
     assert [r.best.choice.trial.number for r in found] == [2, 5, 6]
     ((numbers, _, _),) = window.calls
-    assert len(numbers) == len(set(numbers)) and set(numbers) == {1, 2, 3, 4, 5, 6}
+    assert sorted(numbers) == [2, 5, 6]
     for recommendation in found:
         costs = [c.choice.trial.cost for c in recommendation.tried]
         assert costs == sorted(costs, reverse=True)  # safest first
@@ -263,7 +275,15 @@ def false_rates(trials, budgets, true_gap, *, alpha, runs, seed):
                 done.append(trial(t.number, t.cost, gap, wave=attempt, found=found))
             return done
 
-        found = confirm(trials, budgets, found=(), confidence=1 - alpha, evaluate=evaluate, note=lambda _: None)
+        found = confirm(
+            trials,
+            budgets,
+            forecast=FORECAST,
+            found=(),
+            confidence=1 - alpha,
+            evaluate=evaluate,
+            note=lambda _: None,
+        )
         wrong += [r.best.verdict == "certified" and true_gap >= r.budget_pct for r in found]
     return wrong / runs
 
@@ -273,7 +293,7 @@ def test_over_all_finalists_and_tries_plans_at_the_budget_are_certified_at_the_r
     (rate,) = false_rates(LADDER_OF_ONE, [1.0], 1.0, alpha=alpha, runs=runs, seed=0)
     assert rate <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
     assert rate > alpha / 2  # it can be seen that the tests are made
-    assert len(LADDER) == 3 and len(LATER_TRIES) == 2
+    assert len(LADDER) == 4 and len(LATER_TRIES) == 2
 
 
 def test_several_budgets_keep_the_rate_of_each():

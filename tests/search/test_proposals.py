@@ -1,6 +1,7 @@
 """Where plans come from: uniform ones, the front, and Optuna around it; and which one is recommended."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
 from lowprec.search.choice import Choice, Confirmed, finalists, recommended
-from lowprec.search.rule import known_risk
+from lowprec.search.rule import Forecast
 from lowprec.search.sensitivity import single_swaps
 from lowprec.search.space import build_space
 from lowprec.search.study import Known, propose
@@ -24,6 +25,7 @@ FRAGILITY = {u.name: 10.0 ** (k % 3) for k, u in enumerate(UNITS)}
 
 
 ROWS = RowAccount(1000, 0, 0, {})
+FORECAST = Forecast(1.0, 1.0)
 
 
 def true_gap(plan):
@@ -33,14 +35,12 @@ def true_gap(plan):
 def metrics(gap, half_width=0.0, kl=None):
     return PlanMetrics(
         1000, 1000, 1000, gap, Interval(gap - half_width, gap + half_width), gap if kl is None else kl,
-        Interval(gap, gap), 0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95,
+        Interval(gap, gap), 0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95, 1000.0, half_width,
     )  # fmt: skip
 
 
 def trial_of(number, plan, size_bytes, found, wave=0):
-    return Trial(
-        f"k{number}", number, wave, "t", plan, size_bytes, None, size_bytes, 0.01, found, known_risk(found), ROWS
-    )
+    return Trial(f"k{number}", number, wave, "t", plan, size_bytes, None, size_bytes, 0.01, found, None, ROWS)
 
 
 def trial(plan, number=0, wave=0, half_width=0.0, space=SPACE):
@@ -157,23 +157,24 @@ def with_gap(number, size_bytes, gap, half_width=0.0, kl=None):
 
 
 def test_finalists_go_from_the_safest_to_the_boldest():
-    trials = [with_gap(0, 900, 0.0), with_gap(1, 500, 0.04), with_gap(2, 300, 0.065), with_gap(3, 200, 0.09)]
+    trials = [with_gap(0, 900, 0.0), with_gap(1, 500, 0.04, 0.01), with_gap(2, 300, 0.065, 0.012)]
+    trials += [with_gap(3, 200, 0.09, 0.005)]
     trials += [with_gap(4, 100, 0.2), with_gap(5, 150, 0.02, half_width=0.09), with_gap(6, 120, 0.03, kl=0.15)]
-    assert [c.trial.number for c in finalists(trials, 0.1)] == [1, 2, 3]
-    assert all(c.meets_budget for c in finalists(trials, 0.1))
+    assert [c.trial.number for c in finalists(trials, 0.1, FORECAST)] == [1, 2, 3]
+    assert all(c.meets_budget for c in finalists(trials, 0.1, FORECAST))
 
 
 def test_one_plan_may_be_safest_and_boldest_at_once():
-    assert [c.trial.number for c in finalists([with_gap(0, 900, 0.0), with_gap(1, 1000, 0.0)], 0.1)] == [0]
+    assert [c.trial.number for c in finalists([with_gap(0, 900, 0.0), with_gap(1, 1000, 0.0)], 0.1, FORECAST)] == [0]
 
 
 def test_without_a_sure_plan_the_likely_one_and_without_that_the_best_one_is_tried():
-    likely = finalists([with_gap(0, 500, 0.05, 0.2), with_gap(1, 300, 0.3)], 0.1)
+    likely = finalists([with_gap(0, 500, 0.05, 0.2), with_gap(1, 300, 0.3)], 0.1, FORECAST)
     assert [c.trial.number for c in likely] == [0] and likely[0].meets_budget and "estimated" in likely[0].because
-    none = finalists([with_gap(0, 500, 0.5), with_gap(1, 300, 0.3)], 0.1)
+    none = finalists([with_gap(0, 500, 0.5), with_gap(1, 300, 0.3)], 0.1, FORECAST)
     assert [c.trial.number for c in none] == [1] and not none[0].meets_budget
     assert "no plan meets the budget" in none[0].because
-    assert finalists([], 0.1) == [] == finalists([with_gap(0, 1, math.nan)], 0.1)
+    assert finalists([], 0.1, FORECAST) == [] == finalists([with_gap(0, 1, math.nan)], 0.1, FORECAST)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,9 @@ def test_confirming_several_finalists_certifies_no_more_falsely_than_confirming_
 
 
 def test_trials_survive_a_round_trip_through_their_row():
-    t = trial(SPACE.cheapest, 3, 2)
-    assert Trial.from_row(t.to_row()) == t
+    for risk in (None, Interval(0.1, math.inf)):
+        t = replace(trial(SPACE.cheapest, 3, 2), risk_on_window=risk, expected_pct=0.02)
+        assert Trial.from_row(t.to_row()) == t
 
 
 def test_where_only_the_reference_meets_the_rule_a_plan_that_may_save_is_confirmed_too():
@@ -226,6 +228,6 @@ def test_where_only_the_reference_meets_the_rule_a_plan_that_may_save_is_confirm
     plans = SPACE.uniform_plans()
     found = [metrics(0.0), metrics(0.0, math.inf), metrics(-0.1, math.inf, kl=0.04), metrics(-0.2, math.inf, kl=0.2)]
     trials = [trial_of(k, plan, sizes[k], m) for k, (plan, m) in enumerate(zip(plans, found, strict=False))]
-    assert [c.trial.number for c in finalists(trials, 0.05)] == [0]
-    assert [c.trial.number for c in finalists(trials, 0.05, reference_cost=sizes[0])] == [0, 2]
-    assert [c.trial.number for c in finalists(trials, 0.05, reference_cost=sizes[0] + 1)] == [0]
+    assert [c.trial.number for c in finalists(trials, 0.05, FORECAST)] == [0]
+    assert [c.trial.number for c in finalists(trials, 0.05, FORECAST, reference_cost=sizes[0])] == [0, 2]
+    assert [c.trial.number for c in finalists(trials, 0.05, FORECAST, reference_cost=sizes[0] + 1)] == [0]

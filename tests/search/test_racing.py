@@ -17,6 +17,7 @@ from lowprec.evaluation.race import RaceSums, Residuals
 from lowprec.evaluation.second_moment import DenseMoment
 from lowprec.plan import Plan, Precision, Unit
 from lowprec.search.racing import MAX_SHARE, MAX_SLICES, laps, race
+from lowprec.search.rule import Forecast
 
 
 @given(st.integers(1, 5000))
@@ -38,6 +39,10 @@ def test_laps_rise_and_end_at_the_end(num_slices):
 def test_a_window_of_few_slices_is_one_lap():
     assert [laps(k) for k in (1, 7, 15)] == [[1], [7], [15]]
     assert laps(16)[0] == MIN_SLICES
+
+
+# The confirm window has as many examples as this one.
+FORECAST = Forecast.of(confidence=0.95, num_search=1, num_confirm=1)
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,9 @@ class World:
             share = self.SIZE / self.loss
             change = self.gaps[numbers] / 100 * self.loss * share + e.sum(axis=1)
             n, p, squares = self.SIZE, len(numbers), self.SIZE * self.spread**2
-            moments = np.zeros((p, 12))
-            moments[:, 0], moments[:, 1], moments[:, 3] = change, squares, 3 * squares**2 / n
-            moments[:, [8, 10]], moments[:, [9, 11]] = n, 2 * n
+            moments = np.zeros((p, 2, 10))  # x, y, xx, xy, yy, xxxx and third powers, of gap and of KL gap
+            moments[:, 0, 0], moments[:, 0, 2], moments[:, 0, 5] = change, squares, 3 * squares**2 / n
+            moments[:, :, 1], moments[:, :, 4] = n, 2 * n
             exact = Sums(
                 n, 0, n, n / 2, n, np.concatenate([[n], n + change]), np.full(p + 1, n / 2),
                 np.ones((p + 1, 2, 1)), moments, None,
@@ -111,7 +116,16 @@ class World:
         costs = list(range(len(chosen))) if costs is None else costs
         order = range(self.num_slices) if order is None else order
         return race(
-            chosen, costs, self.lap, self.profile, list(order), rivals=rivals, budgets=budgets, confidence=confidence
+            chosen,
+            costs,
+            self.lap,
+            self.profile,
+            list(order),
+            forecast=FORECAST,
+            corrections_pct=[0.0] * len(chosen),
+            rivals=rivals,
+            budgets=budgets,
+            confidence=confidence,
         )
 
 

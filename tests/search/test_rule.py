@@ -1,48 +1,82 @@
 """The rule of a search: what it asks, what the profile predicts of it, and that a search finds the cheapest plan."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.estimate import PlanEstimate
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.worker import LocalWorkers
+from lowprec.plan import Plan
 from lowprec.search import open_job, run_search
 from lowprec.search import rule_front as rule_front_module
 from lowprec.search import sweep as sweep_module
-from lowprec.search.choice import finalists
+from lowprec.search.choice import confidence_of_try, finalists
 from lowprec.search.descent import descent
 from lowprec.search.record import RunRecord
-from lowprec.search.rule import known_risk, risk_on_window, risk_pct
+from lowprec.search.rule import Forecast
 from lowprec.search.surrogate import build_surrogate
 from lowprec.search.trial import Trial
 
 BUDGET = 0.02
 
 
-def metrics(gap, half, kl):
+# Windows of one size, and bounds two standard errors away.
+FORECAST = Forecast(2.0, 1.0)
+
+
+def metrics(gap, error, kl):
     return PlanMetrics(
-        1000, 1000, 1000, gap, Interval(gap - half, gap + half), kl, Interval(kl, kl),
-        0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95,
+        1000, 1000, 1000, gap, Interval(gap, gap), kl, Interval(kl, kl),
+        0.8, 0.8, 0.7, 0.7, 0.0, 1.0, 1.0, 0.95, 1000.0, error,
     )  # fmt: skip
 
 
+def trial_with(gap, error, kl, expected=None):
+    return Trial("k", 0, 0, "t", Plan({}), 1, None, 1.0, None, metrics(gap, error, kl), None, None, expected)
+
+
 def test_the_risk_is_that_of_the_worse_of_both_gaps():
-    assert risk_pct(metrics(0.03, 0.01, 0.02)) == pytest.approx(0.04)
-    assert risk_pct(metrics(-0.5, 0.01, 0.02)) == pytest.approx(0.03)  # a negative gap excuses no KL gap
-    assert risk_pct(metrics(0.0, math.inf, 0.0)) == math.inf
-    assert math.isnan(risk_pct(metrics(math.nan, 0.01, 0.02)))
-    assert known_risk(metrics(0.03, 0.01, 0.02)) == Interval(0.04, 0.04)
+    assert FORECAST.risk_pct(trial_with(0.03, 0.005, 0.02)) == pytest.approx(0.04)
+    assert FORECAST.risk_pct(trial_with(-0.5, 0.005, 0.02)) == pytest.approx(0.03)  # no excuse for a KL gap
+    assert FORECAST.risk_pct(trial_with(-0.5, 0.005, 0.02, expected=0.025)) == pytest.approx(0.035)
+    assert FORECAST.risk_pct(trial_with(0.0, math.inf, 0.0)) == math.inf
+    assert math.isnan(FORECAST.risk_pct(trial_with(math.nan, 0.01, 0.02)))
+
+
+def test_more_examples_to_confirm_on_leave_less_to_chance():
+    large = Forecast.of(confidence=0.95, num_search=1000, num_confirm=4000)
+    assert large.quantile == pytest.approx(stats.norm.ppf(0.95)) and large.scale == 0.5
+    assert large.half_width_pct(metrics(0.0, 0.1, 0.0)) == pytest.approx(0.5 * 0.1 * stats.norm.ppf(0.95))
+    few = replace(metrics(0.0, 0.1, 0.0), effective_units=MIN_EFFECTIVE_UNITS / 3)
+    assert math.isfinite(large.half_width_pct(few)) and FORECAST.half_width_pct(few) == math.inf
+
+
+def test_the_chance_is_how_often_a_plan_is_certified_in_simulation():
+    """The true gap is about the estimate, and the confirm window has its own error."""
+    rng, runs = np.random.default_rng(0), 200_000
+    forecast = Forecast.of(confidence=0.95, num_search=1000, num_confirm=2000)
+    trial = trial_with(0.02, 0.01, 0.015)
+    truth = trial.metrics.gap_pct + 0.01 * rng.normal(size=runs)
+    there = truth + 0.01 * math.sqrt(0.5) * rng.normal(size=runs)
+    for budget in (0.03, 0.04, 0.06):
+        certified = (there + stats.norm.ppf(0.95) * 0.01 * math.sqrt(0.5) <= budget).mean()
+        assert forecast.chance(trial, budget) == pytest.approx(certified, abs=0.005)
+    assert forecast.chance(trial_with(0.0, 0.0, 0.0), 0.01) == 1.0  # the reference itself
 
 
 def test_bounds_of_the_risk_on_a_window_follow_from_those_of_both_gaps():
-    estimate = PlanEstimate(metrics(0.0, 0.5, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06), 0.01)
-    assert risk_on_window(estimate) == Interval(pytest.approx(0.03), pytest.approx(0.07))
-    unknown = PlanEstimate(metrics(0.0, math.inf, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06), math.inf)
-    assert risk_on_window(unknown) == Interval(-math.inf, math.inf)
+    estimate = PlanEstimate(metrics(0.0, 0.005, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06))
+    assert FORECAST.risk_on_window(estimate, 0.0) == Interval(pytest.approx(0.03), pytest.approx(0.07))
+    assert FORECAST.risk_on_window(estimate, 0.35) == Interval(pytest.approx(0.06), pytest.approx(0.26))
+    unknown = PlanEstimate(metrics(0.0, math.inf, 0.0), Interval(-0.3, -0.1), Interval(0.02, 0.06))
+    assert FORECAST.risk_on_window(unknown, 0.0) == Interval(-math.inf, math.inf)
 
 
 @pytest.fixture
@@ -53,7 +87,7 @@ def surrogate(small_config):
 
     def solve():
         measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
-        return job, build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], confidence=0.95)
+        return job, build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], forecast=FORECAST)
 
     return solve
 
@@ -63,7 +97,11 @@ def test_predicted_risks_are_those_of_evaluating_the_whole_window(surrogate):
     plans = [plan for k, plan in enumerate(job.space.every_plan()) if k % 20 == 0]
     workers = LocalWorkers(job.spec, job.adapter)
     exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
-    risks, predicted = np.array([risk_pct(m) for m in exact]), found.risk.risks(plans)
+    expected = [m.gap_pct + c for m, c in zip(exact, found.corrections_pct(plans), strict=True)]
+    trials = [
+        replace(trial_with(0.0, 0.0, 0.0), metrics=m, expected_pct=e) for m, e in zip(exact, expected, strict=True)
+    ]
+    risks, predicted = np.array([FORECAST.risk_pct(t) for t in trials]), found.risk.risks(plans)
     known = np.isfinite(risks)
     assert known.mean() > 0.9
     assert np.corrcoef(np.log(risks[known]), np.log(predicted[known]))[0, 1] > 0.99
@@ -96,8 +134,8 @@ def test_the_front_of_a_large_space_comes_close(surrogate, monkeypatch):
 
 
 def trial_of(number, plan, cost, risk):
-    m = metrics(risk / 2, risk / 2, 0.0)
-    return Trial(f"k{number}", number, 0, "t", plan, int(cost), None, cost, None, m, known_risk(m), None)
+    m = metrics(risk / 2, risk / 4, 0.0)
+    return Trial(f"k{number}", number, 0, "t", plan, int(cost), None, cost, None, m, None, None)
 
 
 def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(surrogate):
@@ -106,11 +144,11 @@ def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(sur
     plans = list(job.space.every_plan())
     risks = 1.3 * found.risk.risks(plans)
     budget = float(np.median(risks))
-    found = build_surrogate(found.measured, job.space, found.costs, budgets=[budget], confidence=0.95)
+    found = build_surrogate(found.measured, job.space, found.costs, budgets=[budget], forecast=FORECAST)
     of = dict(zip(plans, risks, strict=True))
     trials = [trial_of(k, p, found.costs.cost(p), of[p]) for k, p in enumerate(job.space.uniform_plans())]
     for _ in range(20):
-        proposed = descent(found, trials, 8)
+        proposed = descent(found, trials, FORECAST, 8)
         if not proposed:
             break
         assert len(set(proposed)) == len(proposed) <= 8 and not {t.plan for t in trials} & set(proposed)
@@ -118,7 +156,7 @@ def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(sur
     else:
         raise AssertionError("the descent does not end")
     cheapest = min(found.costs.cost(p) for p in plans if of[p] <= budget)
-    assert min(t.cost for t in trials if risk_pct(t.metrics) <= budget) <= 1.002 * cheapest
+    assert min(t.cost for t in trials if FORECAST.risk_pct(t) <= budget) <= 1.002 * cheapest
     assert len(trials) < 50
 
 
@@ -158,13 +196,24 @@ def test_the_boldest_finalist_is_the_cheapest_plan_that_the_rule_allows(small_co
     job = open_job(small_config(*options))
     plans = list(job.space.every_plan())
     workers = LocalWorkers(job.spec, job.adapter)
+    measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
+    forecast = Forecast.of(
+        confidence=confidence_of_try(0.95, 0),
+        num_search=job.window("search").num_rows,
+        num_confirm=job.window("confirm").num_rows,
+    )
+    surrogate = build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], forecast=forecast)
     exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
-    risks = np.array([risk_pct(m) for m in exact])
+    expected = [m.gap_pct + c for m, c in zip(exact, surrogate.corrections_pct(plans), strict=True)]
+    found = [
+        replace(trial_with(0.0, 0.0, 0.0), metrics=m, expected_pct=e) for m, e in zip(exact, expected, strict=True)
+    ]
+    risks = np.array([forecast.risk_pct(t) for t in found])
     budget = float(np.quantile(risks, 0.4))
     config = small_config(*options, f"search.budget={budget}")
     outcome = run_search(config)
     trials = RunRecord(open_job(config), outcome.run_id).trials("exact")
-    boldest = min((c.trial for c in finalists(trials, budget)), key=lambda t: t.cost)
+    boldest = min((c.trial for c in finalists(trials, budget, forecast)), key=lambda t: t.cost)
     sizes = np.array([job.space.size_bytes(plan) for plan in plans])
     assert risks[plans.index(boldest.plan)] <= budget * (1 + 1e-6)
     assert boldest.size_bytes <= 1.01 * sizes[risks <= budget].min()
