@@ -35,9 +35,11 @@ from lowprec.models.inputs import inputs_of
 from lowprec.plan import Plan
 from lowprec.progress import Silent
 from lowprec.search import Job, open_job, run_search
-from lowprec.search.choice import finalists
+from lowprec.search.choice import confidence_of_try, finalists
 from lowprec.search.record import RunRecord
-from lowprec.search.rule import risk_pct
+from lowprec.search.rule import Forecast
+from lowprec.search.surrogate import build_surrogate
+from lowprec.search.trial import Trial
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)
 ROOT = Path("runs/rule")
@@ -161,12 +163,37 @@ def full_metrics(job: Job, plans: list[Plan]) -> list[PlanMetrics]:
     return found
 
 
+def forecast_of(job: Job) -> Forecast:
+    """How the confirm window will judge."""
+    return Forecast.of(
+        confidence=confidence_of_try(job.config.search.confidence, 0),
+        num_search=job.window("search").num_rows,
+        num_confirm=job.window("confirm").num_rows,
+    )
+
+
+def risks_of(job: Job, plans: list[Plan], metrics: list[PlanMetrics]) -> np.ndarray:
+    """The risk of every plan by its full evaluation, float64[P]."""
+    forecast, workers = forecast_of(job), LocalWorkers(job.spec, job.adapter)
+    measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
+    costs = job.costs(measured.use)
+    surrogate = build_surrogate(measured, job.space, costs, budgets=job.config.search.all_budgets, forecast=forecast)
+    expected = [m.gap_pct + c for m, c in zip(metrics, surrogate.corrections_pct(plans), strict=True)]
+    return np.array(
+        [
+            forecast.risk_pct(Trial("", 0, 0, "", plan, 0, None, 0.0, None, m, None, None, e))
+            for plan, m, e in zip(plans, metrics, expected, strict=True)
+        ]
+    )
+
+
 def searched(case: Case) -> tuple[Plan, Plan, int, int]:
     """The recommended plan of a search, its boldest finalist, exact evaluations and the best plan's kind."""
     config = case.config()
     outcome = run_search(config)
     trials = RunRecord(open_job(config), outcome.run_id).trials("exact")
-    boldest = min((c.trial for c in finalists(trials, config.search.all_budgets[0])), key=lambda t: t.cost)
+    budget = config.search.all_budgets[0]
+    boldest = min((c.trial for c in finalists(trials, budget, forecast_of(open_job(config)))), key=lambda t: t.cost)
     assert len(trials) <= MAX_TRIALS
     return outcome.recommendations[0].best.choice.trial.plan, boldest.plan, len(trials), boldest.wave
 
@@ -180,7 +207,7 @@ def regret(case: Case) -> dict[str, float]:
     began = time.perf_counter()
     metrics = full_metrics(job, plans)
     seconds = time.perf_counter() - began
-    risks = np.array([risk_pct(m) for m in metrics])
+    risks = risks_of(job, plans, metrics)
     sizes = np.array([job.space.size_bytes(plan) for plan in plans], dtype=float)
     assert (risks <= budget).any(), "no plan meets the rule: choose another budget"
     best = float(sizes[risks <= budget].min())

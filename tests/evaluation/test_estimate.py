@@ -124,11 +124,12 @@ def test_after_all_slices_an_estimate_is_the_exact_evaluation(small):
         assert estimate.metrics.kl_pct == pytest.approx(metrics.kl_pct, rel=1e-6, abs=1e-9)
         assert estimate.on_window.lower == estimate.on_window.upper == estimate.metrics.gap_pct
         assert estimate.metrics.num_exact == metrics.num_examples == window.num_rows
+        assert (estimate.metrics.looks, metrics.looks) == ("repeated", "once")
         assert estimate.metrics.auc_plan == pytest.approx(metrics.auc_plan)
-        # Blocks of the evaluation are other blocks than the profile's; neither is much wider here.
+        # A sequence instead of bounds of one look; blocks are other blocks than the profile's.
         width = metrics.gap_interval_pct.upper - metrics.gap_interval_pct.lower
         own = estimate.metrics.gap_interval_pct
-        assert own.upper - own.lower == pytest.approx(width, rel=0.5)
+        assert own.upper - own.lower == pytest.approx(3.04 / 1.645 * width, rel=0.5)
     assert (found[-1].metrics.gap_interval_pct.lower, found[-1].metrics.gap_interval_pct.upper) == (0, 0)
 
 
