@@ -40,6 +40,8 @@ BUDGETS = (0.02, 0.05)
 FIGURES = {(64, 0.02): "64_at_02", (64, 0.05): "64_at_05", (16, 0.02): "16_at_02"}
 ROWS_A_DAY, DEMO_DAYS, DRAW_DAYS, FRESH_DAYS = 40_000, 10, 4.5, 50
 PLANS_AT_ONCE = 8
+# Widths of the layer below the interactions.
+BOTTOM = {16: 32, 64: 64}
 CONFIDENCE = 0.95
 
 
@@ -50,7 +52,7 @@ def config_of(dim: int, *overrides: str) -> Config:
         (
             f"name=certified-{dim}",
             f"traffic.path={ROOT}/demo",
-            f"model.args={{embedding_dim: {dim}, bottom: [{2 * dim}], top: [64, 32]}}",
+            f"model.args={{embedding_dim: {dim}, bottom: [{BOTTOM[dim]}], top: [64, 32]}}",
             f"model.checkpoint={ROOT}/model-{dim}.safetensors",
             "space.row_range=mse",
             f"search.budgets=[{', '.join(map(str, BUDGETS))}]",
