@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ __all__ = [
     "Precision",
     "RowRange",
     "Unit",
+    "checked_budget",
     "form_of",
     "is_layer",
     "precision_counts",
@@ -308,6 +310,15 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         layer_forms=layer_forms,
         evidence=document["evidence"],
     )
+
+
+def checked_budget(value: object, where: str) -> float:
+    """The budget that a plan was made for, in percent; raises `PlanError` where it is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise PlanError(
+            f"{where}: must be a positive number of percent; got {value!r}; correct it, or say which budget"
+        )
+    return float(value)
 
 
 def rowwise_ranges(plan: Plan, row_ranges: Mapping[str, RowRange]) -> dict[str, str]:

@@ -53,6 +53,11 @@ def test_overrides_are_yaml(path):
         ("serach.budget=1", 'serach: no such key; did you mean "search"?'),
         ("search.budget=0", "search.budget: input should be greater than 0; got 0"),
         ("search.budget=-1", "greater than 0; got -1"),
+        ("search.budget=yes", "search.budget: input should be a number; got true"),
+        ("search.budget=.nan", "search.budget: .*finite"),
+        ("search.max_trials=true", "search.max_trials: input should be a number; got true"),
+        ("search.confidence=.inf", "search.confidence: .*finite"),
+        ("windows.search={2026-01-06: 1}", "windows.search: keys must be text; got datetime.date"),
         ("search.budget=big", 'search.budget: .*; got "big"'),
         ("space.precisions=[int5]", "space.precisions.*'int8'.*got \"int5\""),
         ("space.units=[{match: x}]", "give either precisions or fixed"),
@@ -76,7 +81,11 @@ def test_every_wrong_key_is_named_at_once(path):
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
-    for text, said in (("a: [", "is not YAML"), ("- 1", "must be a mapping")):
+    for text, said in (
+        ("a: [", "is not YAML"),
+        ("? [a, b]\n: 3", "a key must be a text"),
+        ("- 1", "must be a mapping"),
+    ):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ConfigError, match=said):
             load_config(tmp_path / "x.yaml")

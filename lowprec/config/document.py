@@ -94,6 +94,7 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
 
 
 def _validated(document: dict[str, Any], where: str) -> Config:
+    _check_keys(document, where)
     try:
         # JSON mode reads lists as tuples and names as precisions; the detour through JSON makes YAML dates text.
         return Config.model_validate_json(json.dumps(document, default=str))
@@ -103,6 +104,20 @@ def _validated(document: dict[str, Any], where: str) -> Config:
         items = {e["loc"][:-1] for e in problems if e["loc"] and isinstance(e["loc"][-1], int)}
         sentences = [_sentence(e) for e in problems if not (e["type"] == "too_short" and e["loc"] in items)]
         raise ConfigError(f"config {where}: {'; '.join(sentences)}") from None
+
+
+def _check_keys(part: Any, where: str, path: str = "") -> None:
+    """Raise `ConfigError` for a key that is no text, such as a bare date."""
+    if isinstance(part, list):
+        for item in part:
+            _check_keys(item, where, path)
+    if not isinstance(part, dict):
+        return
+    for key, value in part.items():
+        if not isinstance(key, str):
+            section = path or "the document"
+            raise ConfigError(f"config {where}: {section}: keys must be text; got {key!r} ({type(key).__name__})")
+        _check_keys(value, where, f"{path}.{key}" if path else key)
 
 
 def _sentence(error: Any) -> str:
@@ -136,6 +151,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
             seen.add(key.value)

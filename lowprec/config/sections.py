@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
@@ -31,10 +31,26 @@ TimeBound = int | str | None
 DEFAULT_BUDGET = 0.02
 
 
+def _takes(annotation: Any, *types: type) -> bool:
+    """Whether an annotation has one of these types somewhere in it."""
+    return annotation in types or any(_takes(part, *types) for part in get_args(annotation))
+
+
 class Section(BaseModel):
     """Keys that are all known; a config does not change once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_values_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `budget: yes`, which would be a budget of 1 percent."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        items = value if isinstance(value, list) else [value]
+        is_number = _takes(annotation, int, float) and not _takes(annotation, bool)
+        if is_number and any(isinstance(item, bool) for item in items):
+            raise ValueError("input should be a number")
+        return value
 
 
 class SparseConfig(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
-from lowprec.plan import PlanFile, read_plan
+from lowprec.plan import PlanFile, checked_budget, read_plan
 from lowprec.storage import Where
 
 __all__ = ["Deployment"]
@@ -34,11 +34,11 @@ class Deployment:
         budget = watch.budget
         if budget is None:
             told = file.evidence.get("budget_pct")
-            if not isinstance(told, int | float) or told <= 0:
+            if told is None:
                 raise ConfigError(
                     f"monitor.budget: is required, because plan {plan_path} does not say which budget it was made for"
                 )
-            budget = float(told)
+            budget = checked_budget(told, f"plan {plan_path}, evidence.budget_pct")
         traffic = config.traffic.model_dump(
             mode="json", exclude={"path", "version", "synthetic", "max_bad_fraction", "batch_size"}
         )

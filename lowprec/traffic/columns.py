@@ -136,7 +136,7 @@ def _canonical(found: pa.DataType) -> pa.DataType:
     """The widest type of the same kind: what values of `found` are read as."""
     if pt.is_dictionary(found):
         return _canonical(found.value_type)
-    if pt.is_list(found) or pt.is_large_list(found) or pt.is_fixed_size_list(found):
+    if pt.is_list(found) or pt.is_large_list(found) or pt.is_fixed_size_list(found) or _is_list_view(found):
         return pa.list_(_canonical(found.value_type))
     if pt.is_uint64(found) or pt.is_boolean(found) or pt.is_null(found):
         return found
@@ -146,11 +146,16 @@ def _canonical(found: pa.DataType) -> pa.DataType:
         return pa.float32()
     if pt.is_float64(found) or pt.is_decimal(found):
         return pa.float64()
-    if pt.is_string(found) or pt.is_large_string(found):
+    # Views are what some writers of Delta tables leave behind, for example after a deletion.
+    if pt.is_string(found) or pt.is_large_string(found) or pt.is_string_view(found):
         return pa.large_string()
     if pt.is_timestamp(found):
         return pa.timestamp(found.unit)
     return pa.timestamp("s") if pt.is_date(found) else found
+
+
+def _is_list_view(found: pa.DataType) -> bool:
+    return bool(pt.is_list_view(found) or pt.is_large_list_view(found))
 
 
 def _unified(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
