@@ -103,13 +103,18 @@ def judge(
     if metrics is not None and judged_by == "labels" and metrics.gap_interval_pct.lower > budget_pct:
         worse.append(
             f"the gap of this window alone is above {budget} "
-            f"({_interval_text(metrics.gap_pct / 100, _fraction(metrics.gap_interval_pct))})"
+            f"({_interval_text(metrics.gap_pct / 100, _fraction(metrics.gap_interval_pct))}, one-sided bounds)"
         )
     moved = _input_warnings(drift, metrics, certified_calibration)
     warnings = (*moved, *notes)
     if standing.in_breach:
-        found = "is found to be above" if standing.began else "was found to be above"
-        reasons = [f"the {other}gap {found} {budget}: {running} over {windows}"]
+        if standing.began:
+            reasons = [f"the {other}gap is found to be above {budget}: {running} over {windows}"]
+        else:
+            reasons = [
+                f"the {other}gap was found to be above {budget} in an earlier window, and is not yet found to be below it "
+                f"again: {running} over {windows}"
+            ]
         return Judgement("breach", (*reasons, *worse), warnings)
     if standing.running.lower * 100 > budget_pct:
         worse.append(f"the {other}gap over {windows} seems to be above {budget}: {running}")

@@ -207,7 +207,7 @@ def _evidence(metrics: Mapping[str, Any], window: str) -> str:
 
 def _certifiable(document: Mapping[str, Any]) -> str:
     budget = document["certifiable_budget_pct"]
-    return f"; certified for budgets from {budget:.4f} % on" if is_known(budget) else "; certified for no budget"
+    return f"; smallest certifiable budget {budget:.4f} %" if is_known(budget) else "; no budget is certifiable"
 
 
 def _render_quality(metrics: Mapping[str, Any]) -> None:
