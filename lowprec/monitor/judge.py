@@ -112,8 +112,8 @@ def judge(
             reasons = [f"the {other}gap is found to be above {budget}: {running} over {windows}"]
         else:
             reasons = [
-                f"the {other}gap was found to be above {budget} in an earlier window, and is not yet found to be below it "
-                f"again: {running} over {windows}"
+                f"the {other}gap was found to be above {budget} in an earlier window, and is not yet found to be below "
+                f"it again: {running} over {windows}"
             ]
         return Judgement("breach", (*reasons, *worse), warnings)
     if standing.running.lower * 100 > budget_pct:
