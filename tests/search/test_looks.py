@@ -102,11 +102,11 @@ def test_verify_knows_earlier_looks_and_says_so(small_config):
     assert verify_plan(config, HandPlan(uniform=Precision.INT4)).spending.num_earlier == 0
 
 
-def test_a_sequential_verify_gives_a_sequence(small_config):
+def test_a_sequential_verify_gives_a_sequence(small_config, tmp_path):
     config = small_config("search.budget=5.0")
     found = verify_plan(config, INT8, sequential=True)
     assert (found.metrics.looks, found.metrics.confidence) == ("repeated", config.search.confidence)
-    once = verify_plan(small_config("search.budget=5.0", "results.root=elsewhere"), INT8)
+    once = verify_plan(small_config("search.budget=5.0", f"results.root={tmp_path}/elsewhere"), INT8)
     width, narrower = (m.gap_interval_pct.upper - m.gap_interval_pct.lower for m in (found.metrics, once.metrics))
     assert width > 1.5 * narrower
 
