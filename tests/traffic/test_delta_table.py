@@ -50,6 +50,27 @@ def test_rows_are_those_of_the_log(table: str, schema: Schema) -> None:
     assert times(opened(table, schema), Window(20, 60)) == [i for i in left if 20 <= i < 60]
 
 
+def test_strings_that_an_update_rewrote_as_views_are_groups(columns: Make, schema: Schema, tmp_path: Path) -> None:
+    path, schema = str(tmp_path / "clicks"), replace(schema, group="user")
+    users = [f"user {i % 7}" for i in range(20)]
+    write_deltalake(path, pa.table(columns(20) | {"user": pa.array(users)}))
+    (before,) = (batch.groups for batch in open_traffic(path, schema, batch_size=20).window(Window()).batches())
+    DeltaTable(path).update(updates={"d": "d + 1"}, predicate="a < 10")
+    batch = open_traffic(path, schema, batch_size=20).window(Window()).batch(0)
+    assert before is not None and batch.groups is not None
+    by_time = dict(zip(batch.times.tolist(), batch.groups.tolist(), strict=True))
+    assert by_time == dict(enumerate(before.tolist()))
+
+
+def test_string_partitions_of_a_rewritten_table_are_groups(columns: Make, schema: Schema, tmp_path: Path) -> None:
+    path, schema = str(tmp_path / "clicks"), replace(schema, group="user")
+    users = [f"user {i % 2}" for i in range(20)]
+    write_deltalake(path, pa.table(columns(20) | {"user": pa.array(users)}), partition_by=["user"])
+    DeltaTable(path).delete("a < 10")
+    groups = [batch.groups for batch in open_traffic(path, schema, batch_size=20).window(Window()).batches()]
+    assert [len(set(found.tolist())) for found in groups if found is not None] == [2]
+
+
 def test_a_version_is_pinned_and_part_of_the_fingerprint(table: str, schema: Schema) -> None:
     first = opened(table, schema, version=1)
     assert (first.version, times(first)) == (1, list(range(50)))

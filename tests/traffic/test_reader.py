@@ -222,6 +222,26 @@ def test_lists_of_a_fixed_size_and_ids_above_two_to_the_63(columns: Make, write:
     assert batch.sparse["l"].offsets.tolist() == [0, 2, 2, 4, 6]
 
 
+@pytest.mark.parametrize("view", [pa.list_view, pa.large_list_view])
+def test_views_are_read_as_the_types_that_they_are_views_of(
+    columns: Make, write: Write, schema: Schema, view: Callable[[pa.DataType], pa.DataType]
+) -> None:
+    ids, weights = [[1, 2], None, [3], []], [[0.5, 1], None, [2], []]
+    views = {"l": pa.array(ids, view(pa.int32())), "w": pa.array(weights, view(pa.float32()))}
+    plain = {"l": pa.array(ids, pa.list_(pa.int32())), "w": pa.array(weights, pa.list_(pa.float32()))}
+    users = ["anna", "bob", "anna", "a name of more than twelve bytes"]
+    schema = replace(schema, group="user")
+    first, second = (
+        open_traffic(write(columns(4) | data | {"user": pa.array(users, text)}, name), schema, batch_size=3)
+        for data, text, name in ((views, pa.string_view(), "views"), (plain, pa.string(), "plain"))
+    )
+    for a, b in zip(first.window(Window()).batches(), second.window(Window()).batches(), strict=True):
+        assert a.groups is not None and b.groups is not None
+        assert a.groups.tolist() == b.groups.tolist()
+        assert a.sparse["l"].values.tolist() == b.sparse["l"].values.tolist()
+        assert a.sparse["l"].offsets.tolist() == b.sparse["l"].offsets.tolist()
+
+
 def test_columns_without_any_value(columns: Make, write: Write, schema: Schema) -> None:
     nothing = pa.nulls(4)
     data = columns(4) | {"a": nothing, "l": nothing, "w": nothing, "d": nothing, "label": nothing}
