@@ -20,7 +20,7 @@ from lowprec.cli_machine import machine
 from lowprec.cli_plan import by_hand, chosen_plan, plans
 from lowprec.cli_serving import serving
 from lowprec.cli_submit import as_job, submit
-from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
+from lowprec.command import DURATION, LOCAL_PATH, PLACE, POSITIVE, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -162,10 +162,10 @@ def search(
 @click.option("--plan", type=PLACE, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @by_hand
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's.")
+@click.option("--budget", type=POSITIVE, help="Percent; else the config's.")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
 @click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
-@click.option("--max-ne", type=click.FloatRange(min=0, min_open=True), help="Reject an NE that is not below it.")
+@click.option("--max-ne", type=POSITIVE, help="Reject an NE that is not below it.")
 @click.option("--calibration", metavar="LOWEST,HIGHEST", help="Reject a calibration outside of this range.")
 @click.option("--max-ne-change", type=float, metavar="PERCENT", help="With --snapshot: reject a larger rise of NE.")
 def verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -276,6 +277,11 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         raise PlanError(f"plan {path}: misses {expected}, or has another type there")
     if document["row_alignment"] < 1:
         raise PlanError(f"plan {path}: row_alignment must be positive; got {document['row_alignment']}")
+    budget = document["evidence"].get("budget_pct")
+    if budget is not None and not (type(budget) in (int, float) and 0 < budget < math.inf):
+        raise PlanError(
+            f"plan {path}: evidence.budget_pct must be a positive number, in percent; got {json.dumps(budget)}"
+        )
     made_for = document["checkpoint_sha256"]
     if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
         raise PlanError(

@@ -2,11 +2,15 @@
 
 import textwrap
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
+from click.testing import CliRunner
 
-from lowprec.config import load_config
+from lowprec.cli import cli
+from lowprec.config import Config, load_config
 from lowprec.errors import ConfigError
+from lowprec.section import Section
 
 CONFIG = """
 name: t
@@ -68,6 +72,43 @@ def test_what_is_wrong_is_named(path, override, said):
         load_config(path, (override,))
 
 
+def numeric_keys(section=Config, prefix=""):
+    """Every key of the config whose type has an int or a float in it, with whether it is a list."""
+    for key, field in section.model_fields.items():
+        kinds = list(parts(field.annotation))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from numeric_keys(kind, f"{prefix}{key}.")
+        if {int, float} & set(kinds):
+            yield f"{prefix}{key}", tuple in kinds
+
+
+def parts(annotation):
+    yield get_origin(annotation) or annotation
+    for inner in get_args(annotation):
+        yield from parts(inner)
+
+
+@pytest.mark.parametrize(("key", "is_list"), list(numeric_keys()))
+@pytest.mark.parametrize("value", ["yes", "false", ".nan", ".inf", "-.inf"])
+def test_booleans_and_infinities_are_no_numbers(path, key, is_list, value):
+    text = f"[0.5, {value}]" if is_list else value
+    section, _, last = key.rpartition(".")
+    override = {
+        "traffic.sparse": f"traffic.sparse=[{{name: c0, {last}: {text}}}]",
+        "monitor.webhook": f"monitor.webhook={{url: http://x, {last}: {text}}}",
+        "space.layers": f"space.layers={{precisions: [fp32], {last}: {text}}}",
+        "space.layers.arithmetic": f"space.layers={{precisions: [fp32, emulated], arithmetic: {{{last}: {text}}}}}",
+    }.get(section, f"{key}={text}")
+    with pytest.raises(ConfigError, match=rf"{last}(\[1\])?(\.\S+)?: .*; got "):
+        load_config(path, (override,))
+
+
+def test_a_boolean_budget_is_refused_in_words(path):
+    with pytest.raises(ConfigError, match=r"search.budget: input should be a number, not a boolean .*; got true"):
+        load_config(path, ("search.budget=yes",))
+
+
 def test_every_wrong_key_is_named_at_once(path):
     with pytest.raises(ConfigError, match="model.chekpoint: .*; search.budget: "):
         load_config(path, ("search.budget=0", "model.chekpoint=1"))
@@ -87,3 +128,10 @@ def test_the_configs_of_the_project_load_and_have_windows_in_time_order(name):
     config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
     ends = [config.windows.train.end, config.windows.validation.end, config.windows.search.end]
     assert [config.windows.validation.start, config.windows.search.start, config.windows.confirm.start] == ends
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("option", ["--budget", "--max-ne"])
+def test_options_refuse_numbers_that_are_not_finite(path, option, value):
+    found = CliRunner().invoke(cli, ["verify", str(path), "--uniform", "int4", option, value])
+    assert (found.exit_code, "is not a finite number" in found.output) == (2, True)

@@ -1,6 +1,7 @@
 """Plans hold one precision for every unit, and a plan file comes back as it was written."""
 
 import json
+import math
 
 import pytest
 
@@ -139,6 +140,14 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d.update(checkpoint_sha256="cd" * 32), "lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"),
         (lambda d: d.update(evidence=[1]), r"evidence \(dict\), or has another type"),
         (lambda d: d.update(evidence=None), r"evidence \(dict\), or has another type"),
+        (
+            lambda d: d.update(evidence={"budget_pct": True}),
+            "evidence.budget_pct must be a positive number.*; got true",
+        ),
+        (lambda d: d.update(evidence={"budget_pct": math.nan}), "evidence.budget_pct must be .*; got NaN"),
+        (lambda d: d.update(evidence={"budget_pct": math.inf}), "evidence.budget_pct must be .*; got Infinity"),
+        (lambda d: d.update(evidence={"budget_pct": -1}), "evidence.budget_pct must be .*; got -1"),
+        (lambda d: d.update(evidence={"budget_pct": "0.05"}), 'evidence.budget_pct must be .*; got "0.05"'),
         (lambda d: d.pop("model"), r"misses model \(str\)"),
         (lambda d: d.update(bytes=True), r"bytes \(int\), or has another type"),
         (lambda d: d.update(row_alignment=0), "row_alignment must be positive; got 0"),

@@ -17,13 +17,13 @@ from lowprec.config.sections import (
     ModelConfig,
     ResultsConfig,
     SearchConfig,
-    Section,
     TrafficConfig,
     TrainConfig,
     WindowsConfig,
 )
 from lowprec.config.space import SpaceConfig
 from lowprec.errors import ConfigError
+from lowprec.section import Section
 
 __all__ = ["Config", "load_config"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lowprec.section import Section
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
@@ -17,7 +18,6 @@ __all__ = [
     "ModelConfig",
     "ResultsConfig",
     "SearchConfig",
-    "Section",
     "SparseConfig",
     "TimeBound",
     "TrafficConfig",
@@ -29,12 +29,6 @@ __all__ = [
 TimeBound = int | str | None
 
 DEFAULT_BUDGET = 0.02
-
-
-class Section(BaseModel):
-    """Keys that are all known; a config does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SparseConfig(Section):
@@ -136,7 +130,7 @@ class ModelConfig(Section):
     """
 
     factory: str = "lowprec.models.dlrm:build"
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str
     outputs: Literal["logits", "probabilities", "unchecked_logits"] = "logits"
 
@@ -170,7 +164,7 @@ class CostConfig(Section):
         return self
 
 
-Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Budget = Annotated[float, Field(gt=0)]
 
 
 class SearchConfig(Section):

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lowprec.config.sections import Section
 from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
 from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange
+from lowprec.section import Section
 
 __all__ = ["ArithmeticConfig", "LayersConfig", "SpaceConfig", "UnitRule"]
 

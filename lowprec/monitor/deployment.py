@@ -33,12 +33,12 @@ class Deployment:
         watch = config.monitor
         budget = watch.budget
         if budget is None:
-            told = file.evidence.get("budget_pct")
-            if not isinstance(told, int | float) or told <= 0:
+            made_for = file.evidence.get("budget_pct")
+            if made_for is None:
                 raise ConfigError(
                     f"monitor.budget: is required, because plan {plan_path} does not say which budget it was made for"
                 )
-            budget = float(told)
+            budget = float(made_for)
         traffic = config.traffic.model_dump(
             mode="json", exclude={"path", "version", "synthetic", "max_bad_fraction", "batch_size"}
         )
