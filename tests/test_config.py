@@ -63,6 +63,12 @@ def test_overrides_are_yaml(path):
         ("traffic.bounds_check=ignore", "traffic.bounds_check: .*'error', 'drop' or 'zero'"),
         ("traffic.sparse=[{column: x}]", r"traffic.sparse\[0\].name: is required"),
         ("windows.search=null", "windows.search"),
+        ("windows.search={2026-01-06: 1}", "windows.search.2026-01-06: no such key"),
+        ("windows.search={2026-01-06 12:00:00: 1}", "windows.search.2026-01-06 12:00:00: no such key"),
+        ("search={~: 1, yes: 2}", "search.null: no such key.*; search.true: no such key"),
+        ("search={[a, b]: 1}", "the value is not YAML: a key must be text, not a list"),
+        ("search={budget: 1, budget: 2}", 'the value is not YAML: key "budget" is there twice'),
+        ("windows.search.end=2026-02-30", 'not YAML: "2026-02-30" is not a timestamp: day is out of range'),
         ("nonsense", "expected KEY=VALUE"),
         ("name.x=1", '"name" is not a section'),
     ],
@@ -117,7 +123,15 @@ def test_every_wrong_key_is_named_at_once(path):
 def test_files_that_are_no_config(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml")
-    for text, said in (("a: [", "is not YAML"), ("- 1", "must be a mapping")):
+    for text, said in (
+        ("a: [", "is not YAML"),
+        ("- 1", "must be a mapping"),
+        ("? [a, b]\n: 3", "is not YAML: a key must be text, not a list.* line 1"),
+        ("a:\n  ? {b: 1}\n  : 3", "is not YAML: a key must be text, not a mapping.* line 2"),
+        ("a: 2026-13-45", 'is not YAML: "2026-13-45" is not a timestamp'),
+        ("a: !!bool maybe", 'is not YAML: "maybe" is not a bool'),
+        ("a: &x [*x]", "is not YAML: it is nested too deeply"),
+    ):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ConfigError, match=said):
             load_config(tmp_path / "x.yaml")

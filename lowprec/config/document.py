@@ -22,6 +22,7 @@ from lowprec.config.sections import (
     WindowsConfig,
 )
 from lowprec.config.space import SpaceConfig
+from lowprec.config.yaml_text import parse_yaml
 from lowprec.errors import ConfigError
 from lowprec.section import Section
 
@@ -67,7 +68,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     except UnicodeDecodeError:
         raise ConfigError(f"config {path}: is no text file; expected YAML in UTF-8") from None
     try:
-        document = yaml.load(text, _UniqueKeys)
+        document = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
@@ -88,9 +89,9 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f'--set "{override}": "{parent}" is not a section')
     try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f'--set "{override}": the value is not YAML') from None
+        section[last] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f'--set "{override}": the value is not YAML: {" ".join(str(error).split())}') from None
 
 
 def _validated(document: dict[str, Any], where: str) -> Config:
@@ -128,15 +129,3 @@ def _closest(key: str) -> str:
             return ""
     matches = get_close_matches(last, list(section.model_fields), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else f"; known here: {', '.join(section.model_fields)}"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without repeated keys: of two budgets the last would win, and nobody would know."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
