@@ -115,7 +115,11 @@ class _Monitor:
         self._notes: list[str] = []
 
     def run(self, since: TimeBound, until: TimeBound) -> MonitorOutcome:
-        due = self._due(*self._schedule.between(since, until))
+        bounds = self._schedule.between(since, until)
+        due = self._due(*bounds)
+        ended = self._schedule.windows_after_traffic(*bounds, judged=self._judged)
+        if ended:
+            self._note(ended)
         if self._schedule.skew_s:
             self._note(
                 f"the newest row is {self._schedule.skew_s:.0f} s ahead of this machine's clock "
@@ -145,7 +149,7 @@ class _Monitor:
                         error = failure
                         break
                 give_back_now()
-        outcome = self._outcome()
+        outcome = self._outcome(ended)
         told = tell(
             self._config,
             self._record,
@@ -320,16 +324,19 @@ class _Monitor:
         if state == "breach" and event == "opened":
             self._life.breaches.add(start)
 
-    def _outcome(self) -> MonitorOutcome:
+    def _outcome(self, ended: str) -> MonitorOutcome:
         """What this run found. Labels that came late may break the promise in a window that was judged long ago: that
         is told with the newest window.
+
+        ended: a sentence, where complete windows are after the end of the traffic: a deployment without traffic is not
+        ok.
         """
         found: list[tuple[State, str]] = [(d["state"], f"{d['window']}: {_reasons(d)}") for d in self._documents]
         newest = max(self._judged, default=None)
         current: State = "insufficient_data"
         if newest is None:
-            nothing = f"no window is complete yet: the first one is {self._text(self._schedule.first_window)}"
-            state, message = current, nothing
+            first = f"no window is complete yet: the first one is {self._text(self._schedule.first_window)}"
+            state, message = current, ended or first
         else:
             judged = self._judged[newest]
             current = judged.state
@@ -348,6 +355,10 @@ class _Monitor:
                 (text for known, text in reversed(found) if known == state),
                 f"no window is due; the last one, {self._text(judged.window)}: {judged.message}",
             )
+            if ended:
+                current = worst([current, "insufficient_data"])
+                if worst([state, "insufficient_data"]) != state:
+                    state, message = "insufficient_data", ended
         return MonitorOutcome(
             deployment=self._deployment.key,
             name=self._deployment.name,

@@ -178,7 +178,7 @@ def test_labels_that_come_too_late_are_left_alone(deployed, monitored, traffic_c
     config, plan = deployed(f"traffic.path={folder}", "monitor.labels_within=1d")
     monitored(config, plan)
     traffic_copy()
-    assert monitored(config, plan, now=datetime(2026, 1, 12, tzinfo=UTC)).windows[0]["state"] == "insufficient_data"
+    assert monitored(config, plan, now=datetime(2026, 1, 12, tzinfo=UTC)).windows == ()
     assert len([r for r in rows(config) if r["window_start"] == JAN_10]) == 1
 
 
@@ -210,15 +210,41 @@ def test_labels_that_are_all_alike_are_no_evidence(deployed, monitored, traffic_
 
 
 def test_a_window_without_rows_is_a_gap(deployed, monitored, traffic_copy):
-    folder = traffic_copy(lambda table: table.filter(pc.less(table["ts"], JAN_10)))
+    folder = traffic_copy(
+        lambda table: table.filter(pc.or_(pc.less(table["ts"], JAN_10 - 86400), pc.greater(table["ts"], JAN_10)))
+    )
     config, plan = deployed(f"traffic.path={folder}", "monitor.labels_within=3d")
     outcome = monitored(config, plan)
-    assert states(outcome) == ["ok", "insufficient_data"] and outcome.state == "insufficient_data"
-    assert "no row lies in this window: a gap in the traffic" in outcome.windows[1]["reasons"][0]
-    assert outcome.windows[1]["num_rows"] == 0
+    assert states(outcome) == ["insufficient_data", "ok"] and outcome.state == "insufficient_data"
+    assert "no row lies in this window: a gap in the traffic" in outcome.windows[0]["reasons"][0]
+    assert outcome.windows[0]["num_rows"] == 0 and outcome.notes == ()
     # The rows come after all.
     traffic_copy()
     assert states(monitored(config, plan)) == ["ok"]
+
+
+def test_windows_after_the_end_of_the_traffic_wait_for_rows(deployed, monitored, traffic_copy):
+    folder = traffic_copy(lambda table: table.filter(pc.less(table["ts"], JAN_10)))
+    config, plan = deployed(f"traffic.path={folder}")
+    outcome = monitored(config, plan)
+    assert states(outcome) == ["ok"] and len(rows(config)) == 1
+    (note,) = outcome.notes
+    assert note.startswith("traffic ends at 2026-01-09T23:5") and ": 1 later window is not judged until" in note
+    assert (outcome.state, outcome.current_state, outcome.message) == ("insufficient_data", "insufficient_data", note)
+    again = monitored(config, plan)
+    assert (states(again), again.state, again.current_state) == ([], "insufficient_data", "insufficient_data")
+    assert again.message == note and len(rows(config)) == 1
+    traffic_copy()
+    outcome = monitored(config, plan)
+    assert (states(outcome), outcome.state, outcome.current_state, outcome.notes) == (["ok"], "ok", "ok", ())
+
+
+def test_a_breach_stays_one_where_the_traffic_ends(deployed, monitored):
+    config, plan = deployed(precision=Precision.INT2, budget=0.3, longer=True)
+    outcome = monitored(config, plan, now=datetime(2026, 12, 1, tzinfo=UTC))
+    assert outcome.current_state == outcome.state == "breach" and "324 later windows" in outcome.notes[0]
+    again = monitored(config, plan, now=datetime(2026, 12, 1, tzinfo=UTC))
+    assert (again.current_state, again.state) == ("breach", "breach") and "324 later windows" not in again.message
 
 
 def test_the_clock_of_the_traffic_may_be_ahead(deployed, monitored):
