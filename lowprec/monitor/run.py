@@ -12,23 +12,21 @@ from lowprec.errors import ConfigError, LowprecError, ModelError, PlanError, Tra
 from lowprec.evaluation.memory import give_back_now
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.drift import drift_rule
-from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge
+from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge, standing_breach
 from lowprec.monitor.life import Life
 from lowprec.monitor.live import LiveModel, LiveModels
 from lowprec.monitor.measure import measure_window, standing_columns
 from lowprec.monitor.normal_drift import History
 from lowprec.monitor.outcome import MonitorOutcome, window_document, worst
 from lowprec.monitor.promise import Standing
-from lowprec.monitor.proposal import Proposal, propose
-from lowprec.monitor.record import Alert, JudgedWindow, MonitorRecord, next_event
+from lowprec.monitor.proposal import Proposal, propose, verify_arguments
+from lowprec.monitor.record import JUDGED_COLUMNS, Alert, JudgedWindow, MonitorRecord, next_event
 from lowprec.monitor.schedule import Schedule
 from lowprec.monitor.tell import tell, tell_failed_run
 from lowprec.plan import write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.results.schema import table_schema
-from lowprec.storage import Location, Where
+from lowprec.storage import Where
 from lowprec.traffic import TrafficReader, TrafficWindow, Window, format_time, format_window, open_traffic
-from lowprec.traffic.window import time_text
 
 __all__ = ["run_monitor"]
 
@@ -36,10 +34,6 @@ __all__ = ["run_monitor"]
 _OF_ONE_WINDOW = (TrafficError, ModelError, WeightError)
 # Rows of a table whose range grew are said from this share of them on.
 MANY_ROWS = 0.01
-# What `MonitorRecord` fills in itself.
-_KEYS = {"row_key", "deployment", "name", "window_key", "version", "window_start", "window_end"}
-_KEYS |= {"budget_pct", "judged_by", "lowprec_version", "committed_at"}
-_JUDGED_COLUMNS = [name for name in table_schema("monitor_windows").arrow.names if name not in _KEYS]
 
 
 def run_monitor(
@@ -214,7 +208,8 @@ class _Monitor:
             measured.metrics,
             standing,
             kl_standing,
-            num_running=number - standing.since + 1,
+            number=number,
+            breach_window=self._breach_window(standing),
             evidence=measured.evidence.of(self._deployment.judged_by),
             budget_pct=self._deployment.budget_pct,
             judged_by=self._deployment.judged_by,
@@ -253,7 +248,7 @@ class _Monitor:
         """Keep that a window could not be judged; the same error again is no new row."""
         before = self._judged.get(window.start or 0)
         if before is not None and before.state == "error" and before.message == str(error):
-            row = dict.fromkeys(_JUDGED_COLUMNS) | {"window": self._text(window)}
+            row = dict.fromkeys(JUDGED_COLUMNS) | {"window": self._text(window)}
             self._documents.append(window_document(row, before.version, Judgement("error", (str(error),)), None, None))
             return
         self._life.add(window.start or 0, None)
@@ -273,7 +268,7 @@ class _Monitor:
         before = self._judged.get(start)
         version = before.version + 1 if before else 0
         row = {
-            **dict.fromkeys(_JUDGED_COLUMNS),
+            **dict.fromkeys(JUDGED_COLUMNS),
             **known,
             "window": self._text(window),
             "judged_at": datetime.now(UTC),
@@ -283,7 +278,7 @@ class _Monitor:
         plan_path = verify_with = None
         if proposal is not None and live is not None:
             path = self._record.artifacts / f"proposed-{start}.json"
-            verify_with = self._verify_with(window, path)
+            verify_with = verify_arguments(window, self._schedule.unit, path, self._deployment.budget_pct)
             file = proposal.file(
                 self._deployment.plan, live.job.checkpoint_sha256, self._text(window), self._deployment.budget_pct
             )
@@ -342,9 +337,8 @@ class _Monitor:
             current = judged.state
             standing, _, number = self._life.after(newest)
             if standing.in_breach and "breach" not in (*(state for state, _ in found), current):
-                late = (
-                    f"labels that came late show a gap above {self._deployment.budget_pct:g} %: "
-                    f"{100 * standing.running_gap:+.4f} % over {number - standing.since + 1} windows"
+                late = "labels that came late show a breach: " + standing_breach(
+                    standing, "the gap", self._deployment.budget_pct, self._breach_window(standing), number
                 )
                 self._note(late)
                 self._alert(judged.window, "breach", late, {}, None)
@@ -372,15 +366,14 @@ class _Monitor:
             windows=tuple(self._documents),
         )
 
+    def _breach_window(self, standing: Standing) -> str:
+        """The window in which the breach was found that stands."""
+        at = standing.breach_at
+        return "" if at is None else self._text(self._schedule.window_at(self._life.start_of(at)))
+
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._progress.note(text)
-
-    def _verify_with(self, window: Window, path: Location) -> str:
-        """On the window that broke the promise: on the certified one the deployed plan would pass as well."""
-        start, end = (time_text(bound or 0, self._schedule.unit) for bound in (window.start, window.end))
-        bounds = f"'windows.confirm={{start: {start}, end: {end}}}'"
-        return f"--plan {path} --set {bounds} --budget {self._deployment.budget_pct:g}"
 
     def _text(self, window: Window) -> str:
         return format_window(window, self._schedule.unit)

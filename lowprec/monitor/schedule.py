@@ -143,7 +143,11 @@ class Schedule:
     @property
     def first_window(self) -> Window:
         """The first one, complete or not."""
-        return Window(self.first, self.length.end_of(self.first, self.unit))
+        return self.window_at(self.first)
+
+    def window_at(self, start: int) -> Window:
+        """The window that starts there."""
+        return Window(start, self.length.end_of(start, self.unit))
 
     def may_get_labels(self, window: Window) -> bool:
         """Whether labels and rows of a window are still waited for."""

@@ -132,7 +132,14 @@ def test_a_broken_promise_is_told_with_a_plan_that_would_keep_it(deployed, monit
     config, plan = deployed(precision=Precision.INT2, budget=0.3, longer=True)
     outcome = monitored(config, plan)
     assert outcome.state == "breach" and states(outcome)[-1] == "breach"
-    assert "is found to be above 0.3 %" in outcome.windows[states(outcome).index("breach")]["reasons"][0]
+    broke = states(outcome).index("breach")
+    assert "is found to be above 0.3 %" in outcome.windows[broke]["reasons"][0]
+    after = outcome.windows[broke + 1]
+    assert states(outcome)[broke + 1] == "breach" and "1 window since then" in after["reasons"][0]
+    assert (
+        f"was found to be above 0.3 % in window {outcome.windows[broke]['window']}: the breach stands until the test "
+        "finds the gap to be below the budget again (+" in after["reasons"][0]
+    )
     alerts = sorted(rows(config, "alerts"), key=lambda a: a["window_start"])
     assert next(a["event"] for a in alerts if a["state"] == "breach") == "opened"
     assert len({a["window_start"] for a in alerts}) == len(alerts)
@@ -198,7 +205,10 @@ def test_a_label_free_gap_above_the_budget_warns_where_labels_say_too_little(dep
     config, plan = deployed(f"traffic.path={folder}", precision=Precision.INT2, budget=0.2, longer=True)
     outcome = monitored(config, plan)
     assert states(outcome)[0] == "insufficient_data" and states(outcome)[-1] == "warn"
-    assert "the label-free gap is above 0.2 %" in outcome.windows[-1]["reasons"][0]
+    reasons = [window["reasons"][0] for window in outcome.windows if window["state"] == "warn"]
+    assert reasons[0].startswith("the label-free gap is above 0.2 % (+")
+    # The gap since then is that of few windows: by itself it need not be above the budget.
+    assert all("was found to be above 0.2 %, and not to be below it again (since then +" in r for r in reasons[1:])
 
 
 def test_labels_that_are_all_alike_are_no_evidence(deployed, monitored, traffic_copy):
