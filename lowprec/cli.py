@@ -138,6 +138,7 @@ def search(
         show(placed, as_json, render.render_dry_run)
         return 0
     assert config is not None
+    _check_results_root(config)
     limits = {"timeout_s": timeout, "max_trials": max_trials}
     limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
     config = config.model_copy(update={"search": limited})
@@ -194,6 +195,7 @@ def verify(
     from lowprec.search.verify import verify_plan
 
     chosen = chosen_plan(plan, uniform, units)
+    _check_results_root(config)
     config = with_gate(
         config,
         max_ne=max_ne,
@@ -377,6 +379,13 @@ def _machines(
 def _time(text: str | None) -> int | str | None:
     """A time of traffic: an integer where it is one, else a date."""
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _check_results_root(config: Config) -> None:
+    """Raise `ResultsError` for a root that cannot be used, before traffic and model are opened."""
+    from lowprec.results import ResultsStore
+
+    ResultsStore(config.results.root)
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:

@@ -27,8 +27,8 @@ def delta_address(where: Location) -> str:
     Raises `StorageError`, whose reason is one clause, for a path that the client would take for another one.
     """
     if where.is_url:
-        found = _UNUSABLE_IN_URL.search(unquote(where.text)) or re.search("[#?]", where.text)
-        if found is None and "@" in bucket_of(where.text):
+        found = _all_of(_UNUSABLE_IN_URL, unquote(where.text)) or _all_of(re.compile("[#?]"), where.text)
+        if not found and "@" in bucket_of(where.text):
             raise StorageError(
                 "the URL of a Delta table takes no keys; set them in the environment (AWS_ENDPOINT_URL, AWS_REGION, "
                 "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
@@ -37,10 +37,18 @@ def delta_address(where: Location) -> str:
     else:
         # Links are followed before the path becomes a URL.
         shown = os.path.realpath(where.text)
-        found = _UNUSABLE.search(shown)
-    if found is not None:
-        raise StorageError(f"Delta's client cannot use a path with {found[0]!r} in it ({shown!r}); choose another path")
+        found = _all_of(_UNUSABLE, shown)
+    if found:
+        raise StorageError(
+            f"Delta's client cannot use a path with {' and '.join(map(repr, found))} in it ({shown!r}); choose another "
+            "path"
+        )
     return shown
+
+
+def _all_of(pattern: re.Pattern[str], text: str) -> list[str]:
+    """What a pattern finds in a text, each once: one message names all that has to change."""
+    return list(dict.fromkeys(pattern.findall(text)))
 
 
 @contextmanager
