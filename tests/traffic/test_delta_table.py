@@ -179,8 +179,21 @@ def test_a_table_that_is_not_committed_or_damaged_is_refused(columns: Make, writ
         opened(str(folder), schema)
     for text in ("", "{", '{"commitInfo": {}}'):
         (log / f"{0:020}.json").write_text(text)
-        with pytest.raises(TrafficError, match="cannot be read as a Delta table: "):
+        with pytest.raises(TrafficError, match=f"cannot be read as a Delta table: its log {log} is damaged"):
             opened(str(folder), schema)
+
+
+@pytest.mark.parametrize("text", ["{broken", '{"add": 3}', "\x00", None])
+def test_a_damaged_log_is_one_sentence_without_stack_frames(table: str, schema: Schema, text: str | None) -> None:
+    log = Path(table) / "_delta_log"
+    commit = log / f"{2:020}.json"
+    commit.unlink() if text is None else commit.write_text(text)
+    with pytest.raises(TrafficError) as raised:
+        opened(table, schema)
+    told = str(raised.value)
+    assert f"its log {log} is damaged" in told and told.endswith("or write the rows to a new table")
+    assert not {"<unknown>", "clone3", "ParsedLogPath"} & set(told.replace(":", " ").split())
+    assert (f"{commit.name} is not a commit of Delta" in told) is (text is not None)
 
 
 def test_an_empty_table_is_refused(table: str, schema: Schema) -> None:
