@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lowprec.cli import cli
-from lowprec.config import Config, load_config
+from lowprec.config import Config, MonitorConfig, SearchConfig, SpaceConfig, load_config
 from lowprec.errors import ConfigError
 from lowprec.section import Section
 
@@ -58,11 +58,21 @@ def test_overrides_are_yaml(path):
         ("search.budget=0", "search.budget: input should be greater than 0; got 0"),
         ("search.budget=-1", "greater than 0; got -1"),
         ("search.budget=big", 'search.budget: .*; got "big"'),
-        ("space.precisions=[int5]", "space.precisions.*'int8'.*got \"int5\""),
+        ("space.precisions=[int5]", "space.precisions: int5 is not among fp32, fp16, int8, int4, int2; got "),
+        ("space.precisions=[bf16]", "space.precisions: bf16 is not among fp32, fp16, int8, int4, int2; got "),
+        ("space.layers=[int4]", "space.layers.precisions: int4 is not among fp32, fp16, bf16, int8_dynamic, "),
+        ("space.units=[{match: 'table:*', fixed: bf16}]", r"units\[0\].fixed: bf16 is not among .* int4, int2; got"),
+        ("space.units=[{match: 'layer:*', precisions: [int2]}]", "int2 is not among fp32, .* emulated; got"),
+        ("space.units=[{match: '*', precisions: [int3]}]", "int3 is not among fp32, .*int2; got"),
+        ("traffic.sparse=[c0, {name: c1, wieghts: w}]", r'sparse\[1\].wieghts: no such key; did you mean "weights"'),
+        ("monitor.webhook={ulr: x}", 'monitor.webhook.ulr: no such key; did you mean "url"'),
+        ("space.units=[{mtach: x}]", 'space.units.*mtach: no such key; did you mean "match"'),
+        ("search=3", "search: input should be a mapping; got 3"),
+        ("windows.search=null", "windows.search: input should be a mapping; got null"),
+        ("traffic=null", "traffic.path: is required"),
         ("space.units=[{match: x}]", "give either precisions or fixed"),
         ("traffic.bounds_check=ignore", "traffic.bounds_check: .*'error', 'drop' or 'zero'"),
         ("traffic.sparse=[{column: x}]", r"traffic.sparse\[0\].name: is required"),
-        ("windows.search=null", "windows.search"),
         ("windows.search={2026-01-06: 1}", "windows.search.2026-01-06: no such key"),
         ("windows.search={2026-01-06 12:00:00: 1}", "windows.search.2026-01-06 12:00:00: no such key"),
         ("search={~: 1, yes: 2}", "search.null: no such key.*; search.true: no such key"),
@@ -113,6 +123,14 @@ def test_booleans_and_infinities_are_no_numbers(path, key, is_list, value):
 def test_a_boolean_budget_is_refused_in_words(path):
     with pytest.raises(ConfigError, match=r"search.budget: input should be a number, not a boolean .*; got true"):
         load_config(path, ("search.budget=yes",))
+
+
+def test_sections_without_keys_have_their_defaults(path):
+    path.write_text(path.read_text() + "search:\nmonitor:\n  drift:\n  webhook:\nspace: ~\n")
+    config = load_config(path)
+    assert (config.search, config.monitor, config.space) == (SearchConfig(), MonitorConfig(), SpaceConfig())
+    config = load_config(path, ("search.budget=0.1", "monitor.drift.min_distance=0.2"))
+    assert (config.search.budget, config.monitor.drift.min_distance) == (0.1, 0.2)
 
 
 def test_every_wrong_key_is_named_at_once(path):

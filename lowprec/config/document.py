@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,6 +76,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"config {path}: must be a mapping with keys {', '.join(Config.model_fields)}")
     for override in overrides:
         _apply_override(document, override)
+    document = _without_null_sections(document, Config, is_top=True)
     return _validated(document, str(path))
 
 
@@ -85,13 +87,34 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = document
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ConfigError(f'--set "{override}": "{parent}" is not a section')
     try:
         section[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f'--set "{override}": the value is not YAML: {" ".join(str(error).split())}') from None
+
+
+def _without_null_sections(document: dict[str, Any], section: type[BaseModel], *, is_top: bool) -> dict[str, Any]:
+    """The document with an empty mapping for a section without keys, which YAML reads as null.
+
+    Where null has a meaning of its own, or a section is required, it stays; a section at the top says itself what is
+    required in it.
+    """
+    found = {}
+    for key, value in document.items():
+        field = section.model_fields.get(key)
+        inner = field.annotation if field is not None else None
+        if field is not None and isinstance(inner, type) and issubclass(inner, BaseModel):
+            if value is None and (is_top or not field.is_required()):
+                value = {}
+            if isinstance(value, dict):
+                value = _without_null_sections(value, inner, is_top=False)
+        found[key] = value
+    return found
 
 
 def _validated(document: dict[str, Any], where: str) -> Config:
@@ -109,23 +132,32 @@ def _validated(document: dict[str, Any], where: str) -> Config:
 def _sentence(error: Any) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key{_closest(key)}"
+        return f"{key}: no such key{_closest(error['loc'])}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("object", "mapping")
+    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    message = message.replace("an object", "a mapping").replace("object", "mapping")
     return f"{key}: {message[0].lower()}{message[1:]}; got {json.dumps(error['input'], default=str)}"
 
 
-def _closest(key: str) -> str:
+def _closest(place: Sequence[int | str]) -> str:
     """A hint for a misspelt key: the keys of its section that look like it."""
     from difflib import get_close_matches
 
-    *parents, last = key.split(".")
-    section: Any = Config
+    *parents, last = place
+    section: type[BaseModel] | None = Config
     for parent in parents:
-        annotation = section.model_fields.get(parent.partition("[")[0])
-        section = annotation.annotation if annotation else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return ""
-    matches = get_close_matches(last, list(section.model_fields), n=1)
+        if isinstance(parent, str) and section is not None:
+            field = section.model_fields.get(parent)
+            section = _section_in(field.annotation) if field is not None else None
+    if section is None:
+        return ""
+    matches = get_close_matches(str(last), list(section.model_fields), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key takes: itself, as an item of a list, or instead of null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
