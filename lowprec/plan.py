@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
@@ -28,6 +28,7 @@ __all__ = [
     "is_layer",
     "precision_counts",
     "precision_texts",
+    "precisions_of",
     "read_plan",
     "rowwise_ranges",
     "write_plan",
@@ -221,9 +222,23 @@ def is_layer(unit: str) -> bool:
     return unit.startswith("layer:")
 
 
+def precisions_of(pattern: str) -> tuple[Precision, ...]:
+    """The precisions that units can have whose name matches a pattern: those of its kind, or all."""
+    kinds = {"table": TABLE_PRECISIONS, "layer": LAYER_PRECISIONS}
+    return kinds.get(pattern.partition(":")[0], tuple(Precision))
+
+
 def form_of(precision: Precision, flat: Mapping[str, Any], *, where: str) -> Form:
     """The form of a layer at a precision from its document; raises `PlanError` naming `where`."""
-    return _FORM_OF[precision].from_dict(flat, where=where)
+    kind = _FORM_OF[precision]
+    of_inputs = () if precision is Precision.INT8_STATIC else ("input_scale", "input_zero_point")
+    missing = [key.name for key in fields(kind) if key.name not in flat and key.name not in of_inputs]
+    if missing:
+        raise PlanError(
+            f"{where}: misses {', '.join(missing)} of a layer at {precision}; take the whole entry from the plan of a "
+            f"search, or write a plan with lowprec plan CONFIG --unit UNIT={precision} --out FILE"
+        )
+    return kind.from_dict(flat, where=where)
 
 
 def write_plan(file: PlanFile, path: Where) -> None:

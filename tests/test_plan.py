@@ -97,6 +97,18 @@ def test_a_layer_that_makes_no_sense_is_refused(layer_path, unit, key, value, sa
         read_plan(changed, units=LAYERS, checkpoint_sha256=None)
 
 
+def test_all_keys_that_a_layer_misses_are_named(layer_path):
+    entry = {"precision": "int8_static", "weights": "channel", "input_bits": 8}
+    changed = rewritten(layer_path, lambda d: d["units"].update({"layer:top.0": entry}))
+    with pytest.raises(PlanError, match="misses range, outliers, input_scale, input_zero_point of a layer") as e:
+        read_plan(changed, units=LAYERS, checkpoint_sha256=None)
+    assert "--unit UNIT=int8_static" in str(e.value) and "search again" not in str(e.value)
+    emulated = {"layer:top.0": {"precision": "fp32"}, "layer:over": {"precision": "emulated", "block": 4}}
+    changed = rewritten(layer_path, lambda d: d.update(units=d["units"] | emulated))
+    with pytest.raises(PlanError, match="misses inputs, weights, accumulate, output of a layer at emulated"):
+        read_plan(changed, units=LAYERS, checkpoint_sha256=None)
+
+
 def test_a_plan_lists_every_unit_in_the_order_of_the_model():
     plan = Plan.of(UNITS, {"table:b": Precision.FP16, "table:a": Precision.INT4})
     assert list(plan) == ["table:a", "table:b"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
-from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange
+from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange, precisions_of
 from lowprec.section import Section
 
 __all__ = ["ArithmeticConfig", "LayersConfig", "SpaceConfig", "UnitRule"]
@@ -23,15 +23,7 @@ class UnitRule(Section):
     @field_validator("precisions", "fixed", mode="before")
     @classmethod
     def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        match = str(info.data.get("match", ""))
-        among = (
-            LAYER_PRECISIONS
-            if match.startswith("layer:")
-            else TABLE_PRECISIONS
-            if match.startswith("table:")
-            else tuple(Precision)
-        )
-        return _of_kind(value, among)
+        return _of_kind(value, precisions_of(str(info.data.get("match", ""))))
 
     @model_validator(mode="after")
     def _one_of_both(self) -> UnitRule:
