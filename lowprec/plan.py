@@ -279,6 +279,7 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         raise PlanError(f"plan {path}: schema_version must be {PLAN_SCHEMA_VERSION}; got {version!r}")
     document = {"evidence": {}, **document}
     kinds = {
+        "schema_version": int,
         "units": dict,
         "model": str,
         "checkpoint_sha256": str,
@@ -286,6 +287,11 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         "row_alignment": int,
         "evidence": dict,
     }
+    if unknown := [key for key in document if key not in kinds]:
+        raise PlanError(
+            f"plan {path}: has no key {', '.join(unknown)}; known here: {', '.join(kinds)}; notes of your own go into "
+            "evidence"
+        )
     wrong = [key for key, kind in kinds.items() if type(document.get(key)) is not kind]
     if wrong:
         expected = ", ".join(f"{key} ({kinds[key].__name__})" for key in wrong)

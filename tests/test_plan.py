@@ -160,6 +160,7 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d.update(evidence={"budget_pct": math.inf}), "evidence.budget_pct must be .*; got Infinity"),
         (lambda d: d.update(evidence={"budget_pct": -1}), "evidence.budget_pct must be .*; got -1"),
         (lambda d: d.update(evidence={"budget_pct": "0.05"}), 'evidence.budget_pct must be .*; got "0.05"'),
+        (lambda d: d.update(row_alignmnet=16, x=1), "has no key row_alignmnet, x; known here: schema_version, units, "),
         (lambda d: d.pop("model"), r"misses model \(str\)"),
         (lambda d: d.update(bytes=True), r"bytes \(int\), or has another type"),
         (lambda d: d.update(row_alignment=0), "row_alignment must be positive; got 0"),
