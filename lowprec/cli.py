@@ -20,7 +20,7 @@ from lowprec.cli_machine import machine
 from lowprec.cli_plan import by_hand, chosen_plan, plans
 from lowprec.cli_serving import serving
 from lowprec.cli_submit import as_job, submit
-from lowprec.command import DURATION, LOCAL_PATH, PLACE, command, show
+from lowprec.command import DURATION, LOCAL_PATH, PLACE, POSITIVE, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -138,6 +138,7 @@ def search(
         show(placed, as_json, render.render_dry_run)
         return 0
     assert config is not None
+    _check_results_root(config)
     limits = {"timeout_s": timeout, "max_trials": max_trials}
     limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
     config = config.model_copy(update={"search": limited})
@@ -162,11 +163,11 @@ def search(
 @click.option("--plan", type=PLACE, metavar="PLAN", help="The plan.json to evaluate (a path or URL).")
 @by_hand
 @click.option("--window", type=click.Choice(["search", "confirm"]), default="confirm", show_default=True)
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Percent; else the config's or the plan's.")
+@click.option("--budget", type=POSITIVE, help="Percent; else the config's or the plan's.")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
 @click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
 @click.option("--sequential", is_flag=True, help="Allow any number of looks while the window grows (wider interval).")
-@click.option("--max-ne", type=click.FloatRange(min=0, min_open=True), help="Reject an NE that is not below it.")
+@click.option("--max-ne", type=POSITIVE, help="Reject an NE that is not below it.")
 @click.option("--calibration", metavar="LOWEST,HIGHEST", help="Reject a calibration outside of this range.")
 @click.option("--max-ne-change", type=float, metavar="PERCENT", help="With --snapshot: reject a larger rise of NE.")
 def verify(
@@ -196,6 +197,7 @@ def verify(
     from lowprec.search.verify import verify_plan
 
     chosen = chosen_plan(plan, uniform, units)
+    _check_results_root(config)
     config = with_gate(
         config,
         max_ne=max_ne,
@@ -386,6 +388,13 @@ def _machines(
 def _time(text: str | None) -> int | str | None:
     """A time of traffic: an integer where it is one, else a date."""
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def _check_results_root(config: Config) -> None:
+    """Raise `ResultsError` for a root that cannot be used, before traffic and model are opened."""
+    from lowprec.results import ResultsStore
+
+    ResultsStore(config.results.root)
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:

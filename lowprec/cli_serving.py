@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lowprec import exit_codes
-from lowprec.command import LOCAL_PATH, PLACE, command, show
+from lowprec.command import LOCAL_PATH, PLACE, POSITIVE, command, show
 
 if TYPE_CHECKING:
     from lowprec.config import Config
@@ -89,7 +89,7 @@ def export(
     multiple=True,
     help="Examples of a request [default: 1, 64, 1024].",
 )
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True)
+@click.option("--seconds", type=POSITIVE, default=2.0, show_default=True)
 @click.option("--threads", "num_threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--in-memory", is_flag=True, help="Tables of both in huge pages, not in mapped files.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the exported config.")

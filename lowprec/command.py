@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lowprec.errors import is_panic
 if TYPE_CHECKING:
     from lowprec.config import Config
 
-__all__ = ["DURATION", "LOCAL_PATH", "PLACE", "Command", "command", "show"]
+__all__ = ["DURATION", "LOCAL_PATH", "PLACE", "POSITIVE", "Command", "command", "show"]
 
 Command = Callable[..., int | None]
 
@@ -33,6 +34,20 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # has none in older
 
 DURATION = _Duration()
 """The type of an option such as 90s, 15m or 2h; its value is in seconds."""
+
+
+class _Positive(click.FloatRange):
+    """click takes NaN and infinity for positive numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+POSITIVE = _Positive(min=0, min_open=True)
+"""The type of an option that is a positive, finite number."""
 
 
 class _LocalPath(click.Path):

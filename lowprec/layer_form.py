@@ -96,13 +96,13 @@ class LayerForm:
     def from_dict(cls, flat: Mapping[str, Any], *, where: str) -> LayerForm:
         """The inverse of `to_dict`; raises `PlanError` naming `where`."""
         if unknown := flat.keys() - {field.name for field in fields(cls)}:
-            raise PlanError(f"{where}: an int8 layer has no {', '.join(sorted(unknown))}; search again")
+            raise PlanError(f"{where}: an int8 layer has no {', '.join(sorted(unknown))}; take it out")
         try:
             return cls(**{**flat, "weights": WeightScale(flat["weights"]), "range": ClipRange(flat["range"])})
         except PlanError as error:
             raise PlanError(f"{where}: {error}") from None
         except KeyError as error:
-            raise PlanError(f"{where}: misses {error} of an int8 layer; search again") from None
+            raise PlanError(f"{where}: misses {error} of an int8 layer") from None
         except (TypeError, ValueError) as error:
             raise PlanError(f"{where}: is not the form of an int8 layer: {error}") from None
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lowprec.errors import PlanError, ResultsError
@@ -24,11 +24,11 @@ __all__ = [
     "Precision",
     "RowRange",
     "Unit",
-    "checked_budget",
     "form_of",
     "is_layer",
     "precision_counts",
     "precision_texts",
+    "precisions_of",
     "read_plan",
     "rowwise_ranges",
     "write_plan",
@@ -222,9 +222,23 @@ def is_layer(unit: str) -> bool:
     return unit.startswith("layer:")
 
 
+def precisions_of(pattern: str) -> tuple[Precision, ...]:
+    """The precisions that units can have whose name matches a pattern: those of its kind, or all."""
+    kinds = {"table": TABLE_PRECISIONS, "layer": LAYER_PRECISIONS}
+    return kinds.get(pattern.partition(":")[0], tuple(Precision))
+
+
 def form_of(precision: Precision, flat: Mapping[str, Any], *, where: str) -> Form:
     """The form of a layer at a precision from its document; raises `PlanError` naming `where`."""
-    return _FORM_OF[precision].from_dict(flat, where=where)
+    kind = _FORM_OF[precision]
+    of_inputs = () if precision is Precision.INT8_STATIC else ("input_scale", "input_zero_point")
+    missing = [key.name for key in fields(kind) if key.name not in flat and key.name not in of_inputs]
+    if missing:
+        raise PlanError(
+            f"{where}: misses {', '.join(missing)} of a layer at {precision}; take the whole entry from the plan of a "
+            f"search, or write a plan with lowprec plan CONFIG --unit UNIT={precision} --out FILE"
+        )
+    return kind.from_dict(flat, where=where)
 
 
 def write_plan(file: PlanFile, path: Where) -> None:
@@ -265,6 +279,7 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         raise PlanError(f"plan {path}: schema_version must be {PLAN_SCHEMA_VERSION}; got {version!r}")
     document = {"evidence": {}, **document}
     kinds = {
+        "schema_version": int,
         "units": dict,
         "model": str,
         "checkpoint_sha256": str,
@@ -272,12 +287,22 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         "row_alignment": int,
         "evidence": dict,
     }
+    if unknown := [key for key in document if key not in kinds]:
+        raise PlanError(
+            f"plan {path}: has no key {', '.join(unknown)}; known here: {', '.join(kinds)}; notes of your own go into "
+            "evidence"
+        )
     wrong = [key for key, kind in kinds.items() if type(document.get(key)) is not kind]
     if wrong:
         expected = ", ".join(f"{key} ({kinds[key].__name__})" for key in wrong)
         raise PlanError(f"plan {path}: misses {expected}, or has another type there")
     if document["row_alignment"] < 1:
         raise PlanError(f"plan {path}: row_alignment must be positive; got {document['row_alignment']}")
+    budget = document["evidence"].get("budget_pct")
+    if budget is not None and not (type(budget) in (int, float) and 0 < budget < math.inf):
+        raise PlanError(
+            f"plan {path}: evidence.budget_pct must be a positive number, in percent; got {json.dumps(budget)}"
+        )
     made_for = document["checkpoint_sha256"]
     if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
         raise PlanError(
@@ -310,15 +335,6 @@ def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: s
         layer_forms=layer_forms,
         evidence=document["evidence"],
     )
-
-
-def checked_budget(value: object, where: str) -> float:
-    """The budget that a plan was made for, in percent; raises `PlanError` where it is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise PlanError(
-            f"{where}: must be a positive number of percent; got {value!r}; correct it, or say which budget"
-        )
-    return float(value)
 
 
 def rowwise_ranges(plan: Plan, row_ranges: Mapping[str, RowRange]) -> dict[str, str]:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lowprec"
 
 # From the bottom up: a part imports parts of lower layers and of its own; a part is a file or a folder of lowprec/.
 LAYERS = (
-    {"errors", "exit_codes", "progress", "sizes", "storage", "timeouts"},
+    {"errors", "exit_codes", "progress", "section", "sizes", "storage", "timeouts"},
     {"layer_form", "plan", "console", "render"},
     {"ops"},
     {"traffic", "models", "shards", "results", "config", "cost", "calibration"},

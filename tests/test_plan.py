@@ -1,6 +1,7 @@
 """Plans hold one precision for every unit, and a plan file comes back as it was written."""
 
 import json
+import math
 
 import pytest
 
@@ -96,6 +97,18 @@ def test_a_layer_that_makes_no_sense_is_refused(layer_path, unit, key, value, sa
         read_plan(changed, units=LAYERS, checkpoint_sha256=None)
 
 
+def test_all_keys_that_a_layer_misses_are_named(layer_path):
+    entry = {"precision": "int8_static", "weights": "channel", "input_bits": 8}
+    changed = rewritten(layer_path, lambda d: d["units"].update({"layer:top.0": entry}))
+    with pytest.raises(PlanError, match="misses range, outliers, input_scale, input_zero_point of a layer") as e:
+        read_plan(changed, units=LAYERS, checkpoint_sha256=None)
+    assert "--unit UNIT=int8_static" in str(e.value) and "search again" not in str(e.value)
+    emulated = {"layer:top.0": {"precision": "fp32"}, "layer:over": {"precision": "emulated", "block": 4}}
+    changed = rewritten(layer_path, lambda d: d.update(units=d["units"] | emulated))
+    with pytest.raises(PlanError, match="misses inputs, weights, accumulate, output of a layer at emulated"):
+        read_plan(changed, units=LAYERS, checkpoint_sha256=None)
+
+
 def test_a_plan_lists_every_unit_in_the_order_of_the_model():
     plan = Plan.of(UNITS, {"table:b": Precision.FP16, "table:a": Precision.INT4})
     assert list(plan) == ["table:a", "table:b"]
@@ -139,6 +152,15 @@ def test_replacing_an_unknown_unit_is_an_error():
         (lambda d: d.update(checkpoint_sha256="cd" * 32), "lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"),
         (lambda d: d.update(evidence=[1]), r"evidence \(dict\), or has another type"),
         (lambda d: d.update(evidence=None), r"evidence \(dict\), or has another type"),
+        (
+            lambda d: d.update(evidence={"budget_pct": True}),
+            "evidence.budget_pct must be a positive number.*; got true",
+        ),
+        (lambda d: d.update(evidence={"budget_pct": math.nan}), "evidence.budget_pct must be .*; got NaN"),
+        (lambda d: d.update(evidence={"budget_pct": math.inf}), "evidence.budget_pct must be .*; got Infinity"),
+        (lambda d: d.update(evidence={"budget_pct": -1}), "evidence.budget_pct must be .*; got -1"),
+        (lambda d: d.update(evidence={"budget_pct": "0.05"}), 'evidence.budget_pct must be .*; got "0.05"'),
+        (lambda d: d.update(row_alignmnet=16, x=1), "has no key row_alignmnet, x; known here: schema_version, units, "),
         (lambda d: d.pop("model"), r"misses model \(str\)"),
         (lambda d: d.update(bytes=True), r"bytes \(int\), or has another type"),
         (lambda d: d.update(row_alignment=0), "row_alignment must be positive; got 0"),

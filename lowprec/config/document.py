@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,13 +18,14 @@ from lowprec.config.sections import (
     ModelConfig,
     ResultsConfig,
     SearchConfig,
-    Section,
     TrafficConfig,
     TrainConfig,
     WindowsConfig,
 )
 from lowprec.config.space import SpaceConfig
+from lowprec.config.yaml_text import parse_yaml
 from lowprec.errors import ConfigError
+from lowprec.section import Section
 
 __all__ = ["Config", "load_config"]
 
@@ -67,13 +69,14 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
     except UnicodeDecodeError:
         raise ConfigError(f"config {path}: is no text file; expected YAML in UTF-8") from None
     try:
-        document = yaml.load(text, _UniqueKeys)
+        document = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"config {path}: must be a mapping with keys {', '.join(Config.model_fields)}")
     for override in overrides:
         _apply_override(document, override)
+    document = _without_null_sections(document, Config, is_top=True)
     return _validated(document, str(path))
 
 
@@ -84,17 +87,37 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     section = document
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise ConfigError(f'--set "{override}": "{parent}" is not a section')
     try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f'--set "{override}": the value is not YAML') from None
+        section[last] = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f'--set "{override}": the value is not YAML: {" ".join(str(error).split())}') from None
+
+
+def _without_null_sections(document: dict[str, Any], section: type[BaseModel], *, is_top: bool) -> dict[str, Any]:
+    """The document with an empty mapping for a section without keys, which YAML reads as null.
+
+    Where null has a meaning of its own, or a section is required, it stays; a section at the top says itself what is
+    required in it.
+    """
+    found = {}
+    for key, value in document.items():
+        field = section.model_fields.get(key)
+        inner = field.annotation if field is not None else None
+        if field is not None and isinstance(inner, type) and issubclass(inner, BaseModel):
+            if value is None and (is_top or not field.is_required()):
+                value = {}
+            if isinstance(value, dict):
+                value = _without_null_sections(value, inner, is_top=False)
+        found[key] = value
+    return found
 
 
 def _validated(document: dict[str, Any], where: str) -> Config:
-    _check_keys(document, where)
     try:
         # JSON mode reads lists as tuples and names as precisions; the detour through JSON makes YAML dates text.
         return Config.model_validate_json(json.dumps(document, default=str))
@@ -106,54 +129,35 @@ def _validated(document: dict[str, Any], where: str) -> Config:
         raise ConfigError(f"config {where}: {'; '.join(sentences)}") from None
 
 
-def _check_keys(part: Any, where: str, path: str = "") -> None:
-    """Raise `ConfigError` for a key that is no text, such as a bare date."""
-    if isinstance(part, list):
-        for item in part:
-            _check_keys(item, where, path)
-    if not isinstance(part, dict):
-        return
-    for key, value in part.items():
-        if not isinstance(key, str):
-            section = path or "the document"
-            raise ConfigError(f"config {where}: {section}: keys must be text; got {key!r} ({type(key).__name__})")
-        _check_keys(value, where, f"{path}.{key}" if path else key)
-
-
 def _sentence(error: Any) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key{_closest(key)}"
+        return f"{key}: no such key{_closest(error['loc'])}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("object", "mapping")
+    message = error["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    message = message.replace("an object", "a mapping").replace("object", "mapping")
     return f"{key}: {message[0].lower()}{message[1:]}; got {json.dumps(error['input'], default=str)}"
 
 
-def _closest(key: str) -> str:
+def _closest(place: Sequence[int | str]) -> str:
     """A hint for a misspelt key: the keys of its section that look like it."""
     from difflib import get_close_matches
 
-    *parents, last = key.split(".")
-    section: Any = Config
+    *parents, last = place
+    section: type[BaseModel] | None = Config
     for parent in parents:
-        annotation = section.model_fields.get(parent.partition("[")[0])
-        section = annotation.annotation if annotation else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return ""
-    matches = get_close_matches(last, list(section.model_fields), n=1)
+        if isinstance(parent, str) and section is not None:
+            field = section.model_fields.get(parent)
+            section = _section_in(field.annotation) if field is not None else None
+    if section is None:
+        return ""
+    matches = get_close_matches(str(last), list(section.model_fields), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else f"; known here: {', '.join(section.model_fields)}"
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without repeated keys: of two budgets the last would win, and nobody would know."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" is there twice', key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key takes: itself, as an item of a list, or instead of null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)

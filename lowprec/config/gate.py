@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from lowprec.config.sections import Section
+from lowprec.section import Section
 
 __all__ = ["GateConfig"]
 
@@ -22,9 +22,9 @@ class GateConfig(Section):
     deployed checkpoint, on the same window.
     """
 
-    max_ne: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
+    max_ne: Annotated[float, Field(gt=0)] | None = 1.0
     calibration: tuple[float, float] | None = None
-    max_ne_change_pct: Annotated[float, Field(gt=-100, allow_inf_nan=False)] | None = None
+    max_ne_change_pct: Annotated[float, Field(gt=-100)] | None = None
 
     @field_validator("calibration")
     @classmethod

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lowprec.config.sections import Budget, Section, TimeBound, WindowConfig
+from lowprec.config.sections import Budget, TimeBound, WindowConfig
+from lowprec.section import Section
 from lowprec.sizes import parse_seconds
 from lowprec.traffic.length import WindowLength
 

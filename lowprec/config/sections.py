@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from lowprec.section import Section
 from lowprec.sizes import parse_bytes
 from lowprec.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
@@ -17,7 +18,6 @@ __all__ = [
     "ModelConfig",
     "ResultsConfig",
     "SearchConfig",
-    "Section",
     "SparseConfig",
     "TimeBound",
     "TrafficConfig",
@@ -29,28 +29,6 @@ __all__ = [
 TimeBound = int | str | None
 
 DEFAULT_BUDGET = 0.02
-
-
-def _takes(annotation: Any, *types: type) -> bool:
-    """Whether an annotation has one of these types somewhere in it."""
-    return annotation in types or any(_takes(part, *types) for part in get_args(annotation))
-
-
-class Section(BaseModel):
-    """Keys that are all known; a config does not change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_values_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse `budget: yes`, which would be a budget of 1 percent."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        items = value if isinstance(value, list) else [value]
-        is_number = _takes(annotation, int, float) and not _takes(annotation, bool)
-        if is_number and any(isinstance(item, bool) for item in items):
-            raise ValueError("input should be a number")
-        return value
 
 
 class SparseConfig(Section):
@@ -152,7 +130,7 @@ class ModelConfig(Section):
     """
 
     factory: str = "lowprec.models.dlrm:build"
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str
     outputs: Literal["logits", "probabilities", "unchecked_logits"] = "logits"
 
@@ -186,7 +164,7 @@ class CostConfig(Section):
         return self
 
 
-Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Budget = Annotated[float, Field(gt=0)]
 
 
 class SearchConfig(Section):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from lowprec.config.sections import Section
 from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
-from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange
+from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange, precisions_of
+from lowprec.section import Section
 
 __all__ = ["ArithmeticConfig", "LayersConfig", "SpaceConfig", "UnitRule"]
 
@@ -19,6 +19,11 @@ class UnitRule(Section):
     match: str
     precisions: tuple[Precision, ...] | None = None
     fixed: Precision | None = None
+
+    @field_validator("precisions", "fixed", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        return _of_kind(value, precisions_of(str(info.data.get("match", ""))))
 
     @model_validator(mode="after")
     def _one_of_both(self) -> UnitRule:
@@ -59,7 +64,7 @@ class LayersConfig(Section):
     calibration_examples: Annotated[int, Field(gt=0)] = 8192
     arithmetic: ArithmeticConfig | None = None
 
-    _kinds = field_validator("precisions")(lambda value: _of_kind(value, LAYER_PRECISIONS))
+    _kinds = field_validator("precisions", mode="before")(lambda value: _of_kind(value, LAYER_PRECISIONS))
 
     @model_validator(mode="after")
     def _emulation_is_described(self) -> LayersConfig:
@@ -85,7 +90,7 @@ class SpaceConfig(Section):
     units: tuple[UnitRule, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
 
-    _kinds = field_validator("precisions")(lambda value: _of_kind(value, TABLE_PRECISIONS))
+    _kinds = field_validator("precisions", mode="before")(lambda value: _of_kind(value, TABLE_PRECISIONS))
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -93,8 +98,10 @@ class SpaceConfig(Section):
         return {"precisions": value} if isinstance(value, (list, tuple)) else value
 
 
-def _of_kind(value: tuple[Precision, ...], among: tuple[Precision, ...]) -> tuple[Precision, ...]:
-    wrong = [p for p in value if p not in among]
+def _of_kind(value: Any, among: tuple[Precision, ...]) -> Any:
+    """The precision, or the list of them, as it is; raises `ValueError` naming those that units of a kind can have."""
+    names = value if isinstance(value, (list, tuple)) else [value]
+    wrong = [name for name in names if isinstance(name, str) and name not in among]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} is not among {', '.join(among)}")
     return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError
-from lowprec.plan import PlanFile, checked_budget, read_plan
+from lowprec.plan import PlanFile, read_plan
 from lowprec.storage import Where
 
 __all__ = ["Deployment"]
@@ -33,12 +33,12 @@ class Deployment:
         watch = config.monitor
         budget = watch.budget
         if budget is None:
-            told = file.evidence.get("budget_pct")
-            if told is None:
+            made_for = file.evidence.get("budget_pct")
+            if made_for is None:
                 raise ConfigError(
                     f"monitor.budget: is required, because plan {plan_path} does not say which budget it was made for"
                 )
-            budget = checked_budget(told, f"plan {plan_path}, evidence.budget_pct")
+            budget = float(made_for)
         traffic = config.traffic.model_dump(
             mode="json", exclude={"path", "version", "synthetic", "max_bad_fraction", "batch_size"}
         )

@@ -13,7 +13,7 @@ from lowprec.monitor.drift import FeatureDrift
 from lowprec.monitor.normal_drift import MIN_STEPS
 from lowprec.monitor.promise import Evidence, Standing
 
-__all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge"]
+__all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge", "standing_breach"]
 
 State = Literal["ok", "warn", "breach", "insufficient_data", "error"]
 
@@ -80,7 +80,8 @@ def judge(
     standing: Standing,
     kl_standing: Standing,
     *,
-    num_running: int,
+    number: int,
+    breach_window: str,
     evidence: Evidence,
     budget_pct: float,
     judged_by: str,
@@ -89,17 +90,23 @@ def judge(
     certified_calibration: float | None,
     notes: Sequence[str],
 ) -> Judgement:
-    """The state of a window that has rows; metrics: None where no row has a label."""
+    """The state of a window that has rows.
+
+    metrics: None where no row has a label. number: of the window, as `standing` counts them. breach_window: in which
+    the breach that stands was found.
+    """
     budget = f"{budget_pct:g} %"
     running = _interval_text(standing.running_gap, standing.running)
-    windows = f"{num_running} window{'s' * (num_running != 1)}"
+    num_running = number - standing.since + 1
+    windows = _windows_text(num_running)
     other = "label-free " if judged_by == "kl" else ""
     worse: list[str] = []
     if kl_standing.in_breach and judged_by == "labels":
-        worse.append(
-            f"the label-free gap is above {budget} ({_interval_text(kl_standing.running_gap, kl_standing.running)}): "
-            "quantization got worse, though labels do not prove it yet"
-        )
+        kl_running = _interval_text(kl_standing.running_gap, kl_standing.running)
+        above = f"is above {budget} ({kl_running})"
+        if not kl_standing.began:
+            above = f"was found to be above {budget}, and not to be below it again (since then {kl_running})"
+        worse.append(f"the label-free gap {above}: quantization got worse, though labels do not prove it yet")
     if metrics is not None and judged_by == "labels" and metrics.gap_interval_pct.lower > budget_pct:
         worse.append(
             f"the gap of this window alone is above {budget} "
@@ -109,13 +116,10 @@ def judge(
     warnings = (*moved, *notes)
     if standing.in_breach:
         if standing.began:
-            reasons = [f"the {other}gap is found to be above {budget}: {running} over {windows}"]
+            reason = f"the {other}gap is found to be above {budget}: {running} over {windows}"
         else:
-            reasons = [
-                f"the {other}gap was found to be above {budget} in an earlier window, and is not yet found to be below "
-                f"it again: {running} over {windows}"
-            ]
-        return Judgement("breach", (*reasons, *worse), warnings)
+            reason = standing_breach(standing, f"the {other}gap", budget_pct, breach_window, number)
+        return Judgement("breach", (reason, *worse), warnings)
     if standing.running.lower * 100 > budget_pct:
         worse.append(f"the {other}gap over {windows} seems to be above {budget}: {running}")
     ended = [f"the {other}gap is no longer above {budget}"] if standing.ended else []
@@ -130,6 +134,22 @@ def judge(
         return Judgement("insufficient_data", (*ended, f"{reason}; {more}"), warnings)
     kept = (*ended, f"the {other}gap over {windows} is {running}, within {budget}")
     return Judgement("warn" if warnings else "ok", kept, warnings)
+
+
+def standing_breach(standing: Standing, gap: str, budget_pct: float, breach_window: str, number: int) -> str:
+    """A sentence on a breach that was found before window `number`: a small gap since then does not end it."""
+    since = "no evidence since then"
+    if math.isfinite(standing.running_gap):
+        windows = _windows_text(number - standing.since + 1)
+        since = f"{_interval_text(standing.running_gap, standing.running)} over {windows} since then"
+    return (
+        f"{gap} was found to be above {budget_pct:g} % in window {breach_window}: the breach stands until the test "
+        f"finds the gap to be below the budget again ({since})"
+    )
+
+
+def _windows_text(number: int) -> str:
+    return f"{number} window{'s' * (number != 1)}"
 
 
 def _missing(metrics: PlanMetrics | None, num_unlabelled: int) -> str | None:

@@ -61,6 +61,10 @@ class Life:
             self._told.append(k)
         return *self._standings[len(order) - 1], len(order) - 1
 
+    def start_of(self, number: int) -> int:
+        """The start of the window of that number, as `Standing` counts them."""
+        return sorted(self._known)[number]
+
     def _new_promises(self) -> tuple[Promise, Promise]:
         first, second = (
             Promise(budget=self._budget, false_alarm_rate=self._rate, confidence=self._confidence) for _ in range(2)

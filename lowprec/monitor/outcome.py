@@ -21,7 +21,8 @@ class MonitorOutcome:
     """What one run did. `windows` has the documents of those that it judged, in time order.
 
     state: the worst of these windows; where there was none, as `current_state`. message: why, of the newest window in
-    that state. current_state: of the deployment, which is that of its newest window. told: what became of telling.
+    that state. current_state: of the deployment, which is that of its newest window. Both are at least
+    `insufficient_data` where complete windows are after the end of the traffic. told: what became of telling.
     """
 
     deployment: str

@@ -72,7 +72,8 @@ class Standing:
     holds now (the promise, or in a breach that it is broken), which changes the state at `log_threshold`.
     running: the gap over the windows from number `since` on (from 0), as a fraction, at the confidence asked for at all
     windows together: those since the deployment, or since the last breach began or ended; where one begins, those that
-    show it best. overdispersion: the factor of variance between windows that was reckoned with.
+    show it best. overdispersion: the factor of variance between windows that was reckoned with. breach_at: the number
+    of the window in which the breach was found that stands now, None where none does.
     """
 
     in_breach: bool
@@ -85,6 +86,7 @@ class Standing:
     running_gap: float
     since: int
     overdispersion: float
+    breach_at: int | None = None
 
     @property
     def has_crossed(self) -> bool:
@@ -104,6 +106,7 @@ class Promise:
         """budget: a fraction. confidence: of the running interval."""
         self._budget, self._rate, self._confidence = budget, false_alarm_rate, confidence
         self._epoch, self._num_windows, self._in_breach = 0, 0, False
+        self._breach_at: int | None = None
         self._test = self._next_test(PRIOR_OVERDISPERSION)
 
     def after(self, window: Evidence, *, is_known_breach: bool = False) -> Standing:
@@ -116,9 +119,17 @@ class Promise:
         ended = self._in_breach and standing.has_crossed
         if began:
             standing = self._test.at_change(standing)
+            self._breach_at = self._num_windows
         self._num_windows += 1
         self._in_breach = began or (self._in_breach and not ended)
-        found = replace(standing, in_breach=self._in_breach, began=began, ended=ended, epoch=self._epoch)
+        found = replace(
+            standing,
+            in_breach=self._in_breach,
+            began=began,
+            ended=ended,
+            epoch=self._epoch,
+            breach_at=self._breach_at if self._in_breach else None,
+        )
         if began or ended:
             self._epoch += ended
             self._test = self._next_test(max(PRIOR_OVERDISPERSION, standing.overdispersion))

@@ -16,9 +16,12 @@ from lowprec.search.layer_forms import forms_beside
 from lowprec.search.rule import Forecast
 from lowprec.search.space import SearchSpace, at_least_as_exact
 from lowprec.search.surrogate import build_surrogate
-from lowprec.traffic import TrafficWindow
+from lowprec.storage import Location
+from lowprec.traffic import TrafficWindow, Window
+from lowprec.traffic.schema import TimeUnit
+from lowprec.traffic.window import time_text
 
-__all__ = ["Proposal", "propose"]
+__all__ = ["Proposal", "propose", "verify_arguments"]
 
 
 # What is aimed at, of the budget: a proposal that just meets it could hardly be certified.
@@ -118,3 +121,9 @@ def propose(
 
 def _columns(space: SearchSpace) -> list[tuple[str, Precision]]:
     return [(unit, p) for decision in space.decisions for unit in decision.units for p in decision.choices]
+
+
+def verify_arguments(window: Window, unit: TimeUnit | None, path: Location, budget_pct: float) -> str:
+    """What tries a proposed plan on the window of the breach: on the certified one the deployed plan would pass too."""
+    start, end = (time_text(bound or 0, unit) for bound in (window.start, window.end))
+    return f"--plan {path} --set 'windows.confirm={{start: {start}, end: {end}}}' --budget {budget_pct:g}"

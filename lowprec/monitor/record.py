@@ -12,10 +12,16 @@ from lowprec import __version__
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.judge import SEVERITY, State, WindowEvidence
 from lowprec.results import ResultsStore
+from lowprec.results.schema import table_schema
 from lowprec.storage import Location
 from lowprec.traffic import Window
 
-__all__ = ["Alert", "JudgedWindow", "MonitorRecord", "alert_of", "next_event"]
+__all__ = ["JUDGED_COLUMNS", "Alert", "JudgedWindow", "MonitorRecord", "alert_of", "next_event"]
+
+# What `MonitorRecord` fills in itself, and the other columns of a window.
+_KEYS = {"row_key", "deployment", "name", "window_key", "version", "window_start", "window_end"}
+_KEYS |= {"budget_pct", "judged_by", "lowprec_version", "committed_at"}
+JUDGED_COLUMNS = [name for name in table_schema("monitor_windows").arrow.names if name not in _KEYS]
 
 
 @dataclass(frozen=True)

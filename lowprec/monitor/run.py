@@ -12,23 +12,21 @@ from lowprec.errors import ConfigError, LowprecError, ModelError, PlanError, Tra
 from lowprec.evaluation.memory import give_back_now
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.drift import drift_rule
-from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge
+from lowprec.monitor.judge import Judgement, State, WindowEvidence, judge, standing_breach
 from lowprec.monitor.life import Life
 from lowprec.monitor.live import LiveModel, LiveModels
 from lowprec.monitor.measure import measure_window, standing_columns
 from lowprec.monitor.normal_drift import History
 from lowprec.monitor.outcome import MonitorOutcome, window_document, worst
 from lowprec.monitor.promise import Standing
-from lowprec.monitor.proposal import Proposal, propose
-from lowprec.monitor.record import Alert, JudgedWindow, MonitorRecord, next_event
+from lowprec.monitor.proposal import Proposal, propose, verify_arguments
+from lowprec.monitor.record import JUDGED_COLUMNS, Alert, JudgedWindow, MonitorRecord, next_event
 from lowprec.monitor.schedule import Schedule
 from lowprec.monitor.tell import tell, tell_failed_run
 from lowprec.plan import write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.results.schema import table_schema
-from lowprec.storage import Location, Where
+from lowprec.storage import Where
 from lowprec.traffic import TrafficReader, TrafficWindow, Window, format_time, format_window, open_traffic
-from lowprec.traffic.window import time_text
 
 __all__ = ["run_monitor"]
 
@@ -36,10 +34,6 @@ __all__ = ["run_monitor"]
 _OF_ONE_WINDOW = (TrafficError, ModelError, WeightError)
 # Rows of a table whose range grew are said from this share of them on.
 MANY_ROWS = 0.01
-# What `MonitorRecord` fills in itself.
-_KEYS = {"row_key", "deployment", "name", "window_key", "version", "window_start", "window_end"}
-_KEYS |= {"budget_pct", "judged_by", "lowprec_version", "committed_at"}
-_JUDGED_COLUMNS = [name for name in table_schema("monitor_windows").arrow.names if name not in _KEYS]
 
 
 def run_monitor(
@@ -115,7 +109,11 @@ class _Monitor:
         self._notes: list[str] = []
 
     def run(self, since: TimeBound, until: TimeBound) -> MonitorOutcome:
-        due = self._due(*self._schedule.between(since, until))
+        bounds = self._schedule.between(since, until)
+        due = self._due(*bounds)
+        ended = self._schedule.windows_after_traffic(*bounds, judged=self._judged)
+        if ended:
+            self._note(ended)
         if self._schedule.skew_s:
             self._note(
                 f"the newest row is {self._schedule.skew_s:.0f} s ahead of this machine's clock "
@@ -145,7 +143,7 @@ class _Monitor:
                         error = failure
                         break
                 give_back_now()
-        outcome = self._outcome()
+        outcome = self._outcome(ended)
         told = tell(
             self._config,
             self._record,
@@ -210,7 +208,8 @@ class _Monitor:
             measured.metrics,
             standing,
             kl_standing,
-            num_running=number - standing.since + 1,
+            number=number,
+            breach_window=self._breach_window(standing),
             evidence=measured.evidence.of(self._deployment.judged_by),
             budget_pct=self._deployment.budget_pct,
             judged_by=self._deployment.judged_by,
@@ -249,7 +248,7 @@ class _Monitor:
         """Keep that a window could not be judged; the same error again is no new row."""
         before = self._judged.get(window.start or 0)
         if before is not None and before.state == "error" and before.message == str(error):
-            row = dict.fromkeys(_JUDGED_COLUMNS) | {"window": self._text(window)}
+            row = dict.fromkeys(JUDGED_COLUMNS) | {"window": self._text(window)}
             self._documents.append(window_document(row, before.version, Judgement("error", (str(error),)), None, None))
             return
         self._life.add(window.start or 0, None)
@@ -269,7 +268,7 @@ class _Monitor:
         before = self._judged.get(start)
         version = before.version + 1 if before else 0
         row = {
-            **dict.fromkeys(_JUDGED_COLUMNS),
+            **dict.fromkeys(JUDGED_COLUMNS),
             **known,
             "window": self._text(window),
             "judged_at": datetime.now(UTC),
@@ -279,7 +278,7 @@ class _Monitor:
         plan_path = verify_with = None
         if proposal is not None and live is not None:
             path = self._record.artifacts / f"proposed-{start}.json"
-            verify_with = self._verify_with(window, path)
+            verify_with = verify_arguments(window, self._schedule.unit, path, self._deployment.budget_pct)
             file = proposal.file(
                 self._deployment.plan, live.job.checkpoint_sha256, self._text(window), self._deployment.budget_pct
             )
@@ -320,24 +319,26 @@ class _Monitor:
         if state == "breach" and event == "opened":
             self._life.breaches.add(start)
 
-    def _outcome(self) -> MonitorOutcome:
+    def _outcome(self, ended: str) -> MonitorOutcome:
         """What this run found. Labels that came late may break the promise in a window that was judged long ago: that
         is told with the newest window.
+
+        ended: a sentence, where complete windows are after the end of the traffic: a deployment without traffic is not
+        ok.
         """
         found: list[tuple[State, str]] = [(d["state"], f"{d['window']}: {_reasons(d)}") for d in self._documents]
         newest = max(self._judged, default=None)
         current: State = "insufficient_data"
         if newest is None:
-            nothing = f"no window is complete yet: the first one is {self._text(self._schedule.first_window)}"
-            state, message = current, nothing
+            first = f"no window is complete yet: the first one is {self._text(self._schedule.first_window)}"
+            state, message = current, ended or first
         else:
             judged = self._judged[newest]
             current = judged.state
             standing, _, number = self._life.after(newest)
             if standing.in_breach and "breach" not in (*(state for state, _ in found), current):
-                late = (
-                    f"labels that came late show a gap above {self._deployment.budget_pct:g} %: "
-                    f"{100 * standing.running_gap:+.4f} % over {number - standing.since + 1} windows"
+                late = "labels that came late show a breach: " + standing_breach(
+                    standing, "the gap", self._deployment.budget_pct, self._breach_window(standing), number
                 )
                 self._note(late)
                 self._alert(judged.window, "breach", late, {}, None)
@@ -348,6 +349,10 @@ class _Monitor:
                 (text for known, text in reversed(found) if known == state),
                 f"no window is due; the last one, {self._text(judged.window)}: {judged.message}",
             )
+            if ended:
+                current = worst([current, "insufficient_data"])
+                if worst([state, "insufficient_data"]) != state:
+                    state, message = "insufficient_data", ended
         return MonitorOutcome(
             deployment=self._deployment.key,
             name=self._deployment.name,
@@ -361,15 +366,14 @@ class _Monitor:
             windows=tuple(self._documents),
         )
 
+    def _breach_window(self, standing: Standing) -> str:
+        """The window in which the breach was found that stands."""
+        at = standing.breach_at
+        return "" if at is None else self._text(self._schedule.window_at(self._life.start_of(at)))
+
     def _note(self, text: str) -> None:
         self._notes.append(text)
         self._progress.note(text)
-
-    def _verify_with(self, window: Window, path: Location) -> str:
-        """On the window that broke the promise: on the certified one the deployed plan would pass as well."""
-        start, end = (time_text(bound or 0, self._schedule.unit) for bound in (window.start, window.end))
-        bounds = f"'windows.confirm={{start: {start}, end: {end}}}'"
-        return f"--plan {path} --set {bounds} --budget {self._deployment.budget_pct:g}"
 
     def _text(self, window: Window) -> str:
         return format_window(window, self._schedule.unit)

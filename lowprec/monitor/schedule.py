@@ -12,7 +12,7 @@ from lowprec.sizes import parse_seconds
 from lowprec.traffic import TrafficReader, Window, format_time, parse_window
 from lowprec.traffic.length import WindowLength
 from lowprec.traffic.schema import TimeUnit
-from lowprec.traffic.window import UNITS_PER_SECOND, parse_time
+from lowprec.traffic.window import UNITS_PER_SECOND, parse_time, time_text
 
 __all__ = ["Schedule", "certified_window"]
 
@@ -27,8 +27,9 @@ class Schedule:
     """The windows of a deployment, in the unit of the traffic's time.
 
     first: the start of the first one. asked_first: where it was to begin. complete: windows that end by then are
-    complete. open_for_labels: windows that end after it may still get labels or rows. skew_s: how far the newest row is
-    ahead of the clock, 0 where it is not.
+    complete. newest: the time of the last row, None where no row has one: windows that begin after it are not due.
+    open_for_labels: windows that end after it may still get labels or rows. skew_s: how far the newest row is ahead of
+    the clock, 0 where it is not.
     """
 
     length: WindowLength
@@ -36,6 +37,7 @@ class Schedule:
     first: int
     asked_first: int
     complete: int
+    newest: int | None
     open_for_labels: int
     skew_s: float
 
@@ -60,21 +62,22 @@ class Schedule:
         first = length.start_of(start, unit)
         if first < start:
             first = length.end_of(first, unit)
-        newest = reader.time_range
+        times = reader.time_range
+        newest = times[1] if times else None
         skew = 0.0
         if length.is_of_clock and unit is not None:
             ticks = UNITS_PER_SECOND[unit]
             clock = int(now.timestamp() * ticks)
             complete = clock - int(parse_seconds(watch.lateness, zero=True) * ticks)
             open_for_labels = clock - int(parse_seconds(watch.labels_within, zero=True) * ticks)
-            ahead = (newest[1] - clock) / ticks if newest else 0.0
+            ahead = (newest - clock) / ticks if newest is not None else 0.0
             skew = ahead if ahead > ALLOWED_SKEW_S else 0.0
         else:
-            complete = newest[1] if newest else first
+            complete = first if newest is None else newest
             open_for_labels = complete
         end = _bound(watch.end, unit, "monitor.end")
         complete = complete if end is None else min(complete, end)
-        return cls(length, unit, first, start, complete, open_for_labels, skew)
+        return cls(length, unit, first, start, complete, newest, open_for_labels, skew)
 
     def between(self, since: TimeBound, until: TimeBound) -> tuple[int | None, int | None]:
         """The bounds of a backfill, by `--since` and `--until`."""
@@ -99,24 +102,52 @@ class Schedule:
             start = end
 
     def due_windows(self, since: int | None, until: int | None, *, judged: Container[int | None]) -> list[Window]:
-        """Those of `complete_windows` that were not judged; raises `ConfigError` where there are absurdly many."""
-        found = []
+        """Those of `complete_windows` that were not judged and do not begin after the last row of the traffic.
+
+        Raises `ConfigError` where there are absurdly many.
+        """
+        found: list[Window] = []
         for window in self.complete_windows(since, until):
+            if self.newest is None or (window.start or 0) > self.newest:
+                break
             if window.start not in judged:
                 found.append(window)
             if len(found) > MAX_WINDOWS_AT_ONCE:
                 raise ConfigError(
                     f"monitor: more than {MAX_WINDOWS_AT_ONCE} windows are due, from "
                     f"{format_time(found[0].start or 0, self.unit)} on; if times are no {self.unit} since 1970, give "
-                    "monitor.window as an integer, or set traffic.time_unit; if traffic ended long ago, set "
-                    "monitor.end; else begin later (monitor.start) or go piece by piece (--until)"
+                    "monitor.window as an integer, or set traffic.time_unit; else begin later (monitor.start) or go "
+                    "piece by piece (--until)"
                 )
         return found
+
+    def windows_after_traffic(self, since: int | None, until: int | None, *, judged: Container[int | None]) -> str:
+        """A sentence on the complete windows that begin after the last row of the traffic; empty where there is none.
+
+        They are not due: rows that are late by more than `lateness` would come to a window that was judged as a gap.
+        """
+        after = since if self.newest is None else max(self.newest + 1, self.first if since is None else since)
+        num_found = 0
+        for window in self.complete_windows(after, until):
+            num_found += window.start not in judged
+            if num_found > MAX_WINDOWS_AT_ONCE:
+                break
+        if num_found == 0:
+            return ""
+        ends = "has no row with a time" if self.newest is None else f"ends at {time_text(self.newest, self.unit)}"
+        if num_found == 1:
+            return f"traffic {ends}: 1 later window is not judged until it has rows"
+        number = f"more than {MAX_WINDOWS_AT_ONCE:,}" if num_found > MAX_WINDOWS_AT_ONCE else f"{num_found:,}"
+        return f"traffic {ends}: {number} later windows are not judged until they have rows"
 
     @property
     def first_window(self) -> Window:
         """The first one, complete or not."""
-        return Window(self.first, self.length.end_of(self.first, self.unit))
+        return self.window_at(self.first)
+
+    def window_at(self, start: int) -> Window:
+        """The window that starts there."""
+        return Window(start, self.length.end_of(start, self.unit))
 
     def may_get_labels(self, window: Window) -> bool:
         """Whether labels and rows of a window are still waited for."""

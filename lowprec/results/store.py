@@ -21,7 +21,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from lowprec.errors import ResultsError, StorageError
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, TableSchema, table_schema, to_arrow
 from lowprec.storage import Location, Where
-from lowprec.storage.delta import delta_address, panics_as_errors
+from lowprec.storage.delta import damage_of_log, delta_address, panics_as_errors
 from lowprec.storage.object_store import bucket_of, delta_options, filesystem_of, sentence
 
 __all__ = ["ResultsStore"]
@@ -247,6 +247,11 @@ class ResultsStore:
             )
 
     def _error(self, schema: TableSchema, what: str, error: Exception) -> ResultsError:
+        if (damage := damage_of_log(error, self._place(schema))) is not None:
+            return ResultsError(
+                f"results table {schema.name} ({self._place(schema)}): {what}: {damage}; restore the log from a copy, "
+                "or choose another results.root"
+            )
         if self._root.is_url:
             return ResultsError(
                 f"results table {schema.name} ({self._place(schema)}): {what}: {sentence(error, self._root.text)}"

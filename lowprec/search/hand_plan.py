@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from lowprec.config import Config
 from lowprec.errors import ConfigError, PlanError
-from lowprec.plan import Form, Plan, PlanFile, Precision, Unit, rowwise_ranges, write_plan
+from lowprec.plan import Form, Plan, PlanFile, Precision, Unit, precisions_of, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import fitted_forms, num_passes
@@ -44,7 +44,10 @@ class HandPlan:
             pattern, separator, precision = text.rpartition("=")
             if not separator or not pattern:
                 raise PlanError(f'--unit "{text}": expected PATTERN=PRECISION, for example --unit table:user=int2')
-            pairs.append((pattern, Precision.parse(precision, where=f'--unit "{text}"', among=everything)))
+            among = precisions_of(pattern)
+            if precision in everything:  # one that other units can have is refused with the kinds that the model has
+                among = everything
+            pairs.append((pattern, Precision.parse(precision, where=f'--unit "{text}"', among=among)))
         return cls(chosen, tuple(pairs))
 
     def __str__(self) -> str:

@@ -10,6 +10,9 @@ from lowprec.storage import Where
 
 __all__ = ["read_planned"]
 
+# What rows may have been padded to in a plan whose "row_alignment" was edited.
+_ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
 
 def read_planned(job: Job, path: Where, *, any_checkpoint: bool = False) -> PlanFile:
     """The plan file at `path`, checked against a job.
@@ -32,10 +35,19 @@ def read_planned(job: Job, path: Where, *, any_checkpoint: bool = False) -> Plan
     # At the plan's own alignment: verify reports where the config has another one, and counts by that.
     size = plan_bytes(job.units, file.plan, file.row_alignment, job.space.layers)
     if file.size_bytes != size:
+        says = (
+            f"plan {path}: says {file.size_bytes:,} bytes, and its units take {size:,} at row alignment "
+            f"{file.row_alignment}"
+        )
+        aligned = [a for a in _ALIGNMENTS if plan_bytes(job.units, file.plan, a, job.space.layers) == file.size_bytes]
+        if aligned:
+            raise PlanError(
+                f'{says}, and {file.size_bytes:,} at {aligned[0]}: "row_alignment" was changed by hand; set it to '
+                f"{aligned[0]}, or write the plan with --set space.row_alignment={file.row_alignment}"
+            )
         layers = ", or space.layers (outliers, arithmetic) changed since" if job.config.space.layers else ""
         raise PlanError(
-            f"plan {path}: says {file.size_bytes:,} bytes, and its units take {size:,} at row alignment "
-            f"{file.row_alignment}: its units were changed by hand{layers}; write plans with lowprec plan CONFIG "
+            f'{says}: its units or "bytes" were changed by hand{layers}; write plans with lowprec plan CONFIG '
             f'--unit UNIT=PRECISION --out FILE, or set "bytes" to {size}'
         )
     return file

@@ -17,7 +17,7 @@ from lowprec.evaluation.power import certifiable_pct
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.worker import Workers
-from lowprec.plan import Plan, PlanFile, checked_budget, rowwise_ranges, write_plan
+from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
 from lowprec.search.floors import Floor, Gate, gated
 from lowprec.search.hand_plan import HandPlan, make_plan
@@ -303,10 +303,8 @@ def _budget(config: Config, file: PlanFile, given: float | None) -> float:
     if given is not None:
         return given
     made_for: Any = file.evidence.get("budget_pct")
-    if made_for is not None:
-        made_for = checked_budget(made_for, "plan, evidence.budget_pct")
     if made_for and not config.search.model_fields_set & {"budget", "budgets"}:
-        return made_for
+        return float(made_for)
     if len(budgets) == 1:
         return budgets[0]
     if made_for in budgets:

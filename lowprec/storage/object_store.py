@@ -132,6 +132,10 @@ def check_bucket(url: str) -> None:
         raise StorageError(f'there is no bucket "{bucket}" at {_endpoint() or "Amazon S3"}')
 
 
+# The stack frames of a Rust library, and its structures as a debugger prints them, at the end of a message.
+_RUST = re.compile(r"(?: stack backtrace:)? 0: .* 1: .*$|: [A-Z]\w+ \{ .*$")
+
+
 def sentence(error: BaseException, where: str) -> str:
     """What a client said of a URL (or Arrow of a path), as one clause for the end of a message."""
     text = _plain(error)[:400] or type(error).__name__
@@ -164,9 +168,10 @@ def _endpoint() -> str | None:
 
 
 def _plain(error: BaseException) -> str:
-    """One line, without Arrow's details, and the colours and arrows that Delta draws between causes."""
+    """One line, without Arrow's details, the colours and arrows that Delta draws between causes, and stack frames."""
     lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).replace("↳", ":").splitlines()
-    return re.sub(r"\s+:", ":", " ".join(" ".join(lines).split())).partition(". Detail:")[0].removesuffix(".")
+    text = re.sub(r"\s+:", ":", " ".join(" ".join(lines).split())).partition(". Detail:")[0]
+    return _RUST.sub("", text).removesuffix(".")
 
 
 def _credentials_hint(url: str) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from lowprec.errors import TrafficError
@@ -94,6 +96,8 @@ def read_as(column: pa.Array, target: pa.DataType) -> pa.Array:
         return column
     if pt.is_dictionary(column.type):
         return read_as(column.dictionary_decode(), target)
+    if _is_list_view(column.type):
+        return read_as(_list_of_view(column), target)
     return column.cast(target, safe=not _holds_floats(target))
 
 
@@ -146,16 +150,11 @@ def _canonical(found: pa.DataType) -> pa.DataType:
         return pa.float32()
     if pt.is_float64(found) or pt.is_decimal(found):
         return pa.float64()
-    # Views are what some writers of Delta tables leave behind, for example after a deletion.
     if pt.is_string(found) or pt.is_large_string(found) or pt.is_string_view(found):
         return pa.large_string()
     if pt.is_timestamp(found):
         return pa.timestamp(found.unit)
     return pa.timestamp("s") if pt.is_date(found) else found
-
-
-def _is_list_view(found: pa.DataType) -> bool:
-    return bool(pt.is_list_view(found) or pt.is_large_list_view(found))
 
 
 def _unified(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
@@ -184,6 +183,17 @@ def _time_unit(schema: Schema, types: Mapping[str, pa.DataType]) -> TimeUnit | N
         return None
     found = types[schema.time]
     return cast(TimeUnit, found.unit) if pt.is_timestamp(found) else schema.time_unit
+
+
+def _is_list_view(found: pa.DataType) -> bool:
+    return bool(pt.is_list_view(found) or pt.is_large_list_view(found))
+
+
+def _list_of_view(column: pa.Array) -> pa.Array:
+    """A list view as a list. Arrow's own cast (26.0.1) returns an invalid array where the view has nulls."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, column.flatten(), mask=column.is_null())
 
 
 def _holds_floats(target: pa.DataType) -> bool:

@@ -60,6 +60,11 @@ def read_criteo(source: str | Path) -> Iterator[pa.Table]:
         with filesystem.open_input_stream(path, compression="gzip" if path.endswith(".gz") else None) as stream:
             for block in _blocks(cast(BinaryIO, stream)):
                 if first_row == 0:
+                    if block.startswith(b"PAR1"):
+                        raise TrafficError(
+                            f"traffic file {source}: is Parquet already, and needs no conversion; name it in "
+                            "traffic.path"
+                        )
                     labelled = block.partition(b"\n")[0].count(b"\t") + 1 != NUM_DENSE + NUM_CATEGORICAL
                 try:
                     table = _parsed(block, labelled, first_row)

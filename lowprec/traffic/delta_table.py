@@ -20,12 +20,11 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from lowprec.errors import ConfigError, StorageError, TrafficError
 from lowprec.storage import Location
-from lowprec.storage.delta import delta_address, panics_as_errors
+from lowprec.storage.delta import LOG_FOLDER, damage_of_log, delta_address, panics_as_errors
 from lowprec.storage.object_store import delta_options, sentence
 
 __all__ = ["LOG_FOLDER", "DeltaFile", "DeltaSnapshot", "enclosing_table", "is_table", "read_snapshot"]
 
-LOG_FOLDER = "_delta_log"
 # With these a table is its Parquet files, one column for each of the schema's by the same name. (What widens types is
 # undone where columns of several files become one type.)
 _READABLE_FEATURES = {
@@ -104,6 +103,11 @@ def read_snapshot(path: str, version: int | None) -> DeltaSnapshot:
         if isinstance(error, ConfigError | TrafficError):
             raise
         which = "" if version is None else f" at version {version}"
+        if (damage := damage_of_log(error, where)) is not None:
+            raise TrafficError(
+                f"traffic {path}: cannot be read as a Delta table{which}: {damage}; restore the log from a copy, or "
+                "write the rows to a new table"
+            ) from None
         reason = sentence(error, path)
         raise TrafficError(f"traffic {path}: cannot be read as a Delta table{which}: {reason}") from None
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lowprec.errors import ConfigError
+from lowprec.section import Section, no_boolean
 from lowprec.traffic.schema import Schema, SparseFeature
 
 __all__ = ["Drift", "LabelShift", "NewIds", "PopularityShift", "SyntheticSpec"]
@@ -19,11 +20,15 @@ Share = Annotated[float, Field(gt=0, le=1)]
 FeatureNames = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Drift(BaseModel):
+    """No `Section`: pydantic takes no validator of all keys where one of them says which class it is."""
+
+    model_config = Section.model_config
+
+    _numbers = field_validator("day", "share", "fraction", "offset", mode="before", check_fields=False)(no_boolean)
 
 
-class PopularityShift(_Spec):
+class PopularityShift(_Drift):
     """From `day` on, `share` of the lookups of `features` follow another order of popularity."""
 
     kind: Literal["popularity_shift"] = "popularity_shift"
@@ -32,7 +37,7 @@ class PopularityShift(_Spec):
     share: Share = 0.5
 
 
-class NewIds(_Spec):
+class NewIds(_Drift):
     """From `day` on, `share` of the lookups of `features` go to ids that were never seen before.
 
     They are `fraction` of the table's rows, kept back until then.
@@ -45,7 +50,7 @@ class NewIds(_Spec):
     fraction: Annotated[float, Field(gt=0, le=0.25)] = 0.1
 
 
-class LabelShift(_Spec):
+class LabelShift(_Drift):
     """From `day` on, every logit moves by `offset`."""
 
     kind: Literal["label_shift"] = "label_shift"
@@ -56,7 +61,7 @@ class LabelShift(_Spec):
 Drift = Annotated[PopularityShift | NewIds | LabelShift, Field(discriminator="kind")]
 
 
-class SyntheticSpec(_Spec):
+class SyntheticSpec(Section):
     """Click logs with a known truth; every number has a default, and the same spec gives the same bytes.
 
     Columns: `ts` (int64, seconds since 1970 UTC, rising), `label` (int8), `d0..` (float32), `c0..` (int64; a list of

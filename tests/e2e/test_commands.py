@@ -75,7 +75,10 @@ def test_search_prints_one_document_and_a_plan_that_verifies(lowprec, searched):
     shared = ("gap_pct", "kl_pct", "ne_plan", "auc_plan", "num_examples")
     assert {k: again.document[k] for k in shared} == {k: document["confirm"][k] for k in shared}
     # The same examples are the same look.
-    assert (document["confirm"]["confidence"], again.document["confidence"]) == (pytest.approx(0.955), pytest.approx(0.955))
+    assert (document["confirm"]["confidence"], again.document["confidence"]) == (
+        pytest.approx(0.955),
+        pytest.approx(0.955),
+    )
     assert document["confirm"]["gap_upper_pct"] == again.document["gap_upper_pct"] > again.document["gap_pct"]
 
 

@@ -50,12 +50,20 @@ def test_a_root_that_cannot_be_used_costs_nothing(small_config, tmp_path):
     config = small_config("evaluation.num_workers=0")
     document = json.loads(config.to_json())
     document["results"]["root"] = str(tmp_path / "a[1]" / "runs")
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(document))
-    for command in (("search", tmp_path / "job.yaml"), ("results", "--root", document["results"]["root"])):
+    document["traffic"]["path"] = str(tmp_path / "not-opened")
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(document))
+    for command in (
+        ("search", job),
+        ("search", job, "--dry-run"),
+        ("verify", job, "--uniform", "int4"),
+        ("results", "--root", document["results"]["root"]),
+    ):
         done = run(*command)
         assert done.return_value == exit_codes.ERROR
         said = done.stderr
-        assert said.count("error: ") == 1 and "cannot use a path with '[' in it" in said and "panicked" not in said
+        assert said.count("error: ") == 1 and "panicked" not in said
+        assert "cannot use a path with '[' and ']' in it" in said
     assert not Path(document["results"]["root"]).exists()
 
 

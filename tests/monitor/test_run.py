@@ -138,7 +138,14 @@ def test_a_broken_promise_is_told_with_a_plan_that_would_keep_it(deployed, monit
     config, plan = deployed(precision=Precision.INT2, budget=0.3, longer=True)
     outcome = monitored(config, plan)
     assert outcome.state == "breach" and states(outcome)[-1] == "breach"
-    assert "is found to be above 0.3 %" in outcome.windows[states(outcome).index("breach")]["reasons"][0]
+    broke = states(outcome).index("breach")
+    assert "is found to be above 0.3 %" in outcome.windows[broke]["reasons"][0]
+    after = outcome.windows[broke + 1]
+    assert states(outcome)[broke + 1] == "breach" and "1 window since then" in after["reasons"][0]
+    assert (
+        f"was found to be above 0.3 % in window {outcome.windows[broke]['window']}: the breach stands until the test "
+        "finds the gap to be below the budget again (+" in after["reasons"][0]
+    )
     alerts = sorted(rows(config, "alerts"), key=lambda a: a["window_start"])
     assert next(a["event"] for a in alerts if a["state"] == "breach") == "opened"
     assert len({a["window_start"] for a in alerts}) == len(alerts)
@@ -184,7 +191,7 @@ def test_labels_that_come_too_late_are_left_alone(deployed, monitored, traffic_c
     config, plan = deployed(f"traffic.path={folder}", "monitor.labels_within=1d")
     monitored(config, plan)
     traffic_copy()
-    assert monitored(config, plan, now=datetime(2026, 1, 12, tzinfo=UTC)).windows[0]["state"] == "insufficient_data"
+    assert monitored(config, plan, now=datetime(2026, 1, 12, tzinfo=UTC)).windows == ()
     assert len([r for r in rows(config) if r["window_start"] == JAN_10]) == 1
 
 
@@ -204,7 +211,10 @@ def test_a_label_free_gap_above_the_budget_warns_where_labels_say_too_little(dep
     config, plan = deployed(f"traffic.path={folder}", precision=Precision.INT2, budget=0.2, longer=True)
     outcome = monitored(config, plan)
     assert states(outcome)[0] == "insufficient_data" and states(outcome)[-1] == "warn"
-    assert "the label-free gap is above 0.2 %" in outcome.windows[-1]["reasons"][0]
+    reasons = [window["reasons"][0] for window in outcome.windows if window["state"] == "warn"]
+    assert reasons[0].startswith("the label-free gap is above 0.2 % (+")
+    # The gap since then is that of few windows: by itself it need not be above the budget.
+    assert all("was found to be above 0.2 %, and not to be below it again (since then +" in r for r in reasons[1:])
 
 
 def test_labels_that_are_all_alike_are_no_evidence(deployed, monitored, traffic_copy):
@@ -216,15 +226,41 @@ def test_labels_that_are_all_alike_are_no_evidence(deployed, monitored, traffic_
 
 
 def test_a_window_without_rows_is_a_gap(deployed, monitored, traffic_copy):
-    folder = traffic_copy(lambda table: table.filter(pc.less(table["ts"], JAN_10)))
+    folder = traffic_copy(
+        lambda table: table.filter(pc.or_(pc.less(table["ts"], JAN_10 - 86400), pc.greater(table["ts"], JAN_10)))
+    )
     config, plan = deployed(f"traffic.path={folder}", "monitor.labels_within=3d")
     outcome = monitored(config, plan)
-    assert states(outcome) == ["ok", "insufficient_data"] and outcome.state == "insufficient_data"
-    assert "no row lies in this window: a gap in the traffic" in outcome.windows[1]["reasons"][0]
-    assert outcome.windows[1]["num_rows"] == 0
+    assert states(outcome) == ["insufficient_data", "ok"] and outcome.state == "insufficient_data"
+    assert "no row lies in this window: a gap in the traffic" in outcome.windows[0]["reasons"][0]
+    assert outcome.windows[0]["num_rows"] == 0 and outcome.notes == ()
     # The rows come after all.
     traffic_copy()
     assert states(monitored(config, plan)) == ["ok"]
+
+
+def test_windows_after_the_end_of_the_traffic_wait_for_rows(deployed, monitored, traffic_copy):
+    folder = traffic_copy(lambda table: table.filter(pc.less(table["ts"], JAN_10)))
+    config, plan = deployed(f"traffic.path={folder}")
+    outcome = monitored(config, plan)
+    assert states(outcome) == ["ok"] and len(rows(config)) == 1
+    (note,) = outcome.notes
+    assert note.startswith("traffic ends at 2026-01-09T23:5") and ": 1 later window is not judged until" in note
+    assert (outcome.state, outcome.current_state, outcome.message) == ("insufficient_data", "insufficient_data", note)
+    again = monitored(config, plan)
+    assert (states(again), again.state, again.current_state) == ([], "insufficient_data", "insufficient_data")
+    assert again.message == note and len(rows(config)) == 1
+    traffic_copy()
+    outcome = monitored(config, plan)
+    assert (states(outcome), outcome.state, outcome.current_state, outcome.notes) == (["ok"], "ok", "ok", ())
+
+
+def test_a_breach_stays_one_where_the_traffic_ends(deployed, monitored):
+    config, plan = deployed(precision=Precision.INT2, budget=0.3, longer=True)
+    outcome = monitored(config, plan, now=datetime(2026, 12, 1, tzinfo=UTC))
+    assert outcome.current_state == outcome.state == "breach" and "324 later windows" in outcome.notes[0]
+    again = monitored(config, plan, now=datetime(2026, 12, 1, tzinfo=UTC))
+    assert (again.current_state, again.state) == ("breach", "breach") and "324 later windows" not in again.message
 
 
 def test_the_clock_of_the_traffic_may_be_ahead(deployed, monitored):

@@ -63,10 +63,34 @@ def test_a_backfill_that_ends_before_it_begins_is_refused(small_config):
 
 
 def test_absurdly_many_windows_are_asked_about(small_config):
-    found = schedule(small_config(*CONFIRM, "monitor.window=1h"), now="2126-02-01")
-    with pytest.raises(ConfigError, match="more than 5000 windows are due.*set monitor.end.*--until"):
+    found = schedule(small_config(*CONFIRM, "monitor.window=30s"))
+    with pytest.raises(ConfigError, match=r"more than 5000 windows are due.*\(monitor.start\).*--until"):
         found.due_windows(None, None, judged=set())
-    assert days(found.due_windows(None, day(10), judged={day(9)}))[0] == 9
+    assert len(found.due_windows(None, day(10), judged={day(9)})) == DAY / 30 - 1
+
+
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        ("2026-01-11", ""),
+        ("2026-01-12", "1 later window is not judged until it has rows"),
+        ("2026-12-01", "324 later windows are not judged until they have rows"),
+        ("2126-12-01", "more than 5,000 later windows are not judged until they have rows"),
+    ],
+)
+def test_windows_after_the_last_row_are_not_due(small_config, now, sentence):
+    found = schedule(small_config(*CONFIRM), now=now)
+    assert days(found.due_windows(None, None, judged=set())) == [9, 10]
+    after = found.windows_after_traffic(None, None, judged=set())
+    assert after.startswith("traffic ends at 2026-01-10T23:59:") or not sentence
+    assert after.endswith(sentence) and bool(after) is bool(sentence)
+    assert found.windows_after_traffic(None, day(11), judged=set()) == ""
+
+
+def test_windows_that_an_earlier_version_judged_as_gaps_are_not_counted(small_config):
+    found = schedule(small_config(*CONFIRM), now="2026-01-14")
+    assert ": 1 later window " in found.windows_after_traffic(None, None, judged={day(11), day(12)})
+    assert ": 2 later windows " in found.windows_after_traffic(day(12), None, judged=set())
 
 
 def test_labels_are_waited_for_as_long_as_the_config_says(small_config):

@@ -48,8 +48,13 @@ def test_roots_that_would_be_taken_for_others_are_refused(name, row, tmp_path, m
 def test_a_link_to_an_odd_folder_is_refused_as_well(tmp_path):
     (tmp_path / "a[1]").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a[1]")
-    with pytest.raises(ResultsError, match=re.escape("with '[' in it")):
+    with pytest.raises(ResultsError, match=re.escape("with '[' and ']' in it")):
         ResultsStore(tmp_path / "link" / "runs")
+
+
+def test_everything_that_has_to_change_in_a_root_is_named_at_once(tmp_path):
+    with pytest.raises(ResultsError, match=re.escape("with '%41' and '[' and ']' in it")):
+        ResultsStore(tmp_path / "%41[1][2]" / "runs")
 
 
 @pytest.mark.parametrize("name", ["R&D données (v2)", "50%25", "a*b", "s3:bucket", "a%20b"])

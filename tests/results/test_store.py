@@ -402,3 +402,16 @@ def test_tables_are_read_without_python_in_arrows_threads(root, row):
     store = ResultsStore(root)
     store.append("trials", [row("trials", "a")])
     assert not isinstance(store.dataset("trials").filesystem, pafs.PyFileSystem)
+
+
+def test_a_damaged_log_is_named(row, tmp_path):
+    store = ResultsStore(tmp_path)
+    for number in range(2):
+        store.append("runs", [row("runs", f"a/{number}")])
+    commit = tmp_path / "runs" / "_delta_log" / f"{1:020}.json"
+    commit.write_text("{broken")
+    for use in (lambda: store.append("runs", [row("runs", "b")]), lambda: ResultsStore(tmp_path).read("runs")):
+        damage = f"_delta_log is damaged: {commit.name} .*another results.root"
+        with pytest.raises(ResultsError, match=damage) as raised:
+            use()
+        assert "unknown" not in str(raised.value)

@@ -1,6 +1,7 @@
 """Plans by hand: what patterns make of a model's units, and plan files that say what they are."""
 
 import json
+import re
 
 import pytest
 from plans import LAYERS
@@ -145,7 +146,8 @@ def changed(path, change):
     ("change", "said"),
     [
         (lambda d: d.update(bytes=d["bytes"] - 1), r"says .* bytes, and its units take .* at row alignment 1"),
-        (lambda d: d["units"].update({"table:c1": {"precision": "fp16"}}), "its units were changed by hand"),
+        (lambda d: d["units"].update({"table:c1": {"precision": "fp16"}}), "its units or .bytes. were changed by hand"),
+        (lambda d: d.update(row_alignment=16), 'at 1: "row_alignment" was changed by hand; set it to 1, or write'),
         (
             lambda d: d.update(model="other.models:build"),
             'was made for model "other.models:build", and model.factory is',
@@ -169,3 +171,16 @@ def test_bytes_are_those_of_the_plans_own_alignment(small_config, tmp_path):
     write_hand_plan(small_config("space.row_alignment=16"), HandPlan.parse("int2", ()), Location.of(out))
     found = verify_plan(small_config(), out)
     assert any("row alignment 16" in warning for warning in found.to_dict()["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("unit", "allowed"),
+    [
+        ("table:item=int3", "fp32, fp16, int8, int4, int2"),
+        ("layer:*=int3", "fp32, fp16, bf16, int8_dynamic, int8_static, emulated"),
+        ("*=int3", ", ".join(Precision)),
+    ],
+)
+def test_an_unknown_precision_is_compared_with_those_of_the_kind_of_unit(unit, allowed):
+    with pytest.raises(PlanError, match=re.escape(f'precision must be one of {allowed}; got "int3"')):
+        HandPlan.parse(None, (unit,))

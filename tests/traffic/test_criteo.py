@@ -148,3 +148,11 @@ def test_concatenated_gzip_members_are_one_file(tmp_path: Path) -> None:
     source = tmp_path / "c.tsv.gz"
     source.write_bytes(gzip.compress(LABELLED + b"\n") + gzip.compress(EMPTY + b"\n"))
     assert sum(table.num_rows for table in read_criteo(f"file://{source}")) == 2
+
+
+def test_a_file_that_is_parquet_already_is_named(tmp_path):
+    path = tmp_path / "clicks.parquet"
+    pq.write_table(pa.table({"label": list(range(1000))}), path)
+    with pytest.raises(TrafficError, match=r"clicks.parquet: is Parquet already.*traffic.path"):
+        convert_criteo(path, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()

@@ -50,6 +50,27 @@ def test_rows_are_those_of_the_log(table: str, schema: Schema) -> None:
     assert times(opened(table, schema), Window(20, 60)) == [i for i in left if 20 <= i < 60]
 
 
+def test_strings_that_an_update_rewrote_as_views_are_groups(columns: Make, schema: Schema, tmp_path: Path) -> None:
+    path, schema = str(tmp_path / "clicks"), replace(schema, group="user")
+    users = [f"user {i % 7}" for i in range(20)]
+    write_deltalake(path, pa.table(columns(20) | {"user": pa.array(users)}))
+    (before,) = (batch.groups for batch in open_traffic(path, schema, batch_size=20).window(Window()).batches())
+    DeltaTable(path).update(updates={"d": "d + 1"}, predicate="a < 10")
+    batch = open_traffic(path, schema, batch_size=20).window(Window()).batch(0)
+    assert before is not None and batch.groups is not None
+    by_time = dict(zip(batch.times.tolist(), batch.groups.tolist(), strict=True))
+    assert by_time == dict(enumerate(before.tolist()))
+
+
+def test_string_partitions_of_a_rewritten_table_are_groups(columns: Make, schema: Schema, tmp_path: Path) -> None:
+    path, schema = str(tmp_path / "clicks"), replace(schema, group="user")
+    users = [f"user {i % 2}" for i in range(20)]
+    write_deltalake(path, pa.table(columns(20) | {"user": pa.array(users)}), partition_by=["user"])
+    DeltaTable(path).delete("a < 10")
+    groups = [batch.groups for batch in open_traffic(path, schema, batch_size=20).window(Window()).batches()]
+    assert [len(set(found.tolist())) for found in groups if found is not None] == [2]
+
+
 def test_a_version_is_pinned_and_part_of_the_fingerprint(table: str, schema: Schema) -> None:
     first = opened(table, schema, version=1)
     assert (first.version, times(first)) == (1, list(range(50)))
@@ -158,8 +179,21 @@ def test_a_table_that_is_not_committed_or_damaged_is_refused(columns: Make, writ
         opened(str(folder), schema)
     for text in ("", "{", '{"commitInfo": {}}'):
         (log / f"{0:020}.json").write_text(text)
-        with pytest.raises(TrafficError, match="cannot be read as a Delta table: "):
+        with pytest.raises(TrafficError, match=f"cannot be read as a Delta table: its log {log} is damaged"):
             opened(str(folder), schema)
+
+
+@pytest.mark.parametrize("text", ["{broken", '{"add": 3}', "\x00", None])
+def test_a_damaged_log_is_one_sentence_without_stack_frames(table: str, schema: Schema, text: str | None) -> None:
+    log = Path(table) / "_delta_log"
+    commit = log / f"{2:020}.json"
+    commit.unlink() if text is None else commit.write_text(text)
+    with pytest.raises(TrafficError) as raised:
+        opened(table, schema)
+    told = str(raised.value)
+    assert f"its log {log} is damaged" in told and told.endswith("or write the rows to a new table")
+    assert not {"<unknown>", "clone3", "ParsedLogPath"} & set(told.replace(":", " ").split())
+    assert (f"{commit.name} is not a commit of Delta" in told) is (text is not None)
 
 
 def test_an_empty_table_is_refused(table: str, schema: Schema) -> None:

@@ -215,6 +215,9 @@ def test_ids_carry_signal_that_can_be_learned() -> None:
     [
         ({"num_row": 5}, ["traffic.synthetic.num_row: no such key", 'did you mean "num_rows"?']),
         ({"num_rows": 0}, ["traffic.synthetic.num_rows: ", "greater than 0", "got 0"]),
+        ({"days": True}, ["traffic.synthetic.days: ", "a number, not a boolean"]),
+        ({"days": math.inf}, ["traffic.synthetic.days: ", "finite number"]),
+        ({"drifts": [{"kind": "label_shift", "day": True, "offset": 1}]}, ["drifts[0].day: ", "not a boolean"]),
         ({"num_rows": "many"}, ["traffic.synthetic.num_rows: ", 'got "many"']),
         ({"zipf_exponent": -1}, ["traffic.synthetic.zipf_exponent: ", "got -1"]),
         ({"table_sizes": [10, 20]}, ["table_sizes must have num_sparse = 26 entries"]),
