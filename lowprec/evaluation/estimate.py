@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import special
 
@@ -184,7 +184,7 @@ def _estimate(
         calibration_plan=calibration * seen.calibration_plan / seen.calibration_ref,
         confidence=confidence,
         effective_units=gap.effective_units,
-        standard_error_pct=100 * spread(gap, blocks).standard_error,
+        standard_error_pct=100 * spread(gap).standard_error,
         looks="repeated",
     )
     return PlanEstimate(metrics, on_window, kl_on_window)
@@ -196,8 +196,7 @@ def _widened(metrics: PlanMetrics, sums: Sums, k: int, blocks: Blocks, confidenc
     if design_effect(moments, blocks) == 1.0:
         return metrics
     interval = ratio_interval(moments, 1 - confidence, blocks=blocks)
-    error_pct = 100 * spread(moments, blocks).standard_error
-    return metrics.with_gap_interval(Interval(100 * interval.lower, 100 * interval.upper), error_pct)
+    return replace(metrics, gap_interval_pct=Interval(100 * interval.lower, 100 * interval.upper))
 
 
 def _fourth(xx: float, sampled: RatioMoments) -> float:

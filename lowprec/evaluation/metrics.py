@@ -181,7 +181,7 @@ class Sums:
             calibration_plan=calibration(plan + 1),
             confidence=confidence,
             effective_units=gap.effective_units,
-            standard_error_pct=0.0 if is_reference else 100 * spread(gap, over_time(plan, -2)).standard_error,
+            standard_error_pct=0.0 if is_reference else 100 * spread(gap).standard_error,
             looks=looks,
         )
 
@@ -205,8 +205,9 @@ class PlanMetrics:
     predicts the rest, and NE is that of all of them, while AUC and the plan's calibration come from those drawn.
     `auc_error` bounds how far either AUC can be from the exact one (pairs that share a histogram bin).
     `effective_units` says how many equal units of evidence would carry as much of the change as the `num_units` do;
-    `standard_error_pct` is that of the gap. Intervals lie between two one-sided bounds, each at `confidence`, where
-    `looks` is `once`, and are confidence sequences where it is `repeated`.
+    `standard_error_pct` is that of the gap for independent units: time blocks move bounds, not this. Intervals lie
+    between two one-sided bounds, each at `confidence`, where `looks` is `once`, and are confidence sequences where it
+    is `repeated`.
     """
 
     num_examples: int
@@ -227,10 +228,6 @@ class PlanMetrics:
     effective_units: float = math.nan
     standard_error_pct: float = math.nan
     looks: Looks = "once"
-
-    def with_gap_interval(self, interval: Interval, standard_error_pct: float) -> PlanMetrics:
-        """The same with another interval and standard error of the gap (percent)."""
-        return replace(self, gap_interval_pct=interval, standard_error_pct=standard_error_pct)
 
     def verdict(self, budget_pct: float) -> Verdict:
         """Whether the plan is within the budget (percent)."""

@@ -56,6 +56,10 @@ def confirm(
     the confirmed trials of this run from before a resumption: they keep the try that they were part of. num_spent:
     tries of other runs on this window, which have spent their parts of the error rate.
     """
+    attempts = max(num_spent, 1 + max((trial.wave for trial in found), default=-1))
+    # The try that the finalists are, or were before a resumption.
+    first = min((trial.wave for trial in found), default=attempts)
+    forecast = forecast.at(confidence_of_try(confidence, first))
     choices = {budget: finalists(trials, budget, forecast, reference_cost) for budget in budgets}
     if not all(choices.values()):
         raise ModelError("search: no plan gives finite logits; look for huge weights in the checkpoint")
@@ -63,8 +67,6 @@ def confirm(
         if not chosen[0].meets_budget:
             note(f"no plan meets the budget of {budget} percent")
     known = {trial.plan: trial for trial in found}
-    attempts = max(num_spent, 1 + max((trial.wave for trial in found), default=-1))
-    first = min((trial.wave for trial in found), default=attempts)
     new = {c.trial.plan: c.trial for chosen in choices.values() for c in chosen if c.trial.plan not in known}
     if new:
         if attempts:

@@ -10,7 +10,6 @@ import numpy as np
 
 from lowprec.plan import Plan
 from lowprec.search.proxy import Float
-from lowprec.search.rule import Forecast
 from lowprec.search.surrogate import Surrogate
 from lowprec.search.trial import Trial
 
@@ -32,7 +31,7 @@ class _Correction:
     spread: float
 
 
-def descent(surrogate: Surrogate, trials: Sequence[Trial], forecast: Forecast, count: int) -> list[Plan]:
+def descent(surrogate: Surrogate, trials: Sequence[Trial], count: int) -> list[Plan]:
     """Up to `count` plans that were not evaluated yet, for each budget those that are expected to save most.
 
     The expected saving of a plan is what it costs less than the cheapest trial that meets the rule, times the
@@ -40,7 +39,7 @@ def descent(surrogate: Surrogate, trials: Sequence[Trial], forecast: Forecast, c
     log-normal error. Every plan of a small space is looked at, of a large one the front and the neighbours of the best.
     """
     tried = {trial.plan for trial in trials}
-    risks = np.array([forecast.risk_pct(trial) for trial in trials])
+    risks = np.array([surrogate.forecast.risk_pct(trial) for trial in trials])
     predicted = surrogate.risk.risks([trial.plan for trial in trials])
     chosen: dict[Plan, None] = {}
     each = -(-count // len(surrogate.budgets))

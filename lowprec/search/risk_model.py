@@ -8,13 +8,14 @@ those without their label noise (see `shrinkage`): the gap is the one that is ex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from lowprec.evaluation.profile import Profile
 from lowprec.plan import Plan
 from lowprec.search.proxy import Float, build_proxy
+from lowprec.search.rule import Forecast
 from lowprec.search.sweep import EveryPlan
 
 __all__ = ["RiskModel"]
@@ -24,20 +25,15 @@ __all__ = ["RiskModel"]
 class RiskModel:
     """Predicted risks, in percent.
 
-    first: the first-order sums, float64[D]. deviations: how far the upper bound will be above the gap, in standard
-    errors of the window that was profiled.
+    first: the first-order sums, float64[D].
     """
 
     profile: Profile
     first: Float
-    deviations: float
-
-    def widened(self, factor: float) -> RiskModel:
-        """The same with intervals wider by a factor."""
-        return replace(self, deviations=self.deviations * factor)
+    forecast: Forecast
 
     def half_widths(self, plans: Sequence[Plan]) -> Float:
-        """Half the width of each plan's interval, float64[P]."""
+        """How far the upper bound of each plan will be above its gap, float64[P]."""
         ahead = np.pad(self.profile.selected(plans), ((0, 0), (0, 1)))
         return self._half_widths(self.profile.evidence.quadratic(ahead))
 
@@ -63,4 +59,4 @@ class RiskModel:
         return np.asarray(np.maximum(gap, divergence) + self._half_widths(variance))
 
     def _half_widths(self, variance: Float) -> Float:
-        return np.asarray(100 * self.deviations * np.sqrt(np.maximum(variance, 0.0)) / self.profile.loss)
+        return np.asarray(100 * self.forecast.deviations * np.sqrt(np.maximum(variance, 0.0)) / self.profile.loss)

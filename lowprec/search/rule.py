@@ -13,7 +13,7 @@ overfitted or badly calibrated from making plans look better than fp32.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import special
 
@@ -31,17 +31,28 @@ class Forecast:
     """How the confirm window will judge what was measured on the search window.
 
     quantile: standard errors between a gap and its upper bound there. scale: a standard error there over the same one
-    here, from the numbers of their examples.
+    here, from the numbers of their examples. block_effect: the factor by which time blocks raise standard errors. It is
+    one number for all plans, because that of a single plan is mostly chance.
     """
 
     quantile: float
     scale: float
+    block_effect: float = 1.0
 
     @classmethod
     def of(cls, *, confidence: float, num_search: int, num_confirm: int) -> Forecast:
         """Of windows with these numbers of examples; confidence: that of the first plans confirmed."""
         scale = math.sqrt(num_search / num_confirm) if num_confirm else math.inf
         return cls(normal_quantile(confidence), scale)
+
+    def at(self, confidence: float) -> Forecast:
+        """The same with bounds at another confidence."""
+        return replace(self, quantile=normal_quantile(confidence))
+
+    @property
+    def deviations(self) -> float:
+        """How far the upper bound will be above the gap, in standard errors of independent units on this window."""
+        return self.quantile * self.scale * self.block_effect
 
     def half_width_pct(self, metrics: PlanMetrics) -> float:
         """How far above its gap the upper bound of a plan will be, in percent; infinite with too little evidence."""
@@ -50,7 +61,7 @@ class Forecast:
         # The reference itself has no error.
         if metrics.standard_error_pct > 0 and metrics.effective_units < MIN_EFFECTIVE_UNITS * self.scale**2:
             return math.inf
-        return self.quantile * self.scale * metrics.standard_error_pct
+        return self.deviations * metrics.standard_error_pct
 
     def risk_pct(self, trial: Trial) -> float:
         """The risk of a plan in percent; NaN without a finite gap."""
@@ -75,7 +86,7 @@ class Forecast:
     def chance(self, trial: Trial, budget_pct: float) -> float:
         """The probability that the confirm window certifies a plan: both windows have their own chance errors."""
         risk = self.risk_pct(trial)
-        deviation = trial.metrics.standard_error_pct * math.hypot(1.0, self.scale)
+        deviation = trial.metrics.standard_error_pct * self.block_effect * math.hypot(1.0, self.scale)
         if not math.isfinite(risk) or not deviation > 0:
             return float(risk <= budget_pct)
         return float(special.ndtr((budget_pct - risk) / deviation))

@@ -98,11 +98,6 @@ class _Search:
         self._began = time.monotonic()
         self._window = job.window("search")
         self._confirm_window = job.window("confirm")  # opened first: an empty window must not cost a search
-        self._forecast = Forecast.of(
-            confidence=confidence_of_try(self._settings.confidence, 0),
-            num_search=self._window.num_rows,
-            num_confirm=self._confirm_window.num_rows,
-        )
         self._slices = slices_of(self._window)
         # The one random order in which slices are raced: plans of different waves meet on the same slices.
         self._order = [int(k) for k in np.random.default_rng(self._settings.seed).permutation(len(self._slices))]
@@ -117,7 +112,7 @@ class _Search:
         recommendations = confirm(
             trials,
             self._budgets,
-            forecast=self._forecast,
+            forecast=surrogate.forecast,
             found=self._record.trials("confirm"),
             confidence=self._settings.confidence,
             evaluate=lambda chosen, confidence, attempt: self._confirm(surrogate, chosen, confidence, attempt),
@@ -137,7 +132,7 @@ class _Search:
             num_trials=len(trials),
             fp32_bytes=self._job.space.fp32_bytes,
             rows=rows,
-            plan_paths=tuple(self._save_recommended(r) for r in recommendations),
+            plan_paths=tuple(self._save(r.best.choice.trial, r.budget_pct, r) for r in recommendations),
             profile_path=self._record.profile_path,
             profiled=describe_profile(surrogate),
             windows={name: self._job.window_text(name) for name in ("search", "confirm")},
@@ -172,7 +167,12 @@ class _Search:
         costs = self._job.costs(measured.use)
         for note in costs.notes:
             self._progress.note(note)
-        surrogate = build_surrogate(measured, self._job.space, costs, budgets=self._budgets, forecast=self._forecast)
+        forecast = Forecast.of(
+            confidence=confidence_of_try(self._settings.confidence, 0),
+            num_search=self._window.num_rows,
+            num_confirm=self._confirm_window.num_rows,
+        )
+        surrogate = build_surrogate(measured, self._job.space, costs, budgets=self._budgets, forecast=forecast)
         if surrogate.front.infeasible:
             raise ConfigError(f"search: {surrogate.front.infeasible}")
         return surrogate
@@ -240,9 +240,7 @@ class _Search:
                 self._progress.note(f"stopped by the time limit after {len(trials)} trials")
                 break
             before = [t for t in trials if t.wave < wave]
-            kind, plans = next_wave(
-                surrogate, self._job.space, settings, before, wave, self._record.start, self._forecast
-            )
+            kind, plans = next_wave(surrogate, self._job.space, settings, before, wave, self._record.start)
             if not plans:
                 self._progress.note("there are no more plans to evaluate")
                 break
@@ -252,7 +250,7 @@ class _Search:
             if plans:
                 plans = plans[: settings.max_trials - len(trials)]
                 trials += self._wave(surrogate, kind, wave, plans, before, len(trials))
-                self._save_best(trials)
+                self._save_best(surrogate, trials)
             wave += 1
         return trials
 
@@ -275,7 +273,7 @@ class _Search:
             lambda chosen, slices: self._lap(surrogate, chosen, slices),
             surrogate.profile,
             self._order,
-            forecast=self._forecast,
+            forecast=surrogate.forecast,
             corrections_pct=corrections.tolist(),
             rivals=before,
             budgets=self._budgets,
@@ -376,15 +374,12 @@ class _Search:
         window = self._window if name == "search" else self._confirm_window
         return plan_key(self._job.checkpoint_sha256, self._job.evaluated_on(name, window), plan)
 
-    def _save_best(self, trials: Sequence[Trial]) -> None:
+    def _save_best(self, surrogate: Surrogate, trials: Sequence[Trial]) -> None:
         """Keep the safest finalists so far where a person finds them, with the evidence that there is."""
         for budget in self._budgets:
-            choices = finalists(trials, budget, self._forecast)
+            choices = finalists(trials, budget, surrogate.forecast)
             if choices:
                 self._save(choices[0].trial, budget, None)
-
-    def _save_recommended(self, recommendation: Recommendation) -> Location:
-        return self._save(recommendation.best.choice.trial, recommendation.budget_pct, recommendation)
 
     def _save(self, trial: Trial, budget: float, confirmed: Recommendation | None) -> Location:
         name = "confirm" if confirmed else "search"

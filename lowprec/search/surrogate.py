@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -49,6 +49,11 @@ class Surrogate:
     front: ProxyFront
     rule_front: ProxyFront
     model: ProxyModel
+
+    @property
+    def forecast(self) -> Forecast:
+        """How the confirm window will judge, with the time blocks of this one."""
+        return self.risk.forecast
 
     @property
     def profile(self) -> Profile:
@@ -125,7 +130,7 @@ class Surrogate:
 def build_surrogate(
     measured: MeasuredProfile, space: SearchSpace, costs: Costs, *, budgets: Sequence[float], forecast: Forecast
 ) -> Surrogate:
-    """The quadratic model of a profile over a space, solved."""
+    """The quadratic model of a profile over a space, solved; forecast: without the effect of time blocks."""
     profile = measured.profile
     first_order = shrunk_first_order(profile)
     num_columns = len(profile.columns)
@@ -137,10 +142,9 @@ def build_surrogate(
     front = solve_front(promised)
     # No plan shifts or scales the logits as a whole.
     first = np.pad(first_order.sums, (0, len(profile.first) - num_columns))
-    risk = RiskModel(profile, first, forecast.quantile * forecast.scale)
-    if front.points:
-        risk = risk.widened(_block_effect(risk, front))
-    slopes = [_slope_of_upper_end(profile, budget, risk.deviations) for budget in sorted(budgets)]
+    forecast = replace(forecast, block_effect=_block_effect(profile, front))
+    risk = RiskModel(profile, first, forecast)
+    slopes = [_slope_of_upper_end(profile, budget, forecast.deviations) for budget in sorted(budgets)]
     return Surrogate(
         measured=measured,
         first_order=first_order,
@@ -153,9 +157,10 @@ def build_surrogate(
     )
 
 
-def _block_effect(risk: RiskModel, front: ProxyFront) -> float:
+def _block_effect(profile: Profile, front: ProxyFront) -> float:
     """How much larger standard errors are for the time blocks of the window, as a median of plans of the front."""
-    profile = risk.profile
+    if not front.points:
+        return 1.0
     z = profile.selected([point.plan for point in _spread(front.points, MAX_ANCHORS)])
     change, loss = profile.block_sums(z)
     found = [

@@ -9,7 +9,6 @@ import numpy as np
 from lowprec.config import SearchConfig
 from lowprec.plan import Plan
 from lowprec.search.descent import descent
-from lowprec.search.rule import Forecast
 from lowprec.search.space import SearchSpace, at_least_as_exact
 from lowprec.search.study import Known, propose
 from lowprec.search.surrogate import Surrogate, build_surrogate
@@ -25,7 +24,6 @@ def next_wave(
     before: Sequence[Trial],
     wave: int,
     start: Plan | None,
-    forecast: Forecast,
 ) -> tuple[str, list[Plan]]:
     """The kind of a wave and its plans.
 
@@ -37,13 +35,13 @@ def next_wave(
     costs, size = surrogate.costs, settings.wave_size
     if wave == 0:
         kind = "uniform" if start is None else "start"
-        first = space.uniform_plans() if start is None else _around(surrogate, space, settings, start, forecast)
+        first = space.uniform_plans() if start is None else _around(surrogate, space, settings, start)
         if first := [plan for plan in first if costs.keeps_limits(plan)]:
             return kind, first
-    known = [Known(t.plan, t.cost, forecast.risk_pct(t)) for t in before]
+    known = [Known(t.plan, t.cost, surrogate.forecast.risk_pct(t)) for t in before]
     is_first = all(trial.kind in ("uniform", "start") for trial in before)
     seed = int(np.random.SeedSequence([settings.seed, wave]).generate_state(1)[0])
-    if not is_first and (plans := descent(surrogate, before, forecast, max(1, size // 2))):
+    if not is_first and (plans := descent(surrogate, before, max(1, size // 2))):
         return "descent", plans
     # The front gets a wave of double size; those that follow are what the sampler proposes around it.
     count = 2 * size if is_first else size
@@ -61,15 +59,13 @@ def next_wave(
     return "front" if is_first else "optuna", plans
 
 
-def _around(
-    surrogate: Surrogate, space: SearchSpace, settings: SearchConfig, start: Plan, forecast: Forecast
-) -> list[Plan]:
+def _around(surrogate: Surrogate, space: SearchSpace, settings: SearchConfig, start: Plan) -> list[Plan]:
     """A plan, and the front of those that are at least as exact everywhere."""
     near = build_surrogate(
         surrogate.measured,
         at_least_as_exact(space, start),
         surrogate.costs,
         budgets=settings.all_budgets,
-        forecast=forecast,
+        forecast=surrogate.forecast,
     )
     return list(dict.fromkeys([start, *near.candidates(settings.wave_size - 1)]))[: settings.wave_size]

@@ -17,7 +17,7 @@ from lowprec.search.trial import Trial
 
 ROWS = RowAccount(1000, 0, 0, {})
 CONFIDENCE = 0.95
-# The upper bound on the confirm window is one standard error of the search window above the gap.
+# Both windows have as many examples.
 FORECAST = Forecast(1.0, 1.0)
 
 
@@ -68,9 +68,9 @@ class Window:
 
 
 # Seven plans, cheaper and worse from the first on; for a budget of 1 the fourth is certified almost surely, the fifth
-# with a probability of 0.83, the sixth of 0.57.
-LADDER_OF_ONE = [trial(0, 900, 0.0), trial(1, 700, 0.08, 0.01), trial(2, 600, 0.2, 0.02)]
-LADDER_OF_ONE += [trial(3, 500, 0.4, 0.1), trial(4, 400, 0.65, 0.15), trial(5, 300, 0.95, 0.04), trial(6, 200, 3.0)]
+# with a probability of 0.85, the sixth of 0.53.
+LADDER_OF_ONE = [trial(0, 900, 0.0), trial(1, 700, 0.08, 0.005), trial(2, 600, 0.2, 0.01)]
+LADDER_OF_ONE += [trial(3, 500, 0.4, 0.06), trial(4, 400, 0.65, 0.11), trial(5, 300, 0.95, 0.028), trial(6, 200, 3.0)]
 
 
 def tried(recommendation):
@@ -91,9 +91,13 @@ def test_the_boldest_of_the_finalists_is_recommended_where_all_are_certified():
 def test_the_chances_of_finalists_are_told():
     (found,) = Window(dict.fromkeys(range(7), 0.5)).confirm(LADDER_OF_ONE, [1.0])
     chances = [c.choice.chance for c in found.tried]
-    assert chances == [pytest.approx(p, abs=0.005) for p in (0.9998, 0.827, 0.570)]
+    assert chances == [pytest.approx(p, abs=0.005) for p in (1.0, 0.853, 0.525)]
     assert ["over 99.9%" in c.choice.because for c in found.tried] == [True, False, False]
-    assert "57.0%" in found.tried[2].choice.because
+    assert "(this one: 52." in found.tried[2].choice.because
+    # On a window that was used before, bounds are at a stricter confidence.
+    (later,) = Window(dict.fromkeys(range(7), 0.5)).confirm(LADDER_OF_ONE, [1.0], num_spent=1)
+    assert [c.choice.trial.number for c in later.tried] == [3, 4]
+    assert later.tried[1].choice.chance == pytest.approx(0.66, abs=0.01)
 
 
 def test_testing_stops_at_the_first_that_is_not_certified_and_all_are_reported():

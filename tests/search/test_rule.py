@@ -150,7 +150,7 @@ def test_a_descent_tries_what_is_cheaper_and_may_meet_the_rule_and_then_ends(sur
     of = dict(zip(plans, risks, strict=True))
     trials = [trial_of(k, p, found.costs.cost(p), of[p]) for k, p in enumerate(job.space.uniform_plans())]
     for _ in range(20):
-        proposed = descent(found, trials, FORECAST, 8)
+        proposed = descent(found, trials, 8)
         if not proposed:
             break
         assert len(set(proposed)) == len(proposed) <= 8 and not {t.plan for t in trials} & set(proposed)
