@@ -106,10 +106,10 @@ class Surrogate:
         return None if every is None else (every, self.risk.risks_of_all(every))
 
     def candidates(self, count: int) -> list[Plan]:
-        """Up to `count` plans: two thirds around the budgets, the others spread along the front of promised gaps.
+        """Up to `count` plans: two thirds around the budgets, the others those that add most to the front.
 
         Around a budget they are those whose risk is spread evenly, on a log scale, from a quarter of the budget to
-        double.
+        double. The others are points of the front of promised gaps, each the one that adds most hypervolume.
         """
         around = -(-2 * count // (3 * len(self.budgets)))
         chosen: dict[Plan, None] = {}
@@ -120,9 +120,9 @@ class Surrogate:
                 within = np.flatnonzero(risks <= target)
                 if len(within):
                     chosen.setdefault(self.rule_front.points[int(within[0])].plan)
-        for point in _spread(self.front.points, count):
-            if len(chosen) >= count:
-                break
+        gaps = self.promised_pct(list(chosen))
+        taken = [(self.costs.cost(plan), float(gap)) for plan, gap in zip(chosen, gaps, strict=True)]
+        for point in _most_hypervolume(self.front.points, taken, count - len(chosen)):
             chosen.setdefault(point.plan)
         return list(chosen)[:count]
 
@@ -183,6 +183,42 @@ def _slope_of_upper_end(profile: Profile, budget_pct: float, deviations: float) 
     budget = budget_pct / 100
     root = (-factor + math.sqrt(factor**2 + 4 * budget)) / 2
     return factor / (2 * root)
+
+
+def _most_hypervolume(
+    points: Sequence[ProxyPoint], taken: Sequence[tuple[float, float]], count: int
+) -> list[ProxyPoint]:
+    """Up to `count` points of a front, each the one that adds most to the area above those before it.
+
+    The area is that of costs and gaps which some point beats, up to the corner of the least cost's gap and the least
+    gap's cost. taken: costs and gaps of plans that are there already. The ends of the front come first.
+    """
+    if len(points) <= count:
+        return list(points)
+    costs = np.array([point.cost for point in points])
+    gaps = np.array([point.gap_pct for point in points])
+    steps = _staircase([*taken, (costs[0], gaps[0]), (costs[-1], gaps[-1])])
+    found = [points[0], points[-1]][:count]
+    while len(found) < count:
+        at = np.array(steps)
+        right = np.searchsorted(at[:, 0], costs, side="right")
+        above = at[np.maximum(right - 1, 0), 1] - gaps
+        ahead = at[np.minimum(right, len(at) - 1), 0] - costs
+        best = int(np.argmax(np.maximum(above, 0.0) * np.maximum(ahead, 0.0)))
+        if above[best] <= 0 or ahead[best] <= 0:
+            break
+        found.append(points[best])
+        steps = _staircase([*steps, (costs[best], gaps[best])])
+    return found
+
+
+def _staircase(plans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Costs and gaps of those that no other beats, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, gap in sorted(plans):
+        if not front or gap < front[-1][1]:
+            front.append((cost, gap))
+    return front
 
 
 def _spread(points: Sequence[ProxyPoint], count: int) -> list[ProxyPoint]:

@@ -16,6 +16,7 @@ from lowprec.evaluation.worker import LocalWorkers
 from lowprec.plan import Plan
 from lowprec.search import open_job, run_search
 from lowprec.search import rule_front as rule_front_module
+from lowprec.search import surrogate as surrogate_module
 from lowprec.search import sweep as sweep_module
 from lowprec.search.choice import confidence_of_try, finalists
 from lowprec.search.descent import descent
@@ -220,3 +221,27 @@ def test_the_boldest_finalist_is_the_cheapest_plan_that_the_rule_allows(small_co
     assert risks[plans.index(boldest.plan)] <= budget * (1 + 1e-6)
     assert boldest.size_bytes <= 1.01 * sizes[risks <= budget].min()
     assert len(trials) <= 48
+
+
+def test_plans_beside_the_budget_are_those_that_add_most_to_the_front(surrogate):
+    """Each is the point of the front with the largest gain of hypervolume, by trying every point."""
+    _, found = surrogate()
+    points = found.front.points
+    taken = [(points[3].cost, points[3].gap_pct)]
+    corner = points[-1].cost, points[0].gap_pct
+
+    def area(plans):
+        total, best = 0.0, corner[1]
+        for cost, gap in sorted(plans):
+            total += max(best - gap, 0.0) * max(corner[0] - cost, 0.0)
+            best = min(best, gap)
+        return total
+
+    chosen = surrogate_module._most_hypervolume(points, taken, 8)
+    assert chosen[:2] == [points[0], points[-1]] and len(chosen) == 8
+    known = [*taken, *((p.cost, p.gap_pct) for p in chosen[:2])]
+    for point in chosen[2:]:
+        gains = [area([*known, (p.cost, p.gap_pct)]) for p in points]
+        assert area([*known, (point.cost, point.gap_pct)]) == pytest.approx(max(gains), rel=1e-12)
+        known.append((point.cost, point.gap_pct))
+    assert surrogate_module._most_hypervolume(points, taken, len(points) + 5) == list(points)
