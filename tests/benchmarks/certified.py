@@ -1,4 +1,4 @@
-"""How small certified plans are on the demo's traffic, and how often they hold on traffic that nobody has seen.
+"""How small certified plans are on the demo's traffic, and how often they hold on unseen traffic.
 
 The demo's 400,000 examples (60,000 to search on, 120,000 to confirm on), its model with dim 64 and with dim 16, row
 ranges by mse, budgets of 0.02 and 0.05 percent. Then the same searches on 20 further draws of the traffic, with the
@@ -39,6 +39,8 @@ BUDGETS = (0.02, 0.05)
 # (dim, budget) and the name of its figure.
 FIGURES = {(64, 0.02): "64_at_02", (64, 0.05): "64_at_05", (16, 0.02): "16_at_02"}
 ROWS_A_DAY, DEMO_DAYS, DRAW_DAYS, FRESH_DAYS = 40_000, 10, 4.5, 50
+# The demo's search window, in days.
+DEMO_SEARCH = (5.5, 7)
 PLANS_AT_ONCE = 8
 # Widths of the layer below the interactions.
 BOTTOM = {16: 32, 64: 64}
@@ -116,7 +118,7 @@ def draws(dim: int) -> dict[tuple[int, float], list[tuple[Plan | None, dict[str,
 def gaps_on_fresh(dim: int, plans: list[Plan]) -> dict[Plan, float]:
     """The gap of each plan on the 2,000,000 examples, in percent."""
     first = DEMO_DAYS + math.ceil(NUM_DRAWS * DRAW_DAYS)
-    job = open_job(stream(dim, (0, 1), (first, first + FRESH_DAYS)))
+    job = open_job(stream(dim, DEMO_SEARCH, (first, first + FRESH_DAYS)))
     window, workers, found = job.window("confirm"), LocalWorkers(job.spec, job.adapter), {}
     for k in range(0, len(plans), PLANS_AT_ONCE):
         part = plans[k : k + PLANS_AT_ONCE]
@@ -141,7 +143,7 @@ def main() -> None:
                 ratios[f"certified_ratio_{name}"] = details["ratio"] if plan else 0.0
                 demo[name] = details
         print(ratios, demo, flush=True)
-    generate_traffic(stream(64, (0, 1), (1, 2)), progress=Silent())
+    generate_traffic(stream(64, DEMO_SEARCH, (7, 10)), progress=Silent())
     every = draws(64) | draws(16)
     over, certified = 0, 0
     for dim in (64, 16):
