@@ -166,7 +166,7 @@ def search(
 @click.option("--budget", type=POSITIVE, help="Percent; else the config's or the plan's.")
 @click.option("--snapshot", metavar="CHECKPOINT", help="Judge the plan on a newer checkpoint of the same model.")
 @click.option("--repair", is_flag=True, help="Where it is not certified, search for one that is, from this plan on.")
-@click.option("--sequential", is_flag=True, help="Allow any number of looks while the window grows (wider interval).")
+@click.option("--sequential", is_flag=True, help="Allow repeated runs on a growing window (wider interval).")
 @click.option("--max-ne", type=POSITIVE, help="Reject an NE that is not below it.")
 @click.option("--calibration", metavar="LOWEST,HIGHEST", help="Reject a calibration outside of this range.")
 @click.option("--max-ne-change", type=float, metavar="PERCENT", help="With --snapshot: reject a larger rise of NE.")

@@ -1,10 +1,10 @@
-"""Bounds for a window that is looked at once: one-sided, of a fixed sample, each at the stated confidence.
+"""One-sided bounds of a fixed sample, for windows that are evaluated once.
 
-With d = x - b y of a unit of evidence, "the ratio E[x] / E[y] is at least b" is rejected where the mean of d is so many
-standard errors below zero. How many is Student's quantile, with as many degrees of freedom as the estimated variance
-has, and wider where skewness makes a mean that is too low likely: Hall's transformation of the t-statistic (P. Hall,
-"On the removal of skewness by transformation", 1992), solved for the statistic. Skewness that would make a bound
-narrower is left out, because it is itself estimated from few units (tests/evaluation/test_bounds.py simulates this).
+For a unit of evidence let d = x - b y. The hypothesis "E[x] / E[y] >= b" is rejected if the mean of d is far enough
+below zero, in standard errors. The threshold is Student's quantile with effective degrees of freedom. It is larger if
+skewness makes low means likely. The correction is Hall's transformation of the t-statistic (P. Hall, "On the removal of
+skewness by transformation", 1992), solved for the statistic. Skewness never makes a bound narrower, because the
+estimate of skewness from few units is not reliable (tests/evaluation/test_bounds.py simulates this).
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from scipy.optimize import brentq
 
 from lowprec.evaluation.confidence import MIN_BLOCKS, Blocks, Interval, RatioMoments
 
-__all__ = ["MIN_EFFECTIVE_UNITS", "Spread", "normal_quantile", "one_look", "spread"]
+__all__ = ["MIN_EFFECTIVE_UNITS", "Spread", "normal_quantile", "one_sided_bounds", "spread"]
 
-# With fewer units that carry the change a window has not shown its variance. By simulation at the budget: with changes
-# that are rare and all harmful, or rare beside a common harmless noise, 10 effective units let up to 6.4 percent of
-# plans pass at 95 percent confidence, 20 let 5.7 percent pass, 30 gain nothing more.
+# With fewer effective units the variance is not reliable. Simulated at the budget with rare harmful changes, alone or
+# beside common harmless noise: with at least 10 effective units up to 6.4 percent of plans are certified at 95 percent
+# confidence, with 20 up to 5.7 percent, and with 30 no fewer.
 MIN_EFFECTIVE_UNITS = 20
 
-# Time blocks count where they vary more than chance would have them do in this share of windows. By simulation with 20
-# blocks this keeps the rate of false certificates within 5.1 percent, whatever the correlation inside of blocks;
-# testing at 95 percent, as sequences do, lets 6.8 percent pass.
+# The variance of time blocks is used if it exceeds this quantile of its distribution for independent units. Simulated
+# with 20 blocks, the rate of false certificates is at most 5.1 percent for any correlation within blocks. With the 95
+# percent quantile, which sequences use, it is 6.8 percent.
 BLOCKS_COUNT_ABOVE = 0.7
 
-# A bound that is more standard errors away than this is none.
+# A bound further away than this many standard errors is reported as infinite.
 MAX_DEVIATIONS = 1e4
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far chance moves a ratio: its standard error, and the degrees of freedom with which that is known."""
+    """The standard error of a ratio, and the degrees of freedom of its estimate."""
 
     standard_error: float
     degrees: float
 
 
 def normal_quantile(confidence: float) -> float:
-    """How many standard errors a one-sided bound is away in a large sample."""
+    """The quantile of the standard normal distribution: the margin of a bound in a large sample, in standard errors."""
     return float(special.ndtri(confidence))
 
 
 def spread(moments: RatioMoments, blocks: Blocks | None = None) -> Spread:
-    """The spread of the ratio of a window that is looked at once; NaN without units.
+    """The standard error of the ratio sum x / sum y, NaN without units.
 
-    The variance of n units with kurtosis k has about 2 n / (k - 1) degrees of freedom. Sums over time `blocks` replace
-    it where they vary more than units would by chance, with the degrees of freedom of their number.
+    The variance of n units with kurtosis k has about 2 n / (k - 1) degrees of freedom. If sums over time `blocks` vary
+    significantly more than independent units, the variance of the blocks is used.
     """
     ratio = moments.ratio
     if not math.isfinite(ratio):
@@ -61,11 +61,16 @@ def spread(moments: RatioMoments, blocks: Blocks | None = None) -> Spread:
     return Spread(math.sqrt(variance * factor) / abs(moments.y), degrees)
 
 
-def one_look(moments: RatioMoments, confidence: float, *, blocks: Blocks | None = None) -> Interval:
-    """The interval between two one-sided bounds of E[x] / E[y], each at `confidence`; y is positive on average.
+def one_sided_bounds(moments: RatioMoments, confidence: float, *, blocks: Blocks | None = None) -> Interval:
+    """The interval between two one-sided bounds of E[x] / E[y], each at `confidence`.
 
-    "The upper bound is below b" and "x - b y is below zero with that confidence" are the same statement. Infinite with
-    fewer than `MIN_EFFECTIVE_UNITS`.
+    The upper bound is below b if and only if the test rejects "E[x - b y] >= 0". The mean of y must be positive. Both
+    bounds are infinite with fewer than `MIN_EFFECTIVE_UNITS` effective units.
+
+    Args:
+        moments: Sums over the units of evidence.
+        confidence: Of each bound, between 0.5 and 1.
+        blocks: Sums over time blocks, to account for correlation in time.
     """
     if moments.effective_units < MIN_EFFECTIVE_UNITS:
         return Interval(-math.inf, math.inf)
@@ -76,7 +81,7 @@ def one_look(moments: RatioMoments, confidence: float, *, blocks: Blocks | None 
 
 
 def _blocked(moments: RatioMoments, blocks: Blocks | None) -> tuple[float, float]:
-    """By what factor time blocks raise the variance, and the degrees of freedom of the variance."""
+    """The factor by which time blocks raise the variance, and the degrees of freedom of the variance."""
     n, effective = moments.num_units, moments.effective_units
     of_units = 2 * n * effective / (n - effective) if 0 < effective < n else math.inf
     of_units = max(min(of_units, n - 1.0), 1.0)
@@ -97,10 +102,10 @@ def _blocked(moments: RatioMoments, blocks: Blocks | None) -> tuple[float, float
 
 
 def _upper(m: RatioMoments, quantile: float, factor: float) -> float:
-    """The smallest b above the ratio at which "E[x] / E[y] is at least b" is rejected; infinite where there is none."""
+    """The smallest b above the ratio for which "E[x] / E[y] >= b" is rejected; infinite if there is none."""
     n, ratio = m.num_units, m.ratio
     mean_x, mean_y = m.x / n, m.y / n
-    # Central moments of (x, y), so that those of x - b y are cheap for every b.
+    # Central moments of (x, y), from which those of x - b y follow for any b.
     xx, xy, yy = m.xx / n - mean_x**2, m.xy / n - mean_x * mean_y, m.yy / n - mean_y**2
     xxx = m.xxx / n - 3 * mean_x * m.xx / n + 2 * mean_x**3
     yyy = m.yyy / n - 3 * mean_y * m.yy / n + 2 * mean_y**3
@@ -108,7 +113,7 @@ def _upper(m: RatioMoments, quantile: float, factor: float) -> float:
     xyy = m.xyy / n - 2 * mean_y * m.xy / n - mean_x * m.yy / n + 2 * mean_x * mean_y**2
 
     def above(b: float) -> float:
-        """How far the statistic of x - b y is above what rejects, in standard errors."""
+        """The distance of the t-statistic of x - b y from its rejection threshold."""
         variance = xx - 2 * b * xy + b * b * yy
         if variance <= 0:
             return mean_x - b * mean_y
@@ -127,7 +132,7 @@ def _upper(m: RatioMoments, quantile: float, factor: float) -> float:
 
 
 def _deviations(quantile: float, skewness: float) -> float:
-    """How many standard errors below zero a mean must be, given its own skewness (that of one unit over sqrt(n))."""
+    """The rejection threshold in standard errors, given the skewness of the mean (that of a unit over sqrt(n))."""
     if skewness < 1e-6:
         return quantile
     root = float(np.cbrt(1 - skewness * (quantile + skewness / 6)))

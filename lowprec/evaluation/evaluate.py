@@ -52,8 +52,9 @@ def evaluate_plans(
     """Evaluate `plans` on all batches of the window, or on those given.
 
     The split into tasks and the order of adding depend on the batches alone, so the result is the same to the bit for
-    any number of workers. `looks` and `tuned_for` are those of `Sums.metrics`. `on_progress` is told of every few
-    batches done. What to do about bad rows is the caller's; here they only end an evaluation that is bound to fail.
+    any number of workers. `looks` and `tuned_for` are those of `Sums.metrics`. `on_progress` is called
+    with the number of batches done, every few batches. Too many bad rows only end the evaluation here; the caller
+    decides what to do about them.
     """
     pieces = pieces_of(window, batches, batches_per_task)
     counter = RowCounter(window, max_bad_fraction)

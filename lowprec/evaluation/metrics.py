@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.bounds import one_look, spread
+from lowprec.evaluation.bounds import one_sided_bounds, spread
 from lowprec.evaluation.confidence import (
     Blocks,
     Interval,
@@ -27,7 +27,7 @@ __all__ = ["AUC_BINS", "GroupSums", "Looks", "PlanMetrics", "Sums", "group_sums"
 
 Float = NDArray[np.float64]
 
-# How often one looks at a window before a verdict, which decides between one-sided bounds and confidence sequences.
+# How often a window is evaluated before a verdict: `once` permits one-sided bounds, `repeated` needs a sequence.
 Looks = Literal["once", "repeated"]
 
 # Logits beyond +-16 share the outermost bins; a bin is 1/256 of a logit wide.
@@ -151,7 +151,7 @@ class Sums:
                 return Interval(0.0, 0.0)
             over = over_time(column, below)
             if looks == "once":
-                return _percent(one_look(moments, confidence, blocks=over))
+                return _percent(one_sided_bounds(moments, confidence, blocks=over))
             return _percent(ratio_interval(moments, 1 - confidence, tuned_for=tuned_for, blocks=over))
 
         entropy = _entropy(self.label / self.weight) if self.weight else math.nan

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.bounds import one_sided_bounds
 from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.evaluate import NUM_BLOCKS
 from lowprec.evaluation.metrics import PlanMetrics
@@ -156,7 +156,7 @@ def measure_window(
     is_reference = set(plan.values()) == {Precision.FP32}
     metrics = _labelled(observation, confidence, is_reference)
     label_free = observation.label_free.evidence
-    interval = one_look(label_free, confidence, blocks=observation.label_free_blocks)
+    interval = one_sided_bounds(label_free, confidence, blocks=observation.label_free_blocks)
     shares = unit_shares(observation, precisions_of(plan)) if label_free.num_units else []
     return MeasuredWindow(
         metrics=metrics,

@@ -55,8 +55,8 @@ def _render_job(document: Mapping[str, Any]) -> None:
         )
     for power in document["power"]:
         stdout.print(
-            f"budget {power['budget_pct']:g} %: the confirm window certifies plans with a KL gap of up to about "
-            f"{power['kl_pct']:.4f} % (of independent examples, and where the reference is calibrated)"
+            f"budget {power['budget_pct']:g} %: the confirm window can certify a KL gap of up to about "
+            f"{power['kl_pct']:.4f} % (for independent examples and a calibrated reference)"
         )
     for note in document["notes"]:
         stdout.print(escape(note))

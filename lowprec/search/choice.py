@@ -13,27 +13,25 @@ from lowprec.plan import Plan
 from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
 
-__all__ = ["Choice", "Confirmed", "confidence_of_try", "finalists", "next_try", "recommended"]
+__all__ = ["Choice", "Confirmed", "finalists", "next_try", "recommended"]
 
-# With what probability the confirm window certifies a finalist: the first is the boldest, the last almost sure.
+# Probabilities of certification that finalists reach at least: the first is the boldest, the last almost certain.
 LADDER = (0.5, 0.8, 0.95, 0.995)
-# Shares of the budget for the risk of one more plan where every finalist failed on the confirm window, try after try.
+# If all finalists fail on the confirm window: shares of the budget that the risk of the next plan may use, by attempt.
 LATER_TRIES = (0.25, 0.1)
-# The share of the error rate that is left to all later tries together; of that the same share to all but the next.
-LEFT_TO_LATER_TRIES = 0.1
 
 
 @dataclass(frozen=True)
 class Choice:
     """A trial to confirm: whether it meets the budget on the search window, and how it was picked.
 
-    chance: the probability with which it was expected to be certified; None where that is not known.
+    probability: the expected probability of certification; None where it is unknown.
     """
 
     trial: Trial
     meets_budget: bool
     because: str
-    chance: float | None = None
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,21 @@ def finalists(
 ) -> list[Choice]:
     """The plans worth confirming, safest first; empty without trials that have a finite gap.
 
-    Each is the cheapest plan that the confirm window certifies with a probability of `LADDER` (see `rule`). Without
-    such a plan it is the cheapest whose estimate is within budget, else the most accurate. Where all of them cost as
-    much as the reference, the cheapest plan whose gap and KL gap are within budget is added: the confirm window may
-    have more evidence than was expected.
+    For each probability of `LADDER`, the cheapest plan that reaches it (see `rule`). If no plan does, the cheapest plan
+    whose estimated gap is within budget, else the most accurate plan. If all finalists cost as much as the reference,
+    the cheapest plan whose gap and KL gap are within budget is added: the confirm window may provide more evidence than
+    expected.
     """
     trials = [t for t in trials if math.isfinite(t.metrics.gap_pct)]
     chosen: dict[int, Choice] = {}
-    for chance in LADDER:
-        likely_there = [t for t in trials if forecast.chance(t, budget_pct) >= chance]
-        if likely_there:
-            cheapest = min(likely_there, key=_cheapest_first)
-            found = forecast.chance(cheapest, budget_pct)
+    for wanted in LADDER:
+        likely = [t for t in trials if forecast.probability(t, budget_pct) >= wanted]
+        if likely:
+            cheapest = min(likely, key=_cheapest_first)
+            found = forecast.probability(cheapest, budget_pct)
             because = (
-                f"cheapest plan of those that the confirm window certifies with a probability of {chance:.1%} or more "
-                f"(this one: {_percent(found)})"
+                f"cheapest plan with a probability of certification of at least {wanted:.1%} on the confirm window "
+                f"(estimated: {_percent(found)})"
             )
             chosen.setdefault(cheapest.number, Choice(cheapest, True, because, found))
     if chosen and all(choice.trial.cost >= reference_cost for choice in chosen.values()):
@@ -102,15 +100,9 @@ def next_try(
         return None
     because = (
         f"cheapest plan whose risk is at most {share:.0%} of the budget: the larger of its expected gap and its KL "
-        "gap, and what the confirm window takes for chance"
+        "gap, plus the margin of the confirm window's bound"
     )
     return Choice(min(safe, key=_cheapest_first), True, because)
-
-
-def confidence_of_try(confidence: float, attempt: int) -> float:
-    """The confidence of try 0, 1, ... on one confirm window, such that all of them together keep `confidence`."""
-    share = LEFT_TO_LATER_TRIES**attempt
-    return 1 - (1 - confidence) * share * (1 - LEFT_TO_LATER_TRIES)
 
 
 def recommended(confirmed: Sequence[Confirmed]) -> Confirmed:
@@ -128,8 +120,8 @@ def recommended(confirmed: Sequence[Confirmed]) -> Confirmed:
     return best
 
 
-def _percent(chance: float) -> str:
-    return "over 99.9%" if chance > 0.999 else f"{chance:.1%}"
+def _percent(probability: float) -> str:
+    return "over 99.9%" if probability > 0.999 else f"{probability:.1%}"
 
 
 def _cheapest_first(trial: Trial) -> tuple[float, float, int]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from lowprec.errors import ModelError
 from lowprec.evaluation.confidence import Verdict
 from lowprec.plan import Plan
-from lowprec.search.choice import Choice, Confirmed, confidence_of_try, finalists, next_try, recommended
+from lowprec.search.alpha_spending import confidence_of_attempt
+from lowprec.search.choice import Choice, Confirmed, finalists, next_try, recommended
 from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
 
@@ -59,7 +60,7 @@ def confirm(
     attempts = max(num_spent, 1 + max((trial.wave for trial in found), default=-1))
     # The try that the finalists are, or were before a resumption.
     first = min((trial.wave for trial in found), default=attempts)
-    forecast = forecast.at(confidence_of_try(confidence, first))
+    forecast = forecast.at(confidence_of_attempt(confidence, first))
     choices = {budget: finalists(trials, budget, forecast, reference_cost) for budget in budgets}
     if not all(choices.values()):
         raise ModelError("search: no plan gives finite logits; look for huge weights in the checkpoint")
@@ -71,9 +72,9 @@ def confirm(
     if new:
         if attempts:
             note(
-                f"{_spent(len(known), num_spent)}: new plans are held to "
-                f"{100 * confidence_of_try(confidence, attempts):.6g} percent confidence, so that all of them together "
-                f"keep {100 * confidence:g} percent; a newer confirm window begins afresh"
+                f"{_spent(len(known), num_spent)}: new plans need "
+                f"{100 * confidence_of_attempt(confidence, attempts):.6g} percent confidence, so that all attempts "
+                f"together keep {100 * confidence:g} percent; a newer confirm window starts afresh"
             )
         known |= _evaluated(list(new.values()), confidence, attempts, evaluate)
         attempts += 1
@@ -99,7 +100,7 @@ def confirm(
             note(
                 "no plan was certified on the confirm window: trying "
                 f"{'a safer one' if len(unknown) == 1 else f'{len(unknown)} safer ones'} at "
-                f"{100 * confidence_of_try(confidence, attempts):.5g} percent confidence"
+                f"{100 * confidence_of_attempt(confidence, attempts):.5g} percent confidence"
             )
             known |= _evaluated(list(unknown.values()), confidence, attempts, evaluate)
             attempts += 1
@@ -128,7 +129,7 @@ def _spent(num_known: int, num_spent: int) -> str:
 
 
 def _evaluated(new: Sequence[Trial], confidence: float, attempt: int, evaluate: EvaluateThere) -> dict[Plan, Trial]:
-    return {trial.plan: trial for trial in evaluate(new, confidence_of_try(confidence, attempt), attempt)}
+    return {trial.plan: trial for trial in evaluate(new, confidence_of_attempt(confidence, attempt), attempt)}
 
 
 def _confirmed(choice: Choice, trial: Trial, budget: float) -> Confirmed:

@@ -17,7 +17,7 @@ from lowprec.evaluation.power import certifiable_kl_pct
 from lowprec.models.adapter import inputs_of
 from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 from lowprec.plan import is_layer
-from lowprec.search.choice import confidence_of_try
+from lowprec.search.alpha_spending import confidence_of_attempt
 from lowprec.search.job import Job, choose_workers_for, open_job
 from lowprec.search.proxy import ProxyFront
 from lowprec.search.surrogate import Surrogate
@@ -123,7 +123,7 @@ def _power(job: Job, loss: float | None) -> list[dict[str, Any]]:
     """For each budget the largest KL gap that the confirm window is likely to certify; loss: of the first batch."""
     if loss is None:
         return []
-    confidence = confidence_of_try(job.config.search.confidence, 0)
+    confidence = confidence_of_attempt(job.config.search.confidence, 0)
     num_examples = job.window("confirm").num_rows
     return [
         {

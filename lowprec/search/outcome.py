@@ -92,7 +92,7 @@ class SearchOutcome:
             "verdict": recommendation.verdict,
             "saves": recommendation.saves,
             "certifiable_budget_pct": certifiable_pct(best.metrics),
-            "chance": best.choice.chance,
+            "probability": best.choice.probability,
             "missing_evidence": self._shortfall(recommendation),
             "meets_budget_in_search": best.choice.meets_budget,
             "because": best.choice.because,
@@ -130,7 +130,7 @@ class SearchOutcome:
             **self._plan(confirmed.choice.trial),
             "try": confirmed.attempt + 1,
             "verdict": confirmed.verdict,
-            "chance": confirmed.choice.chance,
+            "probability": confirmed.choice.probability,
             "certifiable_budget_pct": certifiable_pct(confirmed.metrics),
             **confirmed.metrics.to_dict(),
         }

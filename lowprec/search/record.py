@@ -17,9 +17,9 @@ from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.profile_file import ProfileOrigin, write_profile
 from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
+from lowprec.search.alpha_spending import Look
 from lowprec.search.floors import Floor, gated
 from lowprec.search.job import Job
-from lowprec.search.looks import Look
 from lowprec.search.origin import RunOrigin
 from lowprec.search.sensitivity import Sensitivity
 from lowprec.search.trial import Trial, plan_text

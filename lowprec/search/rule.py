@@ -1,13 +1,13 @@
-"""What a search expects the confirm window to say of a plan: the rule by which it chooses.
+"""The rule by which a search chooses plans: a forecast of the verdict on the confirm window.
 
-On the search window nothing is promised, so nothing is tested there. A plan meets a budget where its *risk* is within
-the budget: the larger of its expected gap and its KL gap, plus what the confirm window takes for chance, which is the
-standard error that the gap will have there times the quantile of its one-sided bound. Such a plan is certified with a
-probability of about one half; a plan with less risk is certified more often.
+Nothing is tested on the search window. A plan meets a budget if its *risk* is within the budget. The risk is the larger
+of its expected gap and its KL gap, plus the margin of the one-sided bound on the confirm window. The margin is the
+expected standard error there times the quantile. A plan whose risk equals the budget is certified with a probability of
+about one half.
 
-The expected gap is that of the search window without the label noise that is in it (see `shrinkage`): the measured gap
-alone would pick the plans that label noise favours. The KL gap needs no labels, and keeps a reference that is
-overfitted or badly calibrated from making plans look better than fp32.
+The expected gap is the measured gap without its label noise (see `shrinkage`). The measured gap alone would favour
+plans that profit from label noise. The KL gap needs no labels. It keeps an overfitted or badly calibrated reference
+from making plans look better than fp32.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["Forecast"]
 
 @dataclass(frozen=True)
 class Forecast:
-    """How the confirm window will judge what was measured on the search window.
+    """A forecast of bounds on the confirm window, from what was measured on the search window.
 
-    quantile: standard errors between a gap and its upper bound there. scale: a standard error there over the same one
-    here, from the numbers of their examples. block_effect: the factor by which time blocks raise standard errors. It is
-    one number for all plans, because that of a single plan is mostly chance.
+    quantile: standard errors between a gap and its upper bound. scale: standard error on the confirm window over the
+    standard error on the search window, from the numbers of examples. block_effect: factor by which correlation in time
+    raises standard errors. It is shared by all plans, because the estimate for a single plan is mostly noise.
     """
 
     quantile: float
@@ -41,24 +41,24 @@ class Forecast:
 
     @classmethod
     def of(cls, *, confidence: float, num_search: int, num_confirm: int) -> Forecast:
-        """Of windows with these numbers of examples; confidence: that of the first plans confirmed."""
+        """The forecast for windows with these numbers of examples and one-sided bounds at `confidence`."""
         scale = math.sqrt(num_search / num_confirm) if num_confirm else math.inf
         return cls(normal_quantile(confidence), scale)
 
     def at(self, confidence: float) -> Forecast:
-        """The same with bounds at another confidence."""
+        """The same forecast with bounds at another confidence."""
         return replace(self, quantile=normal_quantile(confidence))
 
     @property
     def deviations(self) -> float:
-        """How far the upper bound will be above the gap, in standard errors of independent units on this window."""
+        """The margin of the upper bound, in standard errors of independent units on the search window."""
         return self.quantile * self.scale * self.block_effect
 
-    def half_width_pct(self, metrics: PlanMetrics) -> float:
-        """How far above its gap the upper bound of a plan will be, in percent; infinite with too little evidence."""
+    def margin_pct(self, metrics: PlanMetrics) -> float:
+        """The margin of a plan's upper bound, in percent; infinite without enough effective units."""
         if not math.isfinite(metrics.standard_error_pct):
             return math.inf
-        # The reference itself has no error.
+        # The gap of the reference is zero without error.
         if metrics.standard_error_pct > 0 and metrics.effective_units < MIN_EFFECTIVE_UNITS * self.scale**2:
             return math.inf
         return self.deviations * metrics.standard_error_pct
@@ -67,14 +67,14 @@ class Forecast:
         """The risk of a plan in percent; NaN without a finite gap."""
         metrics = trial.metrics
         expected = metrics.gap_pct if trial.expected_pct is None else trial.expected_pct
-        return max(expected, metrics.kl_pct) + self.half_width_pct(metrics)
+        return max(expected, metrics.kl_pct) + self.margin_pct(metrics)
 
     def risk_on_window(self, estimate: PlanEstimate, correction_pct: float) -> Interval:
-        """Bounds of the risk that a plan would have if every slice of the search window had been seen, in percent.
+        """Bounds of a plan's risk if all slices of the search window were evaluated, in percent.
 
-        correction_pct: the expected gap less the measured one.
+        correction_pct: expected gap minus measured gap.
         """
-        half = self.half_width_pct(estimate.metrics)
+        half = self.margin_pct(estimate.metrics)
         gaps, divergences = estimate.on_window, estimate.kl_on_window
         if not math.isfinite(half) or not math.isfinite(gaps.upper):
             return Interval(-math.inf, math.inf)
@@ -83,8 +83,8 @@ class Forecast:
             max(gaps.upper + correction_pct, divergences.upper) + half,
         )
 
-    def chance(self, trial: Trial, budget_pct: float) -> float:
-        """The probability that the confirm window certifies a plan: both windows have their own chance errors."""
+    def probability(self, trial: Trial, budget_pct: float) -> float:
+        """The probability that the confirm window certifies a plan, given the sampling errors of both windows."""
         risk = self.risk_pct(trial)
         deviation = trial.metrics.standard_error_pct * self.block_effect * math.hypot(1.0, self.scale)
         if not math.isfinite(risk) or not deviation > 0:

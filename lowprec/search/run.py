@@ -21,7 +21,8 @@ from lowprec.evaluation.worker import Workers
 from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.progress import Progress, Silent
-from lowprec.search.choice import confidence_of_try, finalists
+from lowprec.search.alpha_spending import confidence_of_attempt
+from lowprec.search.choice import finalists
 from lowprec.search.confirm import Recommendation, confirm
 from lowprec.search.describe import describe_profile, notes_on
 from lowprec.search.job import Job, open_job, open_workers
@@ -168,7 +169,7 @@ class _Search:
         for note in costs.notes:
             self._progress.note(note)
         forecast = Forecast.of(
-            confidence=confidence_of_try(self._settings.confidence, 0),
+            confidence=confidence_of_attempt(self._settings.confidence, 0),
             num_search=self._window.num_rows,
             num_confirm=self._confirm_window.num_rows,
         )

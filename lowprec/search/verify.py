@@ -19,11 +19,11 @@ from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.worker import Workers
 from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
 from lowprec.progress import Progress, Silent
+from lowprec.search.alpha_spending import Spending, spending
 from lowprec.search.floors import Floor, Gate, gated
 from lowprec.search.hand_plan import HandPlan, make_plan
 from lowprec.search.job import Job, open_job, open_workers
 from lowprec.search.layer_forms import recalibrated
-from lowprec.search.looks import Spending, spending
 from lowprec.search.outcome import SearchOutcome, plan_file
 from lowprec.search.planned import read_planned
 from lowprec.search.record import RunRecord

@@ -96,7 +96,7 @@ def searched(config: Config) -> dict[float, tuple[Plan | None, dict[str, Any]]]:
             "gap_pct": round(metrics.gap_pct, 5),
             "upper_pct": round(metrics.gap_interval_pct.upper, 5),
             "kl_pct": round(metrics.kl_pct, 5),
-            "chance": r.best.choice.chance,
+            "probability": r.best.choice.probability,
         }
         found[r.budget_pct] = (plan if r.verdict == "certified" else None, details)
     return found

@@ -1,21 +1,17 @@
-"""How often plans are certified that should not be, and how many examples it takes to certify one that should be.
+"""The rate of false certificates, and the number of examples that a certificate needs, where the truth is known.
 
-Three parts, in each of which the truth is known:
+1. Scenarios of a single evaluation (tests/support/at_the_budget.py): simulated windows with a plan exactly at its
+   budget. Independent examples, few changed examples, heavy-tailed weights, unequal groups, time blocks.
+2. Whole searches on the demo's examples. Mixed plans are evaluated exactly on its 450,000 held-out examples, which
+   define the truth. A factor on the logit changes of each plan sets its gap on them to a multiple of the budget. A
+   window is drawn with replacement from slices of 1,000 of these examples. Profile, race, finalists, confirmation and
+   its later attempts run as in `lowprec search`. All plans are at or above the budget, so every certificate is false.
+3. Power on the same examples: the number of examples that certify a plan at half the budget with a probability of 0.9,
+   with one-sided bounds and with the confidence sequence that all verdicts used before.
 
-1. Scenarios of one look: windows of simulated losses, with a plan right at the budget. Independent examples; few
-   changed examples; heavy-tailed weights; unequal groups; time blocks. `evaluate_plans` would give their sums to
-   `one_look`, which is called here as it is there. Each scenario says how often it certifies.
-2. Whole searches on the demo's examples. Mixed plans are evaluated exactly on its 450,000 held-out examples, which are
-   the truth: the change of every logit is scaled by the one factor that puts the plan's gap on them right at the
-   budget or at a multiple of it. A simulated window is drawn with replacement from slices of 1,000 of these examples,
-   and everything after that is what `lowprec search` does: profile, race, finalists, and confirmation on a second
-   window with its later tries. All plans are at the budget or above, so that whatever is certified is false.
-3. Power on the same examples: how many examples certify a plan at half the budget with a probability of 0.9, by one
-   look, and by the confidence sequence that every verdict was by before.
-
-Prints one JSON object as its last line: `false_certified_rate` (the highest of all scenarios, of the plans of one look
-on the demo's examples, of whole searches, and of a `--sequential` verify that is looked at after every batch),
-`sharpness` (the rate on independent examples), `examples_ratio` (now / before), each of the rates, and power.
+Prints one JSON object as its last line: `false_certified_rate` (the highest over scenarios, single evaluations of the
+demo's examples, whole searches, and `verify --sequential` after every batch), `sharpness` (the rate on independent
+examples), `examples_ratio` (now / before), all rates, and power.
 """
 
 import json
@@ -38,7 +34,7 @@ from demo_model import large_demo_config
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.bounds import one_sided_bounds
 from lowprec.evaluation.confidence import RatioMoments, ratio_interval, verdict
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.measure import measure_profile
@@ -48,7 +44,7 @@ from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.worker import Chunk
 from lowprec.plan import Plan
 from lowprec.search import open_job
-from lowprec.search.choice import confidence_of_try
+from lowprec.search.alpha_spending import confidence_of_attempt
 from lowprec.search.confirm import confirm
 from lowprec.search.racing import race
 from lowprec.search.rule import Forecast
@@ -178,7 +174,7 @@ def search(pool: Pool, rng: np.random.Generator, num_slices: int = SEARCH_SLICES
     profile = window.profile()
     order = [int(k) for k in rng.permutation(num_slices)]
     forecast = Forecast.of(
-        confidence=confidence_of_try(CONFIDENCE, 0), num_search=window.num_rows, num_confirm=later.num_rows
+        confidence=confidence_of_attempt(CONFIDENCE, 0), num_search=window.num_rows, num_confirm=later.num_rows
     )
     z = profile.selected(pool.plans)
     first = shrunk_first_order(profile).sums
@@ -232,6 +228,11 @@ def drawn(moments: Float, num_slices: int, rng: np.random.Generator) -> RatioMom
     return RatioMoments(num_slices * SLICE, *sums.tolist())
 
 
+def is_certified(moments: RatioMoments, confidence: float) -> bool:
+    """Whether a single evaluation certifies the plan."""
+    return one_sided_bounds(moments, confidence).upper <= BUDGET / 100
+
+
 def is_certified_at_any_look(moments: Float, rng: np.random.Generator) -> bool:
     """Whether a `--sequential` verify of a growing window certifies a plan at one of its looks, after every batch."""
     picks = rng.integers(0, len(moments), (PEEKED_BATCHES, BATCH_SLICES))
@@ -249,7 +250,7 @@ def is_certified_by_peeking(moments: Float, rng: np.random.Generator) -> bool:
     picks = rng.integers(0, len(moments), (PEEKED_BATCHES, BATCH_SLICES))
     running = np.cumsum(moments[picks].sum(axis=1), axis=0)
     return any(
-        one_look(RatioMoments(look * BATCH_SLICES * SLICE, *sums), CONFIDENCE).upper <= BUDGET / 100
+        is_certified(RatioMoments(look * BATCH_SLICES * SLICE, *sums), CONFIDENCE)
         for look, sums in enumerate(running.tolist(), start=1)
     )
 
@@ -264,8 +265,8 @@ def rates_on_demo(pool: Pool, rng: np.random.Generator) -> dict[str, Any]:
         if (k + 1) % 250 == 0:
             print(f"{k + 1} searches, {certified} certified falsely", flush=True)
     one = {
-        f"one_look_at_{n * SLICE}": float(
-            np.mean([one_look(drawn(at_budget, n, rng), CONFIDENCE).upper <= BUDGET / 100 for _ in range(NUM_LOOKS)])
+        f"one_sided_at_{n * SLICE}": float(
+            np.mean([is_certified(drawn(at_budget, n, rng), CONFIDENCE) for _ in range(NUM_LOOKS)])
         )
         for n in (5, 20, 120)
     }
@@ -286,12 +287,12 @@ def power(pool: Pool, rng: np.random.Generator) -> dict[str, Any]:
     moments = moments_of(pool, 0)
 
     def share(num_slices: int, before: bool) -> float:
-        confidence = confidence_of_try(CONFIDENCE, 0)
+        confidence = confidence_of_attempt(CONFIDENCE, 0)
         certified = 0
         for _ in range(NUM_POWER):
             m = drawn(moments, num_slices, rng)
-            found = ratio_interval(m, 1 - confidence) if before else one_look(m, confidence)
-            certified += found.upper <= BUDGET / 100
+            by_sequence = ratio_interval(m, 1 - confidence).upper <= BUDGET / 100
+            certified += by_sequence if before else is_certified(m, confidence)
         return certified / NUM_POWER
 
     def needed(wanted: float, before: bool) -> float:
@@ -334,7 +335,7 @@ def main() -> None:
             {
                 "false_certified_rate": rate,
                 "limit": round(limit, 4),
-                "sharpness": min(scenarios["independent"], demo["one_look_at_120000"]),
+                "sharpness": min(scenarios["independent"], demo["one_sided_at_120000"]),
                 "examples_ratio": reported["probability_0.9"]["ratio"],
                 "false_certified": {**scenarios, **demo},
                 "examples_at_half_the_budget": reported,

@@ -35,7 +35,8 @@ from lowprec.models.inputs import inputs_of
 from lowprec.plan import Plan
 from lowprec.progress import Silent
 from lowprec.search import Job, open_job, run_search
-from lowprec.search.choice import confidence_of_try, finalists
+from lowprec.search.alpha_spending import confidence_of_attempt
+from lowprec.search.choice import finalists
 from lowprec.search.record import RunRecord
 from lowprec.search.rule import Forecast
 from lowprec.search.surrogate import build_surrogate
@@ -166,7 +167,7 @@ def full_metrics(job: Job, plans: list[Plan]) -> list[PlanMetrics]:
 def forecast_of(job: Job) -> Forecast:
     """How the confirm window will judge."""
     return Forecast.of(
-        confidence=confidence_of_try(job.config.search.confidence, 0),
+        confidence=confidence_of_attempt(job.config.search.confidence, 0),
         num_search=job.window("search").num_rows,
         num_confirm=job.window("confirm").num_rows,
     )

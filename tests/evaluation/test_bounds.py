@@ -7,7 +7,7 @@ import pytest
 from at_the_budget import SCENARIOS, false_rate
 from scipy import stats
 
-from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, _deviations, normal_quantile, one_look, spread
+from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, _deviations, normal_quantile, one_sided_bounds, spread
 from lowprec.evaluation.confidence import Interval, RatioMoments
 
 RUNS = 2000
@@ -24,7 +24,7 @@ def test_bounds_of_symmetric_units_are_those_of_a_t_test():
     """Units of +-1: as many degrees of freedom as there are units, less one, and no skewness."""
     n = 400
     x = np.where(np.arange(n) % 2 == 0, 1.0, -1.0)
-    found = one_look(RatioMoments.of(x, np.ones(n)), 0.95)
+    found = one_sided_bounds(RatioMoments.of(x, np.ones(n)), 0.95)
     error = x.std() / math.sqrt(n)
     assert found.upper == pytest.approx(stats.t.ppf(0.95, n - 1) * error, rel=1e-6)
     assert found.lower == pytest.approx(-found.upper, rel=1e-9)
@@ -61,7 +61,7 @@ def test_the_bound_and_the_test_of_the_mean_are_one_statement():
     y = rng.exponential(1.0, 3000)
     x = 0.001 * y + 0.02 * (rng.exponential(1.0, 3000) - 1)
     moments = RatioMoments.of(x, y)
-    upper = one_look(moments, 0.95).upper
+    upper = one_sided_bounds(moments, 0.95).upper
     d = x - upper * y
     skewness = stats.skew(d) / math.sqrt(len(d))
     quantile = stats.t.ppf(0.95, spread(moments).degrees)
@@ -71,11 +71,11 @@ def test_the_bound_and_the_test_of_the_mean_are_one_statement():
 def test_few_units_that_carry_the_change_give_no_bound():
     y = np.ones(500)
     x = np.zeros(500)
-    assert one_look(RatioMoments.of(x, y), 0.95) == Interval(-math.inf, math.inf)
+    assert one_sided_bounds(RatioMoments.of(x, y), 0.95) == Interval(-math.inf, math.inf)
     x[: MIN_EFFECTIVE_UNITS - 1] = 1.0
-    assert one_look(RatioMoments.of(x, y), 0.95) == Interval(-math.inf, math.inf)
+    assert one_sided_bounds(RatioMoments.of(x, y), 0.95) == Interval(-math.inf, math.inf)
     x[:MIN_EFFECTIVE_UNITS] = 1.0
-    assert math.isfinite(one_look(RatioMoments.of(x, y), 0.95).upper)
+    assert math.isfinite(one_sided_bounds(RatioMoments.of(x, y), 0.95).upper)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.bounds import one_sided_bounds
 from lowprec.evaluation.confidence import RatioMoments
 from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.evaluation.power import certifiable_kl_pct, certifiable_pct
@@ -42,4 +42,4 @@ def test_the_smallest_budget_is_the_upper_bound():
     nothing = drawn(np.random.default_rng(1), 5000, 0.0).metrics(0, confidence=0.95)
     assert certifiable_pct(nothing) is None
     x = -1.0 + 0.1 * np.random.default_rng(2).normal(size=500)
-    assert one_look(RatioMoments.of(x, np.ones(500)), 0.95).upper < 0
+    assert one_sided_bounds(RatioMoments.of(x, np.ones(500)), 0.95).upper < 0

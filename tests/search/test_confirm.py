@@ -10,7 +10,8 @@ from lowprec.evaluation.confidence import Interval
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import TABLE_PRECISIONS, Plan
-from lowprec.search.choice import LADDER, LATER_TRIES, confidence_of_try
+from lowprec.search.alpha_spending import confidence_of_attempt
+from lowprec.search.choice import LADDER, LATER_TRIES
 from lowprec.search.confirm import confirm
 from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
@@ -84,20 +85,20 @@ def test_the_boldest_of_the_finalists_is_recommended_where_all_are_certified():
     assert found.best.choice.trial.number == 5 and found.best.metrics.gap_pct == 0.5 and found.budget_pct == 1.0
     ((numbers, confidence, attempt),) = window.calls  # evaluated together, on one reading of the window
     assert (sorted(numbers), attempt) == ([3, 4, 5], 0)
-    assert confidence == confidence_of_try(CONFIDENCE, 0) > CONFIDENCE
+    assert confidence == confidence_of_attempt(CONFIDENCE, 0) > CONFIDENCE
     assert window.notes == []
 
 
-def test_the_chances_of_finalists_are_told():
+def test_finalists_report_their_probability():
     (found,) = Window(dict.fromkeys(range(7), 0.5)).confirm(LADDER_OF_ONE, [1.0])
-    chances = [c.choice.chance for c in found.tried]
-    assert chances == [pytest.approx(p, abs=0.005) for p in (1.0, 0.853, 0.525)]
+    probabilities = [c.choice.probability for c in found.tried]
+    assert probabilities == [pytest.approx(p, abs=0.005) for p in (1.0, 0.853, 0.525)]
     assert ["over 99.9%" in c.choice.because for c in found.tried] == [True, False, False]
-    assert "(this one: 52." in found.tried[2].choice.because
+    assert "(estimated: 52.5%)" in found.tried[2].choice.because
     # On a window that was used before, bounds are at a stricter confidence.
     (later,) = Window(dict.fromkeys(range(7), 0.5)).confirm(LADDER_OF_ONE, [1.0], num_spent=1)
     assert [c.choice.trial.number for c in later.tried] == [3, 4]
-    assert later.tried[1].choice.chance == pytest.approx(0.66, abs=0.01)
+    assert later.tried[1].choice.probability == pytest.approx(0.66, abs=0.01)
 
 
 def test_testing_stops_at_the_first_that_is_not_certified_and_all_are_reported():
@@ -163,7 +164,7 @@ def test_tries_of_other_runs_on_the_window_have_spent_their_part():
         window.confirm(LADDER_OF_ONE, [1.0], num_spent=num_spent)
     tries = [window.calls[0] for window in spent]
     assert [attempt for _, _, attempt in tries] == [0, 1, 2, 3]
-    assert [confidence for _, confidence, _ in tries] == [confidence_of_try(CONFIDENCE, k) for k in range(4)]
+    assert [confidence for _, confidence, _ in tries] == [confidence_of_attempt(CONFIDENCE, k) for k in range(4)]
     assert sum(1 - confidence for _, confidence, _ in tries) < 1 - CONFIDENCE
     assert spent[0].notes == [] and "was used 3 times before" in spent[3].notes[0] and "newer" in spent[3].notes[0]
 
@@ -248,14 +249,14 @@ def test_new_finalists_of_a_continued_run_are_held_to_a_stricter_level():
     better = trial(7, 250, 0.9)
     second = Window({7: 0.5})
     (found,) = second.confirm([*LADDER_OF_ONE, better], [1.0], done)
-    assert second.calls == [([7], confidence_of_try(CONFIDENCE, 1), 1)]
+    assert second.calls == [([7], confidence_of_attempt(CONFIDENCE, 1), 1)]
     assert found.best.choice.trial.number == 7 and found.best.attempt == 1
     assert "were confirmed on the same window before" in second.notes[0]
 
 
 def test_all_tries_together_keep_the_confidence():
-    assert sum(1 - confidence_of_try(0.9, k) for k in range(50)) <= 0.1 + 1e-12
-    levels = [confidence_of_try(0.9, k) for k in range(5)]
+    assert sum(1 - confidence_of_attempt(0.9, k) for k in range(50)) <= 0.1 + 1e-12
+    levels = [confidence_of_attempt(0.9, k) for k in range(5)]
     assert levels == sorted(set(levels))
 
 

@@ -18,7 +18,8 @@ from lowprec.search import open_job, run_search
 from lowprec.search import rule_front as rule_front_module
 from lowprec.search import surrogate as surrogate_module
 from lowprec.search import sweep as sweep_module
-from lowprec.search.choice import confidence_of_try, finalists
+from lowprec.search.alpha_spending import confidence_of_attempt
+from lowprec.search.choice import finalists
 from lowprec.search.descent import descent
 from lowprec.search.record import RunRecord
 from lowprec.search.rule import Forecast
@@ -54,12 +55,12 @@ def test_the_risk_is_that_of_the_worse_of_both_gaps():
 def test_more_examples_to_confirm_on_leave_less_to_chance():
     large = Forecast.of(confidence=0.95, num_search=1000, num_confirm=4000)
     assert large.quantile == pytest.approx(stats.norm.ppf(0.95)) and large.scale == 0.5
-    assert large.half_width_pct(metrics(0.0, 0.1, 0.0)) == pytest.approx(0.5 * 0.1 * stats.norm.ppf(0.95))
+    assert large.margin_pct(metrics(0.0, 0.1, 0.0)) == pytest.approx(0.5 * 0.1 * stats.norm.ppf(0.95))
     few = replace(metrics(0.0, 0.1, 0.0), effective_units=MIN_EFFECTIVE_UNITS / 3)
-    assert math.isfinite(large.half_width_pct(few)) and FORECAST.half_width_pct(few) == math.inf
+    assert math.isfinite(large.margin_pct(few)) and FORECAST.margin_pct(few) == math.inf
 
 
-def test_the_chance_is_how_often_a_plan_is_certified_in_simulation():
+def test_the_probability_is_how_often_a_plan_is_certified_in_simulation():
     """The true gap is about the estimate, and the confirm window has its own error."""
     rng, runs = np.random.default_rng(0), 200_000
     forecast = Forecast.of(confidence=0.95, num_search=1000, num_confirm=2000)
@@ -68,8 +69,8 @@ def test_the_chance_is_how_often_a_plan_is_certified_in_simulation():
     there = truth + 0.01 * math.sqrt(0.5) * rng.normal(size=runs)
     for budget in (0.03, 0.04, 0.06):
         certified = (there + stats.norm.ppf(0.95) * 0.01 * math.sqrt(0.5) <= budget).mean()
-        assert forecast.chance(trial, budget) == pytest.approx(certified, abs=0.005)
-    assert forecast.chance(trial_with(0.0, 0.0, 0.0), 0.01) == 1.0  # the reference itself
+        assert forecast.probability(trial, budget) == pytest.approx(certified, abs=0.005)
+    assert forecast.probability(trial_with(0.0, 0.0, 0.0), 0.01) == 1.0  # the reference itself
 
 
 def test_bounds_of_the_risk_on_a_window_follow_from_those_of_both_gaps():
@@ -201,7 +202,7 @@ def test_the_boldest_finalist_is_the_cheapest_plan_that_the_rule_allows(small_co
     workers = LocalWorkers(job.spec, job.adapter)
     measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
     forecast = Forecast.of(
-        confidence=confidence_of_try(0.95, 0),
+        confidence=confidence_of_attempt(0.95, 0),
         num_search=job.window("search").num_rows,
         num_confirm=job.window("confirm").num_rows,
     )

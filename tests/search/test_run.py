@@ -15,7 +15,7 @@ from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.worker import LocalWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, read_plan
 from lowprec.search import open_job, run_search
-from lowprec.search.choice import confidence_of_try
+from lowprec.search.alpha_spending import confidence_of_attempt
 from lowprec.search.record import RunRecord
 from lowprec.search.rule import Forecast
 from lowprec.search.trial import Trial
@@ -79,7 +79,7 @@ def test_the_estimates_of_a_race_hold_on_the_whole_window(small_config):
     workers = LocalWorkers(job.spec, job.adapter)
     exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
     forecast = Forecast.of(
-        confidence=confidence_of_try(config.search.confidence, 0),
+        confidence=confidence_of_attempt(config.search.confidence, 0),
         num_search=job.window("search").num_rows,
         num_confirm=job.window("confirm").num_rows,
     )
@@ -88,7 +88,7 @@ def test_the_estimates_of_a_race_hold_on_the_whole_window(small_config):
         lower, upper = known["risk_on_window_pct"]
         expected = metrics.gap_pct + known["expected_pct"] - known["gap_pct"]
         risk = forecast.risk_pct(Trial("", 0, 0, "", plan, 0, None, 0.0, None, metrics, None, None, expected))
-        slack = 1e-6 + 0.1 * forecast.half_width_pct(metrics)  # the half width itself is an estimate
+        slack = 1e-6 + 0.1 * forecast.margin_pct(metrics)  # the half width itself is an estimate
         assert lower is None or lower - slack <= risk <= upper + slack
 
 

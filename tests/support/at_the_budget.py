@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.bounds import one_sided_bounds
 from lowprec.evaluation.confidence import Blocks, RatioMoments
 
 Float = NDArray[np.float64]
@@ -111,5 +111,5 @@ def false_rate(draw: Draw, runs: int, *, seed: int, confidence: float = 0.95) ->
     rng, certified = np.random.default_rng(seed), 0
     for _ in range(runs):
         x, y, budget, blocks = draw(rng)
-        certified += one_look(RatioMoments.of(x, y), confidence, blocks=blocks).upper <= budget
+        certified += one_sided_bounds(RatioMoments.of(x, y), confidence, blocks=blocks).upper <= budget
     return certified / runs

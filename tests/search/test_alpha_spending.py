@@ -1,4 +1,4 @@
-"""A second look at a plan spends what is left of the error rate, and the output says so."""
+"""Repeated evaluations of a plan share one error rate, and the output reports it."""
 
 import math
 from dataclasses import replace
@@ -6,13 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.bounds import one_look
+from lowprec.evaluation.bounds import one_sided_bounds
 from lowprec.evaluation.confidence import RatioMoments, ratio_interval
 from lowprec.plan import Precision, write_plan
 from lowprec.search import open_job, verify_plan
-from lowprec.search.choice import confidence_of_try
+from lowprec.search.alpha_spending import Look, confidence_of_attempt, spending
 from lowprec.search.hand_plan import HandPlan, make_plan
-from lowprec.search.looks import Look, spending
 
 INT8 = HandPlan(uniform=Precision.INT8)
 
@@ -21,33 +20,33 @@ def look(key, looks="once", confidence=0.955, num_units=100):
     return Look(key, looks, confidence, num_units)
 
 
-def test_the_first_look_leaves_a_part_for_others():
+def test_the_first_evaluation_leaves_error_rate_for_later_ones():
     found = spending([], "a", confidence=0.95, sequential=False)
     assert (found.looks, found.num_earlier, found.note) == ("once", 0, "")
-    assert found.confidence == confidence_of_try(0.95, 0)
+    assert found.confidence == confidence_of_attempt(0.95, 0)
 
 
-def test_each_further_look_is_held_to_a_stricter_confidence():
+def test_each_further_evaluation_needs_a_stricter_confidence():
     earlier, error = [], 0.0
     for k in range(5):
         found = spending(earlier, f"window {k}", confidence=0.95, sequential=False)
-        assert found.confidence == confidence_of_try(0.95, k) and found.num_earlier == k
-        assert ("looked at" in found.note) == (k > 0)
+        assert found.confidence == confidence_of_attempt(0.95, k) and found.num_earlier == k
+        assert ("was evaluated" in found.note) == (k > 0)
         error += 1 - found.confidence
         earlier.append(look(f"window {k}", confidence=found.confidence))
     assert error < 0.05
-    assert "looked at 4 times before" in found.note and "95 %" in found.note
+    assert "evaluated 4 times before" in found.note and "95 %" in found.note
 
 
-def test_the_same_examples_are_the_same_look():
+def test_identical_examples_spend_nothing():
     earlier = [look("a", confidence=0.955), look("b", confidence=0.9955), look("b", confidence=0.9955)]
     for key, confidence in (("a", 0.955), ("b", 0.9955)):
         found = spending(earlier, key, confidence=0.95, sequential=False)
-        assert found.confidence == confidence and "same look" in found.note
-    assert spending(earlier, "c", confidence=0.95, sequential=False).confidence == confidence_of_try(0.95, 2)
+        assert found.confidence == confidence and "identical examples" in found.note
+    assert spending(earlier, "c", confidence=0.95, sequential=False).confidence == confidence_of_attempt(0.95, 2)
 
 
-def test_a_sequence_may_be_looked_at_again_and_again():
+def test_a_sequence_allows_repeated_evaluations():
     first = spending([], "a", confidence=0.95, sequential=True)
     assert (first.looks, first.confidence, first.tuned_for, first.note) == ("repeated", 0.95, None, "")
     again = spending([look("a", "repeated", num_units=100)] * 3, "b", confidence=0.95, sequential=True)
@@ -55,12 +54,12 @@ def test_a_sequence_may_be_looked_at_again_and_again():
     assert (again.confidence, again.tuned_for) == (0.95, 100)
     # Looks that were not sequential have spent their part.
     late = spending([look("a")], "b", confidence=0.95, sequential=True)
-    assert late.confidence == confidence_of_try(0.95, 1) and "looked at once" in late.note
+    assert late.confidence == confidence_of_attempt(0.95, 1) and "evaluated once" in late.note
     after = spending([look("a", "repeated")] * 2, "b", confidence=0.95, sequential=False)
-    assert after.confidence == confidence_of_try(0.95, 1)
+    assert after.confidence == confidence_of_attempt(0.95, 1)
 
 
-def test_looks_at_a_growing_window_keep_the_error_rate_only_by_spending():
+def test_a_growing_window_keeps_the_error_rate_by_spending_or_by_a_sequence():
     """A plan at its budget, verified after every 300 rows: by spending, by a sequence, and by neither."""
     rng, runs, alpha = np.random.default_rng(0), 1000, 0.2
     wrong = np.zeros(3)
@@ -72,9 +71,9 @@ def test_looks_at_a_growing_window_keep_the_error_rate_only_by_spending():
             terms = spending(earlier, str(n), confidence=1 - alpha, sequential=False)
             earlier.append(look(str(n), confidence=terms.confidence))
             hit |= [
-                one_look(m, terms.confidence).upper <= 1.0,
+                one_sided_bounds(m, terms.confidence).upper <= 1.0,
                 ratio_interval(m, alpha, tuned_for=300).upper <= 1.0,
-                one_look(m, 1 - alpha).upper <= 1.0,
+                one_sided_bounds(m, 1 - alpha).upper <= 1.0,
             ]
         wrong += hit
     limit = alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -82,22 +81,22 @@ def test_looks_at_a_growing_window_keep_the_error_rate_only_by_spending():
     assert wrong[2] / runs > limit
 
 
-def test_verify_knows_earlier_looks_and_says_so(small_config):
+def test_verify_reports_earlier_evaluations(small_config):
     config = small_config("search.budget=5.0")
     first = verify_plan(config, INT8)
     assert first.spending.num_earlier == 0 and first.metrics.looks == "once"
-    assert first.metrics.confidence == confidence_of_try(config.search.confidence, 0)
+    assert first.metrics.confidence == confidence_of_attempt(config.search.confidence, 0)
     same = verify_plan(config, INT8)
     assert same.metrics == first.metrics and same.verdict == first.verdict
-    assert any("same look" in note for note in same.notes)
+    assert any("identical examples" in note for note in same.notes)
     # Another window that overlaps with it.
     window = open_job(config).window("confirm")
     overlapping = small_config("search.budget=5.0", f"windows.confirm={{start: {_start(config)}, end: null}}")
     assert open_job(overlapping).window("confirm").num_rows < window.num_rows
     second = verify_plan(overlapping, INT8)
     assert second.spending.num_earlier == 1 and second.to_dict()["earlier_looks"] == 1
-    assert second.metrics.confidence == confidence_of_try(config.search.confidence, 1)
-    assert any("looked at once before" in note for note in second.to_dict()["warnings"])
+    assert second.metrics.confidence == confidence_of_attempt(config.search.confidence, 1)
+    assert any("evaluated once before" in note for note in second.to_dict()["warnings"])
     # Another plan is another question.
     assert verify_plan(config, HandPlan(uniform=Precision.INT4)).spending.num_earlier == 0
 
