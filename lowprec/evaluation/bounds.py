@@ -20,14 +20,14 @@ from lowprec.evaluation.confidence import MIN_BLOCKS, Blocks, Interval, RatioMom
 
 __all__ = ["MIN_EFFECTIVE_UNITS", "Spread", "normal_quantile", "one_sided_bounds", "spread"]
 
-# With fewer effective units the variance is not reliable. Simulated at the budget with rare harmful changes, alone or
-# beside common harmless noise: with at least 10 effective units up to 6.4 percent of plans are certified at 95 percent
-# confidence, with 20 up to 5.7 percent, and with 30 no fewer.
+# With fewer effective units the variance is not reliable. In the worst simulated scenario 6.0 percent of plans at the
+# budget are certified with at least 10 effective units, 5.6 percent with 20 and 5.3 percent with 30, at 95 percent
+# confidence (make bench NAME=bounds).
 MIN_EFFECTIVE_UNITS = 20
 
-# The variance of time blocks is used if it exceeds this quantile of its distribution for independent units. Simulated
-# with 20 blocks, the rate of false certificates is at most 5.1 percent for any correlation within blocks. With the 95
-# percent quantile, which sequences use, it is 6.8 percent.
+# The variance of time blocks is used if it exceeds this quantile of its distribution for independent units. Then at
+# most 5.1 percent of plans at the budget are certified for any correlation within blocks, in the same benchmark. With
+# the 95 percent quantile, which sequences use, it is 6.5 percent.
 BLOCKS_COUNT_ABOVE = 0.7
 
 # A bound further away than this many standard errors is reported as infinite.

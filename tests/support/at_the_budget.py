@@ -95,6 +95,23 @@ def time_blocks(rng: np.random.Generator, *, factor: float, num_blocks: int = 20
     return x, np.ones(num_blocks * size), 1.0, blocks
 
 
+def _rare_beside_noise(rng: np.random.Generator, *, expected: float, share: float, n: int = 1000) -> Drawn:
+    """Rare harmful changes, and noise that carries a share of the variance and harms nothing on average."""
+    rate = expected / n
+    noise = math.sqrt(2 * rate * share / (1 - share))
+    x = (rng.random(n) < rate) * rng.exponential(1.0, n) + rng.normal(0, noise, n)
+    return x, rng.exponential(0.5, n), 2 * rate, None
+
+
+def rare_beside_noise() -> dict[str, Draw]:
+    """Scenarios that no bound holds exactly: with few harmful changes, many windows contain hardly any."""
+    return {
+        f"rare_{expected}_beside_noise_{share}": partial(_rare_beside_noise, expected=expected, share=share)
+        for expected in (10, 30, 100)
+        for share in (0.2, 0.5, 0.8)
+    }
+
+
 SCENARIOS: Mapping[str, Draw] = {
     "independent": independent,
     "independent_600": partial(independent, n=600),
