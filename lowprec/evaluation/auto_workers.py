@@ -27,6 +27,8 @@ __all__ = [
 
 # Until Ray and its workers are ready: 2.6 s and 4 s on 2 idle cores, 16 s on busy ones.
 RAY_START_S = 10.0
+# Ray workers must save at least a quarter of the time: both estimates are rough, and a busy machine starts Ray slowly.
+MAX_SHARE = 0.75
 # More workers of one machine mostly wait for its memory.
 MAX_WORKERS = 8
 # What a command does with each batch of its windows, in times of reading it and one pass of the model. A search of the
@@ -83,7 +85,7 @@ def choose_workers(
     here = seconds()
     there = RAY_START_S + here / num_workers
     times = f"the work takes about {_text(here)} there, and {_text(there)} with {num_workers} Ray workers"
-    if here <= there:
+    if there >= MAX_SHARE * here:
         return WorkersChoice(0, times)
     times = f"the work takes about {_text(there)}, and {_text(here)} in this process"
     return WorkersChoice(num_workers, times)
