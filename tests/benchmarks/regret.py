@@ -4,8 +4,8 @@ The search may evaluate 64 plans; every plan's exact gap on the same 20,000 exam
 object as its last line: `hypervolume_ratio` (the plans that the search evaluated / all plans, both by exact gaps, bytes
 as a share of fp32, against the corner of fp32's bytes and the gap of all-int2), `exact_evaluations` of the search;
 `by_kl` is the same ratio with KL gaps, which have no label noise that a front could be made of. That is with
-`row_range: minmax`. Nested is the default row range with dim 64, where labelled gaps on 20,000 examples are mostly label
-noise: there `hypervolume_ratio` is by KL gap, and `by_gap` by labelled gap.
+`row_range: minmax`. `default_row_range` is the default row range with dim 64, where labelled gaps on 20,000 examples
+are mostly label noise: there `hypervolume_ratio` is by KL gap, and `by_gap` by labelled gap.
 """
 
 import itertools
