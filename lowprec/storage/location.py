@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,7 +108,7 @@ class Location:
     def kind(self) -> Literal["file", "folder"] | None:
         """What is there; None where nothing is. Raises `StorageError` where a bucket is not there either."""
         if (path := self.local) is not None:
-            return "folder" if path.is_dir() else "file" if path.exists() else None
+            return _local_kind(path)
         with self._clear():
             import pyarrow.fs as pafs
 
@@ -275,3 +276,16 @@ def _remote_state(opened: Any, filesystem: pafs.FileSystem, inner: str) -> FileS
             word = told[name]
             return FileState(opened.size(), word.decode() if isinstance(word, bytes) else str(word))
     return FileState(opened.size(), str(filesystem.get_file_info(inner).mtime_ns))
+
+
+def _local_kind(path: Path) -> Literal["file", "folder"] | None:
+    """What is at a path, from one call: between two of them another process may make the folder."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError:  # a name with a null byte
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    return "folder" if stat.S_ISDIR(mode) else "file"

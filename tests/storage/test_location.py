@@ -117,3 +117,19 @@ def test_relative_paths_become_absolute_and_urls_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Location.of("a/../b").absolute() == Location.of(tmp_path / "b")
     assert str(Location.of("s3://a/b/").absolute()) == "s3://a/b"
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_never_a_file(tmp_path, monkeypatch):
+    folder = tmp_path / "table"
+    look = Path.stat
+
+    def stat(path, **options):
+        try:
+            return look(path, **options)
+        except FileNotFoundError:
+            folder.mkdir(exist_ok=True)
+            raise
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert Location(str(folder)).kind() is None
+    assert Location(str(folder)).kind() == "folder"
