@@ -47,9 +47,9 @@ def spec() -> dict[str, Any]:
 
 def measure() -> dict[str, Any]:
     """Rates of one thread of this machine: lookups, dense passes, decoding of traffic."""
-    from lowprec.calibration import calibrate, write_calibration
+    from lowprec.core.progress import Silent
+    from lowprec.latency.calibration import calibrate, write_calibration
     from lowprec.ops.timing import default_grid
-    from lowprec.progress import Silent
 
     grid = default_grid(quick=False, dims=(DIM,), memory_limit_bytes=2 << 30)
     calibration = calibrate(grid, seed=0, num_threads=1, progress=Silent())
@@ -109,8 +109,8 @@ def _decoded_values() -> float:
 
 def page(rates: dict[str, Any]) -> str:
     """docs/scale.md."""
-    from lowprec.errors import ConfigError
-    from lowprec.search.placement import Machines, place_spec
+    from lowprec.core.errors import ConfigError
+    from lowprec.search.space.placement import Machines, place_spec
 
     flops = 2 * sum(a * b for a, b in LAYERS)
     with tempfile.TemporaryDirectory() as folder:

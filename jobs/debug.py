@@ -6,7 +6,7 @@ are those of `lowprec debug --json`; it works in one process, on the machine of 
 
 import sys
 
-from lowprec.cli import main
+from lowprec.cli.main import main
 
 if __name__ == "__main__":
     main(["debug", "--json", *sys.argv[1:]])

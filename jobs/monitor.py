@@ -6,7 +6,7 @@ are those of `lowprec monitor --json`; workers run on the cluster of the job.
 
 import sys
 
-from lowprec.cli import main
+from lowprec.cli.main import main
 
 if __name__ == "__main__":
     main(["monitor", "--json", *sys.argv[1:]])

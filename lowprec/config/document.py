@@ -24,8 +24,8 @@ from lowprec.config.sections import (
 )
 from lowprec.config.space import SpaceConfig
 from lowprec.config.yaml_text import parse_yaml
-from lowprec.errors import ConfigError
-from lowprec.section import Section
+from lowprec.core.errors import ConfigError
+from lowprec.core.section import Section
 
 __all__ = ["Config", "load_config"]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from lowprec.section import Section
+from lowprec.core.section import Section
 
 __all__ = ["GateConfig"]
 

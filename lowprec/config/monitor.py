@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lowprec.config.sections import Budget, TimeBound, WindowConfig
-from lowprec.section import Section
-from lowprec.sizes import parse_seconds
+from lowprec.core.section import Section
+from lowprec.core.sizes import parse_seconds
 from lowprec.traffic.length import WindowLength
 
 __all__ = ["DriftConfig", "MonitorConfig", "WebhookConfig"]

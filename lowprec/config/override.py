@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lowprec.config.document import Config
 from lowprec.config.gate import GateConfig
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 
 __all__ = ["with_gate"]
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lowprec.section import Section
-from lowprec.sizes import parse_bytes
-from lowprec.timeouts import HUNG_S, START_S, TASK_S
+from lowprec.core.section import Section
+from lowprec.core.sizes import parse_bytes
+from lowprec.core.timeouts import HUNG_S, START_S, TASK_S
 from lowprec.traffic.schema import BoundsCheck, MissingDense, Schema, SparseFeature, TimeUnit
 
 __all__ = [

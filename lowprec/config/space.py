@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
+from lowprec.core.section import Section
 from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange, precisions_of
-from lowprec.section import Section
+from lowprec.plan.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
 
 __all__ = ["ArithmeticConfig", "LayersConfig", "SpaceConfig", "UnitRule"]
 
@@ -35,7 +35,7 @@ class UnitRule(Section):
 
 
 class ArithmeticConfig(Section):
-    """The arithmetic of an accelerator; see `lowprec.layer_form.Arithmetic`."""
+    """The arithmetic of an accelerator; see `lowprec.plan.layer_form.Arithmetic`."""
 
     inputs: FloatFormat = FloatFormat.FP16
     weights: FloatFormat = FloatFormat.FP16

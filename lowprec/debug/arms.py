@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from lowprec import ops
-from lowprec.errors import ExportError, PlanError, WeightError
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.core.errors import ExportError, PlanError, WeightError
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.export import load, read_manifest
 from lowprec.export.manifest import MANIFEST, Manifest, read_config_and_plan
 from lowprec.export.module import ServedLinear, dense_tensors, stored_rows
@@ -24,7 +24,7 @@ from lowprec.ops.bags import BagCall
 from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision
 from lowprec.search import Job
-from lowprec.search.planned import read_planned
+from lowprec.search.space.planned import read_planned
 from lowprec.storage import Location, Where
 
 __all__ = ["Arm", "PlannedArm", "ServedArm", "open_arm"]

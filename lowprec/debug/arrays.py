@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lowprec.core.errors import ExportError
 from lowprec.debug.rows import SeenRows
 from lowprec.debug.sums import ErrorSums
-from lowprec.errors import ExportError
 from lowprec.storage.whole_file import whole_file
 
 __all__ = ["write_arrays"]

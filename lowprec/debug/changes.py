@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowprec.core.errors import WeightError
 from lowprec.debug.arms import Arm, Layer, PlannedArm
 from lowprec.debug.report import Change, Suspect
 from lowprec.debug.trace import TracedPart, logits_with
-from lowprec.errors import WeightError
 from lowprec.evaluation.metrics import sums_of_batch
-from lowprec.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.models.adapter import ModelAdapter, inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Form, Precision, is_layer
+from lowprec.plan.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.search import Job
 
 __all__ = ["best_change"]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lowprec.config import Config
+from lowprec.core.errors import ConfigError
+from lowprec.core.progress import Progress
 from lowprec.debug.report import DebugReport
 from lowprec.debug.run import debug_plan
-from lowprec.errors import ConfigError
-from lowprec.progress import Progress
 from lowprec.storage import Where
-from lowprec.traffic.source import find_files
+from lowprec.traffic.files.source import find_files
 
 __all__ = ["Comparison", "compare_plans"]
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lowprec.core.errors import ExportError
 from lowprec.debug.arms import PlannedArm, ServedArm
 from lowprec.debug.rows import SeenRows
-from lowprec.errors import ExportError
 from lowprec.export.manifest import sha256_of
 from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import Precision

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from lowprec.evaluation.layer_inputs import InputHistogram
-from lowprec.layer_form import ClipRange, LayerForm
+from lowprec.evaluation.exact.layer_inputs import InputHistogram
 from lowprec.ops.clip import input_bounds, input_code, input_error
 from lowprec.ops.linear import restored_weight
+from lowprec.plan.layer_form import ClipRange, LayerForm
 
 __all__ = ["misfits"]
 

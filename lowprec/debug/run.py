@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from lowprec.config import Config
+from lowprec.core.errors import TrafficError
+from lowprec.core.progress import Progress, Silent
 from lowprec.debug.arms import Arm, PlannedArm, ServedArm, open_arm
 from lowprec.debug.arrays import write_arrays
 from lowprec.debug.changes import best_change
@@ -28,10 +30,8 @@ from lowprec.debug.report import DebugReport, UnitReport
 from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
 from lowprec.debug.suspects import suspects_among
 from lowprec.debug.trace import InputCodes, Trace, trace_batches
-from lowprec.errors import TrafficError
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import Precision, is_layer
-from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
 from lowprec.storage import Where
 from lowprec.traffic.batch import Batch

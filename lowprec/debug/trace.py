@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from lowprec.debug.arms import Arm, Layer
 from lowprec.debug.sums import MAX_ROWS, ErrorSums
-from lowprec.evaluation.assignment import check_bags
 from lowprec.evaluation.attribution import UnitSums, unit_sums
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.layer_inputs import InputHistogram
+from lowprec.evaluation.exact.assignment import check_bags
+from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
+from lowprec.evaluation.exact.layer_inputs import InputHistogram
 from lowprec.evaluation.metrics import Sums, sums_of_batch
-from lowprec.layer_form import LayerForm
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
 from lowprec.models.layers import any_shape, in_fp32, replaced_forwards
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, is_layer
+from lowprec.plan.layer_form import LayerForm
 from lowprec.traffic.batch import Batch
 
 __all__ = ["InputCodes", "Trace", "TracedPart", "logits_with", "trace_batches"]

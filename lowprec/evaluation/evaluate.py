@@ -9,7 +9,7 @@ import numpy as np
 
 from lowprec.evaluation.metrics import Looks, PlanMetrics, Sums
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
-from lowprec.evaluation.worker import ExactTask, Workers
+from lowprec.evaluation.workers.worker import ExactTask, Workers
 from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 

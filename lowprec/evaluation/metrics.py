@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.bounds import one_sided_bounds, spread
-from lowprec.evaluation.confidence import (
+from lowprec.evaluation.stats.bounds import one_sided_bounds, spread
+from lowprec.evaluation.stats.confidence import (
     Blocks,
     Interval,
     RatioMoments,
@@ -20,7 +20,7 @@ from lowprec.evaluation.confidence import (
     ratio_interval,
     verdict,
 )
-from lowprec.evaluation.second_moment import mixed
+from lowprec.evaluation.stats.second_moment import mixed
 from lowprec.models.quality import softplus
 
 __all__ = ["AUC_BINS", "GroupSums", "Looks", "PlanMetrics", "Sums", "group_sums", "sums_of_batch"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lowprec.evaluation.bounds import normal_quantile
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.stats.bounds import normal_quantile
 
 __all__ = ["certifiable_kl_pct", "certifiable_pct"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.evaluation.worker import Chunk
+from lowprec.evaluation.workers.worker import Chunk
 from lowprec.models.outputs import OutputCount
 from lowprec.traffic import BadRow, TrafficWindow
 

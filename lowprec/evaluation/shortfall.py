@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
-from lowprec.evaluation.confidence import Verdict
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.stats.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
+from lowprec.evaluation.stats.confidence import Verdict
 
 __all__ = ["Shortfall", "shortfall"]
 

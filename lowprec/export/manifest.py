@@ -11,7 +11,7 @@ from typing import Any
 
 from lowprec import __version__
 from lowprec.config import Config, load_config
-from lowprec.errors import ConfigError, ExportError
+from lowprec.core.errors import ConfigError, ExportError
 from lowprec.plan import PlanFile, Precision, is_layer, read_plan
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lowprec.errors import ExportError, LowprecError
+from lowprec.core.errors import ExportError, LowprecError
 from lowprec.export.manifest import DENSE, ExportedTable, Manifest, read_config_and_plan, read_manifest
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.factory import build_model, without_table_init

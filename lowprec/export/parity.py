@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ExportError
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.core.errors import ExportError
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
 from lowprec.models.outputs import Outputs, as_logits
 from lowprec.ops.served_bag import ServedBag

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ExportError, first_line
+from lowprec.core.errors import ExportError, first_line
 from lowprec.models.inputs import ModelInputs, takes_keyed_jagged
 
 __all__ = ["FILES", "write_program"]

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lowprec import ops
 from lowprec.config import Config
-from lowprec.errors import ConfigError, ExportError, WeightError
+from lowprec.core.errors import ConfigError, ExportError, WeightError
+from lowprec.core.progress import Progress, Silent
+from lowprec.core.sizes import bytes_text
 from lowprec.export.manifest import (
     CONFIG,
     DENSE,
@@ -35,14 +37,12 @@ from lowprec.export.programs import FILES, write_program
 from lowprec.export.tables import write_table_tensor
 from lowprec.export.torchrec import is_reordered, torchrec_document
 from lowprec.models.adapter import ModelAdapter
+from lowprec.models.checkpoints.tensor_files import open_tensors
 from lowprec.models.inputs import takes_keyed_jagged
-from lowprec.models.tensor_files import open_tensors
 from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision, write_plan
-from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
-from lowprec.search.planned import read_planned
-from lowprec.sizes import bytes_text
+from lowprec.search.space.planned import read_planned
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_folder import abandoned, whole_folder
 from lowprec.traffic.quarantine import said_of_bad_rows

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from lowprec import ops
-from lowprec.errors import CheckpointError, ExportError, WeightError
-from lowprec.models.tensor_files import TensorSource, open_tensors
+from lowprec.core.errors import CheckpointError, ExportError, WeightError
+from lowprec.core.progress import Progress, Silent
+from lowprec.models.checkpoints.tensor_files import TensorSource, open_tensors
 from lowprec.plan import Precision, RowRange
-from lowprec.progress import Progress, Silent
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_file import whole_file
 

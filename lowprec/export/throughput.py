@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from lowprec.config import Config, load_config
-from lowprec.errors import ExportError, PlanError
+from lowprec.core.errors import ExportError, PlanError
+from lowprec.core.progress import Progress, Silent
+from lowprec.core.sizes import bytes_text, counted
 from lowprec.evaluation.rows import TableUse
 from lowprec.export.manifest import CONFIG, Manifest, read_config_and_plan, read_manifest
 from lowprec.export.module import in_huge_pages, load, paths_of
 from lowprec.models.inputs import arguments_of, inputs_of
 from lowprec.ops.timing import num_cores, torch_threads
 from lowprec.plan import Plan, PlanFile, Precision
-from lowprec.progress import Progress, Silent
 from lowprec.search import Job, open_job
-from lowprec.sizes import bytes_text, counted
 
 __all__ = ["ServingReport", "ServingSpeed", "measure_serving"]
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowprec.errors import ExportError
+from lowprec.core.errors import ExportError
 from lowprec.export.manifest import TORCHREC, ExportedTable, read_manifest
 from lowprec.models.adapter import ModelAdapter
 

@@ -1,9 +1,9 @@
 """Models: the built-in DLRM, any other `nn.Module`, and their checkpoints.
 
-Training is in `lowprec.models.train`, the adapter that finds the tables of a model in `lowprec.models.adapter`.
+Training is in `lowprec.models.training`, the adapter that finds the tables of a model in `lowprec.models.adapter`.
 """
 
-from lowprec.models.checkpoint import checkpoint_sha256, load_checkpoint, read_rows, save_checkpoint
+from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, load_checkpoint, read_rows, save_checkpoint
 from lowprec.models.dlrm import DLRM
 from lowprec.models.factory import build_model, load_factory, without_table_init
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import LowprecError, ModelError
+from lowprec.core.errors import LowprecError, ModelError
 from lowprec.models.inputs import ModelInputs, SparseInput, arguments_of, ids_of, inputs_of
 from lowprec.models.layers import LayerAt, LayerModules, replaced_forwards
 from lowprec.models.outputs import Outputs, as_logits, check_probabilities

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ConfigError, ModelError
+from lowprec.core.errors import ConfigError, ModelError
 from lowprec.traffic.schema import Schema
 
 __all__ = ["DLRM", "SparseInput", "TableSpec", "build"]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowprec.errors import ConfigError, LowprecError, ModelError
+from lowprec.core.errors import ConfigError, LowprecError, ModelError
 from lowprec.traffic.schema import Schema
 
 __all__ = ["build_model", "load_factory", "without_table_init"]

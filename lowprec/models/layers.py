@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lowprec.errors import ModelError, WeightError
+from lowprec.core.errors import ModelError, WeightError
 from lowprec.models.table_modules import short_names
 from lowprec.ops.linear import LowLinear, low_linear
 from lowprec.plan import Form, Precision, Unit

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
 
 __all__ = ["MIN_OUTPUTS", "OutputCount", "Outputs", "as_logits", "check_probabilities", "returning_logits"]
 

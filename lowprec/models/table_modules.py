@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
 from lowprec.ops.bags import BagCall, flat_bags
 
 __all__ = [

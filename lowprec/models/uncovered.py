@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from lowprec.core.sizes import bytes_text
 from lowprec.models.adapter import ModelAdapter
-from lowprec.sizes import bytes_text
 
 __all__ = ["Uncovered", "note_on_uncovered", "uncovered_parameters"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import ResultsError
+from lowprec.core.errors import ResultsError
 from lowprec.evaluation.evaluate import NUM_BLOCKS
-from lowprec.monitor.inputs import InputCounts, Inputs, Touched
+from lowprec.monitor.inputs.counts import InputCounts, Inputs, Touched
+from lowprec.monitor.judging.units import UnitShare, unit_shares
 from lowprec.monitor.observe import WindowObservation
-from lowprec.monitor.units import UnitShare, unit_shares
 from lowprec.storage import Location
 from lowprec.traffic import Schema
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from lowprec.config import Config
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.plan import PlanFile, read_plan
 from lowprec.storage import Where
 

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.evaluation.attribution import UnitSums, unit_sums
-from lowprec.evaluation.confidence import Blocks, RatioMoments, design_effect, moment_sums
 from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
-from lowprec.evaluation.exact import ExactEvaluator
+from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.metrics import GroupSums, Sums, group_sums, sums_of_batch
 from lowprec.evaluation.rows import RowAccount, RowCounter
-from lowprec.evaluation.worker import Workers
+from lowprec.evaluation.stats.confidence import Blocks, RatioMoments, design_effect, moment_sums
+from lowprec.evaluation.workers.worker import Workers
 from lowprec.models.quality import softplus
-from lowprec.monitor.inputs import InputCounts, counts_of
+from lowprec.monitor.inputs.counts import InputCounts, counts_of
 from lowprec.plan import Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 from lowprec.traffic.batch import Batch

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowprec.monitor.judge import SEVERITY, Judgement, State
+from lowprec.monitor.judging.judge import SEVERITY, Judgement, State
 from lowprec.monitor.proposal import Proposal
 
 __all__ = ["MonitorOutcome", "window_document", "worst"]

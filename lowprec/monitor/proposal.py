@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowprec.evaluation.bounds import normal_quantile
-from lowprec.evaluation.formed import FormedWorkers
-from lowprec.evaluation.measure import measure_profile
-from lowprec.evaluation.worker import Workers
+from lowprec.evaluation.profile.window_profile import measure_profile
+from lowprec.evaluation.stats.bounds import normal_quantile
+from lowprec.evaluation.workers.formed import FormedWorkers
+from lowprec.evaluation.workers.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
-from lowprec.search.layer_forms import forms_beside
 from lowprec.search.rule import Forecast
-from lowprec.search.space import SearchSpace, at_least_as_exact
-from lowprec.search.surrogate import build_surrogate
+from lowprec.search.space.layer_forms import forms_beside
+from lowprec.search.space.space import SearchSpace, at_least_as_exact
+from lowprec.search.surrogate.surrogate import build_surrogate
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow, Window
 from lowprec.traffic.schema import TimeUnit

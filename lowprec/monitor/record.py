@@ -10,7 +10,7 @@ from typing import Any
 
 from lowprec import __version__
 from lowprec.monitor.deployment import Deployment
-from lowprec.monitor.judge import SEVERITY, State, WindowEvidence
+from lowprec.monitor.judging.judge import SEVERITY, State, WindowEvidence
 from lowprec.results import ResultsStore
 from lowprec.results.schema import table_schema
 from lowprec.storage import Location

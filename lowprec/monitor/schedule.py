@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from lowprec.config import Config, TimeBound
-from lowprec.errors import ConfigError
-from lowprec.sizes import parse_seconds
+from lowprec.core.errors import ConfigError
+from lowprec.core.sizes import parse_seconds
 from lowprec.traffic import TrafficReader, Window, format_time, parse_window
 from lowprec.traffic.length import WindowLength
 from lowprec.traffic.schema import TimeUnit

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from lowprec.errors import CheckpointError, ConfigError
+from lowprec.core.errors import CheckpointError, ConfigError
 from lowprec.storage import Location
 from lowprec.traffic import format_time
 from lowprec.traffic.schema import TimeUnit

@@ -5,7 +5,6 @@ Importing this package imports neither PyTorch nor the native module; the first 
 
 from lowprec.ops.changes import RowChanges
 from lowprec.ops.fbgemm import Pooling, pooled_lookup
-from lowprec.ops.layout import row_bytes
 from lowprec.ops.native import check_kernels, cpu_path, cpu_paths, using_cpu_path
 from lowprec.ops.pooled import SCORED, pooled_as, scores
 from lowprec.ops.rows import (
@@ -18,6 +17,7 @@ from lowprec.ops.rows import (
     quantize,
     row_ranges,
 )
+from lowprec.plan.row_layout import row_bytes
 
 __all__ = [
     "SCORED",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.ops.fbgemm import Pooling
 from lowprec.ops.native import kernels
 from lowprec.ops.pooled import SCORED, Floats, Ids, Ranges, check_bags, check_gradients, score_outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.layer_form import ClipRange
+from lowprec.plan.layer_form import ClipRange
 
 __all__ = ["PERCENTILE", "input_bounds", "input_code", "input_error", "weight_bound"]
 

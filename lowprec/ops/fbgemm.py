@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import KernelError, ModelError, TrafficError
-from lowprec.ops.layout import lookup_dim, row_bytes
+from lowprec.core.errors import KernelError, ModelError, TrafficError
 from lowprec.plan import Precision
+from lowprec.plan.row_layout import lookup_dim, row_bytes
 
 if TYPE_CHECKING:
     import torch

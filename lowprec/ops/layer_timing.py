@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lowprec.layer_form import LayerForm
+from lowprec.core.progress import Progress, Silent
 from lowprec.ops.linear import LowLinear, low_linear, safe_input_bits
 from lowprec.ops.timing import spoil_cache, torch_threads
 from lowprec.plan import Precision
-from lowprec.progress import Progress, Silent
+from lowprec.plan.layer_form import LayerForm
 
 __all__ = ["LayerCell", "LayerTime", "measure_layers"]
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lowprec.errors import KernelError, WeightError
-from lowprec.layer_form import Arithmetic, LayerForm, WeightScale
+from lowprec.core.errors import KernelError, WeightError
 from lowprec.ops.clip import weight_bound
 from lowprec.ops.reference.linear import WEIGHT_CODES, emulated_linear, quantize_weights
 from lowprec.plan import Precision
+from lowprec.plan.layer_form import Arithmetic, LayerForm, WeightScale
 
 __all__ = [
     "LowLinear",

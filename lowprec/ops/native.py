@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lowprec
-from lowprec.errors import ConfigError, KernelError
+from lowprec.core.errors import ConfigError, KernelError
 
 _import_error: ImportError | None = None
 try:

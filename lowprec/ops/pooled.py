@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import ModelError, TrafficError
+from lowprec.core.errors import ModelError, TrafficError
 from lowprec.ops.fbgemm import Pooling
 from lowprec.ops.native import kernels
 from lowprec.ops.rows import check_matrix, described

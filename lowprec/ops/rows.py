@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import WeightError
-from lowprec.ops.layout import row_bytes
+from lowprec.core.errors import WeightError
 from lowprec.ops.native import kernels
 from lowprec.plan import Precision, RowRange
+from lowprec.plan.row_layout import row_bytes
 
 __all__ = [
     "check_overflow",

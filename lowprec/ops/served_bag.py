@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.errors import KernelError, ModelError, TrafficError
+from lowprec.core.errors import KernelError, ModelError, TrafficError
 from lowprec.ops.bags import flat_bags
 from lowprec.ops.fbgemm import Pooling, lookup_op
-from lowprec.ops.layout import lookup_dim, row_bytes
 from lowprec.plan import Precision
+from lowprec.plan.row_layout import lookup_dim, row_bytes
 
 __all__ = ["ServedBag"]
 

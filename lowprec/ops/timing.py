@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lowprec.errors import ConfigError
-from lowprec.ops.layout import row_bytes
+from lowprec.core.errors import ConfigError
+from lowprec.core.progress import Progress, Silent
 from lowprec.plan import TABLE_PRECISIONS, Precision
-from lowprec.progress import Progress, Silent
+from lowprec.plan.row_layout import row_bytes
 
 if TYPE_CHECKING:
     import torch

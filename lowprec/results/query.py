@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
-from lowprec.errors import QueryError, ResultsError, first_line
+from lowprec.core.errors import QueryError, ResultsError, first_line
 from lowprec.plan import precision_texts
 from lowprec.results.schema import TABLES, TableSchema
 from lowprec.results.store import ResultsStore

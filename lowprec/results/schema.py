@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lowprec.errors import ResultsError
+from lowprec.core.errors import ResultsError
 
 __all__ = ["SCHEMA_VERSION", "TABLES", "TableSchema", "table_schema", "to_arrow"]
 

@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from lowprec.errors import ResultsError, StorageError
+from lowprec.core.errors import ResultsError, StorageError
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, TableSchema, table_schema, to_arrow
 from lowprec.storage import Location, Where
 from lowprec.storage.delta import damage_of_log, delta_address, panics_as_errors

@@ -13,8 +13,14 @@ from itertools import pairwise
 
 from lowprec import ops
 from lowprec.config import Config, WindowConfig
-from lowprec.errors import ConfigError, TrafficError
-from lowprec.evaluation.auto_workers import (
+from lowprec.core.errors import ConfigError, TrafficError
+from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
+from lowprec.evaluation.metrics import Looks
+from lowprec.evaluation.profile.profile import Column, columns_of
+from lowprec.evaluation.profile.profile_file import ProfileOrigin
+from lowprec.evaluation.profile.window_profile import MeasuredProfile, measure_profile
+from lowprec.evaluation.rows import RowAccount, TableUse
+from lowprec.evaluation.workers.auto_workers import (
     SEARCH_PASSES,
     Work,
     WorkersChoice,
@@ -22,14 +28,8 @@ from lowprec.evaluation.auto_workers import (
     is_ray_job,
     work_seconds,
 )
-from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
-from lowprec.evaluation.formed import FormedWorkers
-from lowprec.evaluation.measure import MeasuredProfile, measure_profile
-from lowprec.evaluation.metrics import Looks
-from lowprec.evaluation.profile import Column, columns_of
-from lowprec.evaluation.profile_file import ProfileOrigin
-from lowprec.evaluation.rows import RowAccount, TableUse
-from lowprec.evaluation.worker import (
+from lowprec.evaluation.workers.formed import FormedWorkers
+from lowprec.evaluation.workers.worker import (
     LocalWorkers,
     RowCheck,
     Workers,
@@ -38,12 +38,12 @@ from lowprec.evaluation.worker import (
     load_adapter_without_rows,
 )
 from lowprec.models.adapter import ModelAdapter, inputs_of
-from lowprec.models.checkpoint import checkpoint_sha256, checkpoint_stamp
-from lowprec.models.tensor_files import open_tensors
+from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, checkpoint_stamp
+from lowprec.models.checkpoints.tensor_files import open_tensors
 from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit, is_layer
-from lowprec.search.costs import Costs, open_costs
-from lowprec.search.placement import Demand, demand_of, place
-from lowprec.search.space import SearchSpace, build_space
+from lowprec.search.space.costs import Costs, open_costs
+from lowprec.search.space.placement import Demand, demand_of, place
+from lowprec.search.space.space import SearchSpace, build_space
 from lowprec.shards.planner import Cuts, Placement
 from lowprec.storage import Location
 from lowprec.traffic import (
@@ -399,7 +399,7 @@ def open_workers(job: Job, note: Callable[[str], None] = lambda _: None, work: W
     if choice.num_workers == 0:
         workers = LocalWorkers(job.spec, job.adapter)
     else:
-        from lowprec.evaluation.cluster import RayWorkers, Timeouts
+        from lowprec.evaluation.workers.ray import RayWorkers, Timeouts
 
         workers = RayWorkers(
             job.spec,

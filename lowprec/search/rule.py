@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 from scipy import special
 
-from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
-from lowprec.evaluation.confidence import Interval
-from lowprec.evaluation.estimate import PlanEstimate
 from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.search.trial import Trial
+from lowprec.evaluation.race.estimate import PlanEstimate
+from lowprec.evaluation.stats.bounds import MIN_EFFECTIVE_UNITS, normal_quantile
+from lowprec.evaluation.stats.confidence import Interval
+from lowprec.search.record.trial import Trial
 
 __all__ = ["Forecast"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowprec.evaluation.profile import Column
-from lowprec.evaluation.race import RaceTask
+from lowprec.evaluation.profile.profile import Column
+from lowprec.evaluation.race.race_sums import RaceTask
 from lowprec.plan import Plan
 from lowprec.traffic import TrafficWindow
 

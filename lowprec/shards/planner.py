@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from lowprec.errors import ConfigError
-from lowprec.sizes import bytes_text, bytes_text_above
+from lowprec.core.errors import ConfigError
+from lowprec.core.sizes import bytes_text, bytes_text_above
 
 __all__ = ["Cuts", "Placement", "Shard", "TableLoad", "place_tables"]
 

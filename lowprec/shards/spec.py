@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.shards.planner import TableLoad
 
 __all__ = ["TablesSpec", "read_tables_spec"]

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowprec.errors import StorageError
+from lowprec.core.errors import StorageError
 from lowprec.storage.location import FileState, Location
 from lowprec.storage.scratch import check_room, is_full, no_room, scratch_folder
 from lowprec.storage.whole_file import whole_file

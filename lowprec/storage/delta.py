@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import unquote
 
-from lowprec.errors import StorageError, is_panic
+from lowprec.core.errors import StorageError, is_panic
 from lowprec.storage.location import Location
 from lowprec.storage.object_store import bucket_of, is_of_the_store, sentence
 

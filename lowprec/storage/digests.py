@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 
-from lowprec.errors import StorageError
+from lowprec.core.errors import StorageError
 from lowprec.storage.copies import existing_copy
 from lowprec.storage.location import FileState, Location
 from lowprec.storage.scratch import scratch_folder

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from lowprec.errors import ConfigError, LowprecError, StorageError
+from lowprec.core.errors import ConfigError, LowprecError, StorageError
 from lowprec.storage.scratch import scratch_file
 from lowprec.storage.whole_file import whole_file
 

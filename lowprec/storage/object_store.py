@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from lowprec.errors import ConfigError, StorageError
+from lowprec.core.errors import ConfigError, StorageError
 
 __all__ = ["bucket_of", "check_bucket", "delta_options", "filesystem_of", "is_of_the_store", "sentence"]
 

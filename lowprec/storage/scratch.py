@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowprec.errors import StorageError
+from lowprec.core.errors import StorageError
 
 __all__ = ["SCRATCH_VARIABLE", "check_room", "is_full", "no_room", "scratch_file", "scratch_folder"]
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from lowprec.traffic.decode import hash_text
     from lowprec.traffic.quarantine import check_bad_rows, read_quarantine, write_quarantine
     from lowprec.traffic.reader import TrafficReader, TrafficWindow, open_traffic
-    from lowprec.traffic.synthetic import generate, synthetic_tables
-    from lowprec.traffic.synthetic_spec import LabelShift, NewIds, PopularityShift, SyntheticSpec
-    from lowprec.traffic.synthetic_truth import Truth
+    from lowprec.traffic.synthetic.generate import generate, synthetic_tables
+    from lowprec.traffic.synthetic.spec import LabelShift, NewIds, PopularityShift, SyntheticSpec
+    from lowprec.traffic.synthetic.truth import Truth
     from lowprec.traffic.window import Window, format_time, format_window, parse_window
 
 __all__ = [
@@ -59,9 +59,9 @@ _HOMES = {
     "decode": ("hash_text",),
     "quarantine": ("check_bad_rows", "read_quarantine", "write_quarantine"),
     "reader": ("TrafficReader", "TrafficWindow", "open_traffic"),
-    "synthetic": ("generate", "synthetic_tables"),
-    "synthetic_spec": ("LabelShift", "NewIds", "PopularityShift", "SyntheticSpec"),
-    "synthetic_truth": ("Truth",),
+    "synthetic.generate": ("generate", "synthetic_tables"),
+    "synthetic.spec": ("LabelShift", "NewIds", "PopularityShift", "SyntheticSpec"),
+    "synthetic.truth": ("Truth",),
     "window": ("Window", "format_time", "format_window", "parse_window"),
 }
 

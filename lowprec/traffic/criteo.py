@@ -14,10 +14,10 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.storage import Location
 from lowprec.storage.object_store import sentence
-from lowprec.traffic.source import locate
+from lowprec.traffic.files.source import locate
 
 __all__ = ["CRITEO_SCHEMA", "NUM_CATEGORICAL", "NUM_DENSE", "convert_criteo", "read_criteo"]
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 from numpy.typing import NDArray
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.traffic.bags import bags_of, out_of_range, without, zeroed
 from lowprec.traffic.batch import BadRow, Bags, Batch
 from lowprec.traffic.schema import Schema, SparseFeature

@@ -8,7 +8,7 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.storage import Location, Where
 from lowprec.traffic.batch import BadRow
 

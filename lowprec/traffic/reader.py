@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lowprec.errors import ConfigError, TrafficError
+from lowprec.core.errors import ConfigError, TrafficError
 from lowprec.traffic.batch import Batch
-from lowprec.traffic.dataset import Dataset, Rows, open_dataset
 from lowprec.traffic.decode import Decoder
+from lowprec.traffic.files.dataset import Dataset, Rows, open_dataset
 from lowprec.traffic.schema import Schema, TimeUnit
 from lowprec.traffic.selection import Selection, Span, group_times, rows_in_window, select
 from lowprec.traffic.window import Window, days_of, format_time, format_window

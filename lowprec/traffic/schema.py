@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 
 __all__ = ["BoundsCheck", "MissingDense", "Schema", "SparseFeature", "TimeUnit"]
 

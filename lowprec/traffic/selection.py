@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lowprec.traffic.dataset import Dataset, RowGroup, Rows
+from lowprec.traffic.files.dataset import Dataset, RowGroup, Rows
 from lowprec.traffic.window import Window
 
 __all__ = ["Selection", "Span", "group_times", "rows_in_window", "select"]

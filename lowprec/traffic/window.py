@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.traffic.schema import TimeUnit
 
 __all__ = ["Window", "days_of", "format_time", "format_window", "overlap", "parse_time", "parse_window", "time_text"]

@@ -29,8 +29,8 @@ from demo_examples import one_mixed_plan
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from lowprec.evaluation.confidence import RatioMoments
-from lowprec.monitor.promise import Evidence, Promise
+from lowprec.evaluation.stats.confidence import RatioMoments
+from lowprec.monitor.judging.budget_test import Evidence, Promise
 
 Float = NDArray[np.float64]
 

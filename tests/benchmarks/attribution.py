@@ -20,12 +20,12 @@ import torch
 from demo_model import large_demo_config
 from numpy.typing import NDArray
 
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.monitor.certified import Certified, CertifiedCounts
-from lowprec.monitor.drift import DriftRule
-from lowprec.monitor.measure import MeasuredWindow, measure_window, precisions_of
-from lowprec.monitor.normal_drift import History
+from lowprec.monitor.inputs.drift import DriftRule
+from lowprec.monitor.inputs.normal_drift import History
 from lowprec.monitor.observe import low_units, observe
+from lowprec.monitor.window_evidence import MeasuredWindow, measure_window, precisions_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import Job, open_job
 from lowprec.storage import Location

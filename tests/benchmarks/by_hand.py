@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.models.adapter import inputs_of
 from lowprec.models.dlrm import DLRM
 from lowprec.ops import quantize

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
-from lowprec.demo import DEMO_CONFIG, generate_traffic
+from lowprec.core.progress import Silent
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import LocalWorkers
-from lowprec.models.train import train
+from lowprec.evaluation.workers.worker import LocalWorkers
+from lowprec.models.training.train import train
 from lowprec.plan import Plan
-from lowprec.progress import Silent
 from lowprec.search import open_job, run_search
 
 ROOT = Path("runs/certified")

@@ -53,7 +53,8 @@ TIMEOUT_S = 600.0
 
 # `lowprec`, which asks workers more often whether they live: one that is stopped is missed sooner.
 LOWPREC = (
-    "from lowprec.evaluation.cluster import watch; watch.PULSE_EVERY_S = 0.5; from lowprec.cli import main; main()"
+    "from lowprec.evaluation.workers.ray import liveness; liveness.PULSE_EVERY_S = 0.5; "
+    "from lowprec.cli.main import main; main()"
 )
 
 RUNS = "SELECT run_id, status FROM runs ORDER BY version"

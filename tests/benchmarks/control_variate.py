@@ -24,14 +24,14 @@ from demo_model import DEFAULT_ROW_RANGE, large_demo_config
 from numpy.typing import NDArray
 
 from lowprec.config import Config
-from lowprec.evaluation.estimate import estimates, residual_radius
-from lowprec.evaluation.measure import MeasuredProfile
-from lowprec.evaluation.profile import Profile
-from lowprec.evaluation.race import RaceSums, RaceTask
+from lowprec.evaluation.profile.profile import Profile
+from lowprec.evaluation.profile.window_profile import MeasuredProfile
+from lowprec.evaluation.race.estimate import estimates, residual_radius
+from lowprec.evaluation.race.race_sums import RaceSums, RaceTask
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
 from lowprec.search import Job, open_job
-from lowprec.search.surrogate import build_surrogate
+from lowprec.search.surrogate.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
 

@@ -21,15 +21,15 @@ from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
 
 from lowprec.evaluation.evaluate import NUM_BLOCKS
-from lowprec.evaluation.memory import give_back_now
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.memory import give_back_now
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.monitor import run_monitor
 from lowprec.monitor.certified import Certified, CertifiedCounts
-from lowprec.monitor.drift import DriftRule
-from lowprec.monitor.measure import MeasuredWindow, measure_window, precisions_of
-from lowprec.monitor.normal_drift import History
+from lowprec.monitor.inputs.drift import DriftRule
+from lowprec.monitor.inputs.normal_drift import History
 from lowprec.monitor.observe import observe
 from lowprec.monitor.proposal import propose
+from lowprec.monitor.window_evidence import MeasuredWindow, measure_window, precisions_of
 from lowprec.plan import Plan, PlanFile, Precision, write_plan
 from lowprec.search import Job, open_job
 from lowprec.storage import Location

@@ -34,22 +34,22 @@ from demo_model import large_demo_config
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from lowprec.evaluation.bounds import one_sided_bounds
-from lowprec.evaluation.confidence import RatioMoments, ratio_interval, verdict
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.measure import measure_profile
-from lowprec.evaluation.profile import Profile, ProfilePart, ProfileTask
-from lowprec.evaluation.race import RaceSums, RaceTask
+from lowprec.evaluation.profile.profile import Profile, ProfilePart, ProfileTask
+from lowprec.evaluation.profile.window_profile import measure_profile
+from lowprec.evaluation.race.race_sums import RaceSums, RaceTask
 from lowprec.evaluation.rows import RowAccount
-from lowprec.evaluation.worker import Chunk
+from lowprec.evaluation.stats.bounds import one_sided_bounds
+from lowprec.evaluation.stats.confidence import RatioMoments, ratio_interval, verdict
+from lowprec.evaluation.workers.worker import Chunk
 from lowprec.plan import Plan
 from lowprec.search import open_job
-from lowprec.search.alpha_spending import confidence_of_attempt
-from lowprec.search.confirm import confirm
-from lowprec.search.racing import race
+from lowprec.search.confirm.alpha_spending import confidence_of_attempt
+from lowprec.search.confirm.confirm import confirm
+from lowprec.search.race_policy import race
+from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
-from lowprec.search.shrinkage import shrunk_first_order
-from lowprec.search.trial import Trial
+from lowprec.search.surrogate.shrinkage import shrunk_first_order
 
 Float = NDArray[np.float64]
 Index = NDArray[np.int64]

@@ -36,13 +36,13 @@ from lowprec.config import Config
 from lowprec.debug.arms import open_arm
 from lowprec.debug.report import DebugReport
 from lowprec.debug.run import debug_arm, sample_of
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.export import export_plan
-from lowprec.layer_form import LayerForm, WeightScale
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
+from lowprec.plan.layer_form import LayerForm, WeightScale
 from lowprec.search import Job, open_job
-from lowprec.search.layer_forms import fitted_forms
+from lowprec.search.space.layer_forms import fitted_forms
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 import planted_faults as faults

@@ -16,15 +16,15 @@ import torch
 from demo_model import large_demo_config
 from numpy.typing import NDArray
 
-from lowprec.evaluation.exact import BatchLogits
-from lowprec.evaluation.profile import Column, Profile, ProfilePart, ProfileTask, swaps
-from lowprec.evaluation.worker import evaluator_of, load_adapter
+from lowprec.evaluation.exact.exact_evaluator import BatchLogits
+from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, ProfileTask, swaps
+from lowprec.evaluation.workers.worker import evaluator_of, load_adapter
 from lowprec.models.adapter import Gradients
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import Job, open_job
 from lowprec.traffic import SyntheticSpec
 from lowprec.traffic.batch import Batch
-from lowprec.traffic.synthetic_truth import Truth
+from lowprec.traffic.synthetic.truth import Truth
 
 Single = NDArray[np.float32]
 

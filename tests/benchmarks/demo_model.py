@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
-from lowprec.demo import DEMO_CONFIG, generate_traffic
-from lowprec.models.train import train
-from lowprec.progress import Silent
+from lowprec.core.progress import Silent
+from lowprec.models.training.train import train
 
 # The demo with 1,000,000 examples: 500,000 to train on, 250,000 to search on, 200,000 to confirm on. By minmax, as the
 # searches written by hand quantize; mixed plans then have gaps of up to a percent, on which statistics are tried.

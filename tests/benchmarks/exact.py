@@ -14,7 +14,7 @@ import numpy as np
 from demo_model import demo_config
 
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import LocalWorkers, evaluator_of
+from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import Job, open_job

@@ -25,7 +25,7 @@ from large_model import DIM, GB, Peaks, drop_from_page_cache, make_config, rows_
 
 from lowprec.config import Config
 from lowprec.export import write_table
-from lowprec.models.checkpoint import checkpoint_sha256, read_rows
+from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, read_rows
 from lowprec.ops import quantize
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job

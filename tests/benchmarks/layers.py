@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from demo_model import large_demo_config
 
-from lowprec.calibration import calibrate, write_calibration
 from lowprec.config import Config
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.formed import FormedWorkers
-from lowprec.evaluation.worker import LocalWorkers, Workers
+from lowprec.evaluation.workers.formed import FormedWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers, Workers
+from lowprec.latency.calibration import calibrate, write_calibration
 from lowprec.ops.timing import default_grid
 from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import Job, open_job, run_search
-from lowprec.search.describe import what_to_time
-from lowprec.search.layer_forms import fitted_forms
+from lowprec.search.record.describe import what_to_time
+from lowprec.search.space.layer_forms import fitted_forms
 
 NOT_TRAINED_ON = (
     "windows.search={start: 2026-01-06T12:00, end: 2026-01-10T23:00}",

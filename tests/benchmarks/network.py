@@ -22,7 +22,7 @@ import ray
 from demo_model import demo_config
 from ray.cluster_utils import Cluster
 
-from lowprec.evaluation.cluster import RayWorkers
+from lowprec.evaluation.workers.ray import RayWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.shards.estimate import network_load

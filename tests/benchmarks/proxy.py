@@ -15,11 +15,11 @@ from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
 
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.measure import measure_profile
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.profile.window_profile import measure_profile
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
-from lowprec.search.proxy import build_proxy
+from lowprec.search.surrogate.proxy import build_proxy
 
 NUM_PLANS, PLANS_AT_ONCE, REPEATS, NUM_SCORED = 200, 50, 3, 1_000_000
 

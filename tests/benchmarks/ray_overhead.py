@@ -10,9 +10,9 @@ import time
 
 from demo_model import demo_config
 
-from lowprec.evaluation.cluster import RayWorkers
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import LocalWorkers, Workers
+from lowprec.evaluation.workers.ray import RayWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 

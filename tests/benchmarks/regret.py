@@ -20,13 +20,13 @@ import torch
 from hypervolume import front, hypervolume
 
 import lowprec
+from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
-from lowprec.demo import DEMO_CONFIG, generate_traffic
+from lowprec.core.progress import Silent
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import LocalWorkers, evaluator_of
-from lowprec.models.train import train
+from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
+from lowprec.models.training.train import train
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.progress import Silent
 from lowprec.search import Job, open_job, run_search
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)

@@ -25,22 +25,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
-from lowprec.demo import DEMO_CONFIG, generate_traffic
+from lowprec.core.progress import Silent
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.models.dlrm import build
 from lowprec.models.inputs import inputs_of
 from lowprec.plan import Plan
-from lowprec.progress import Silent
 from lowprec.search import Job, open_job, run_search
-from lowprec.search.alpha_spending import confidence_of_attempt
-from lowprec.search.choice import finalists
-from lowprec.search.record import RunRecord
+from lowprec.search.confirm.alpha_spending import confidence_of_attempt
+from lowprec.search.confirm.choice import finalists
+from lowprec.search.record.record import RunRecord
+from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
-from lowprec.search.surrogate import build_surrogate
-from lowprec.search.trial import Trial
+from lowprec.search.surrogate.surrogate import build_surrogate
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)
 ROOT = Path("runs/rule")

@@ -26,9 +26,9 @@ import torch
 from demo_model import large_demo_config
 from ray.cluster_utils import Cluster
 
-from lowprec.evaluation.cluster import RayWorkers
-from lowprec.evaluation.memory import keep_freed
-from lowprec.evaluation.worker import LocalWorkers, Workers
+from lowprec.evaluation.workers.memory import keep_freed
+from lowprec.evaluation.workers.ray import RayWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import Job, open_job
 from lowprec.shards.planner import place_tables

@@ -25,15 +25,15 @@ import torch
 from demo_model import demo_config
 from large_model import make_config, write_model, write_traffic
 
-from lowprec.calibration import calibrate, write_calibration
 from lowprec.config import Config
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.export import export_plan, measure_serving
+from lowprec.latency.calibration import calibrate, write_calibration
 from lowprec.ops.timing import default_grid
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job, run_search
-from lowprec.search.describe import what_to_time
-from lowprec.search.layer_forms import fitted_forms
+from lowprec.search.record.describe import what_to_time
+from lowprec.search.space.layer_forms import fitted_forms
 
 SETTINGS = ("space.layers=[fp32, bf16, int8_dynamic, int8_static]", "evaluation.num_workers=0", "search.budget=0.02")
 BATCH_SIZE, NUM_ROUNDS, SECONDS = 1024, 9, 1.0

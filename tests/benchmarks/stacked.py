@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from demo_model import demo_config
 
-from lowprec.evaluation.dense import STACKED_ROWS, DensePasses
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.evaluation.exact.dense import STACKED_ROWS, DensePasses
+from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
 from lowprec.plan import TABLE_PRECISIONS
 from lowprec.search import open_job

@@ -28,16 +28,16 @@ from demo_model import DEFAULT_ROW_RANGE, large_demo_config
 from numpy.typing import NDArray
 
 from lowprec.config import Config
-from lowprec.evaluation.measure import MeasuredProfile
 from lowprec.evaluation.metrics import sums_of_batch
-from lowprec.evaluation.profile import Profile
+from lowprec.evaluation.profile.profile import Profile
+from lowprec.evaluation.profile.window_profile import MeasuredProfile
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
 from lowprec.search import Job, open_job
-from lowprec.search.proxy import ProxyPoint, build_proxy
-from lowprec.search.shrinkage import shrunk_first_order
-from lowprec.search.surrogate import build_surrogate
-from lowprec.search.sweep import solve_front
+from lowprec.search.surrogate.front_solver import solve_front
+from lowprec.search.surrogate.proxy import ProxyPoint, build_proxy
+from lowprec.search.surrogate.shrinkage import shrunk_first_order
+from lowprec.search.surrogate.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from lowprec.config import Config
 from lowprec.export import export_plan
-from lowprec.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Form, Plan, PlanFile, Precision, RowRange, write_plan
+from lowprec.plan.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.search import open_job
 
 # Tables are fp32, fp16, int8, int4, int2, fp32. The codes of the last layer hold its inputs, which end near 4.

@@ -5,8 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lowprec import ops
+from lowprec.core.errors import ExportError
 from lowprec.debug import debug_plan
-from lowprec.errors import ExportError
 from lowprec.search import open_job
 
 

@@ -9,7 +9,7 @@ from plans import LOW_LAYERS
 
 from lowprec import ops
 from lowprec.debug import debug_plan
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import Precision
 from lowprec.search import open_job
 

@@ -6,8 +6,8 @@ import numpy as np
 import planted_faults as faults
 import pytest
 
+from lowprec.core.errors import ConfigError, PlanError
 from lowprec.debug import compare_plans, debug_plan
-from lowprec.errors import ConfigError, PlanError
 from lowprec.export import export_plan
 from lowprec.plan import Precision
 

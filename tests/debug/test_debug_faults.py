@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from lowprec import ops
 from lowprec.debug import debug_plan
-from lowprec.layer_form import LayerForm, WeightScale
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Precision
+from lowprec.plan.layer_form import LayerForm, WeightScale
 from lowprec.search import open_job
 
 

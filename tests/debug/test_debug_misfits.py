@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lowprec.debug.misfits import misfits
-from lowprec.evaluation.layer_inputs import InputHistogram
-from lowprec.layer_form import ClipRange, LayerForm
+from lowprec.evaluation.exact.layer_inputs import InputHistogram
 from lowprec.ops.clip import input_bounds, input_code
+from lowprec.plan.layer_form import ClipRange, LayerForm
 
 # What comes out of a ReLU, of half of one, of none.
 INPUTS = {

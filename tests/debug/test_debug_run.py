@@ -14,19 +14,19 @@ from torch.nn.functional import embedding_bag, linear
 
 import lowprec
 from lowprec import ops
+from lowprec.core.errors import ModelError, TrafficError
+from lowprec.core.progress import Silent
 from lowprec.debug import debug_plan
 from lowprec.debug.arms import open_arm
 from lowprec.debug.run import debug_arm, sample_of
 from lowprec.debug.sums import MAX_ROWS
-from lowprec.errors import ModelError, TrafficError
-from lowprec.evaluation.worker import evaluator_of
-from lowprec.layer_form import LayerForm
+from lowprec.evaluation.workers.worker import evaluator_of
+from lowprec.gate.verify import verify_plan
 from lowprec.models.adapter import inputs_of
 from lowprec.ops.linear import low_linear
 from lowprec.plan import Precision
-from lowprec.progress import Silent
+from lowprec.plan.layer_form import LayerForm
 from lowprec.search import open_job
-from lowprec.search.verify import verify_plan
 
 ORDER = [
     "layer:bottom.0",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.errors import WorkerError
+from lowprec.core.errors import WorkerError
 from lowprec.ops.linear import has_bf16_instructions, safe_input_bits
 
 NAMES = ["python", "cpu", "kernels", "fbgemm", "layers", "libraries", "threads", "memory", "gpu", "ray"]
@@ -57,7 +57,7 @@ def test_what_is_broken_is_said_and_the_rest_is_still_looked_at(lowprec, monkeyp
 
 
 def test_a_cluster_that_was_killed_and_left_its_address_is_not_waited_for(monkeypatch):
-    connect = importlib.import_module("lowprec.evaluation.cluster.connect")
+    connect = importlib.import_module("lowprec.evaluation.workers.ray.connect")
     monkeypatch.setattr(connect, "get_ray_address_from_environment", lambda *_: "127.0.0.1:9")
     began = time.monotonic()
     with pytest.raises(WorkerError, match="cannot be reached"):
@@ -67,7 +67,7 @@ def test_a_cluster_that_was_killed_and_left_its_address_is_not_waited_for(monkey
 
 def test_a_ray_that_takes_too_long_to_start_is_one_sentence(monkeypatch):
     """Ray raises a plain Exception then, as on a machine that is busy with other things."""
-    connect = importlib.import_module("lowprec.evaluation.cluster.connect")
+    connect = importlib.import_module("lowprec.evaluation.workers.ray.connect")
 
     def fails(**_kwargs):
         raise Exception("The current node timed out during startup. This could happen because of load.")

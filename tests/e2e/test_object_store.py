@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import lowprec as package
-from lowprec.cli import cli
+from lowprec.cli.demo import generate_traffic
+from lowprec.cli.main import cli
 from lowprec.config import load_config
-from lowprec.demo import generate_traffic
-from lowprec.errors import LowprecError
-from lowprec.progress import Silent
+from lowprec.core.errors import LowprecError
+from lowprec.core.progress import Silent
 from lowprec.search import run_search
 from lowprec.storage import Location
 

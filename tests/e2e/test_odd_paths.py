@@ -9,7 +9,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from lowprec import cli, console, exit_codes
+from lowprec.cli import console
+from lowprec.cli import main as cli
+from lowprec.core import exit_codes
 
 NAMES = ["R&D données (v2) #1", "50%25 [bold]off[/x]", "a?b*c 'd' \"e\" {f}", "s3:bucket"]
 

@@ -161,7 +161,7 @@ import numpy as np, torch
 import lowprec
 from lowprec.config import load_config
 from lowprec.models.inputs import arguments_of, inputs_of
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import read_plan
 from lowprec.search import open_job
 
@@ -222,7 +222,7 @@ from torchrec.inference.modules import quantize_embeddings
 from lowprec import export
 from lowprec.config import load_config
 from lowprec.export.parity import certified_outputs
-from lowprec.models.checkpoint import load_checkpoint
+from lowprec.models.checkpoints.checkpoint import load_checkpoint
 from lowprec.models.factory import build_model
 from lowprec.models.inputs import arguments_of
 from lowprec.plan import Precision, read_plan

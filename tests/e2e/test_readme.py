@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowprec.cli import cli
+from lowprec.cli.main import cli
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -68,7 +68,7 @@ def installation(tmp_path_factory):
     (site / "lowprec").symlink_to(ROOT / "lowprec")
     others = [path for path in sys.path if Path(path).name == "site-packages"]
     (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
-    for name, module in (("lowprec", "lowprec.cli"), ("ray", "ray.scripts.scripts")):
+    for name, module in (("lowprec", "lowprec.cli.main"), ("ray", "ray.scripts.scripts")):
         script = folder / "bin" / name
         script.write_text(f"#!{folder}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
         script.chmod(0o755)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.exact import BatchLogits
-from lowprec.evaluation.measure import measure_profile
-from lowprec.evaluation.race import RaceTask
-from lowprec.evaluation.worker import Chunk
+from lowprec.evaluation.exact.exact_evaluator import BatchLogits
+from lowprec.evaluation.profile.window_profile import measure_profile
+from lowprec.evaluation.race.race_sums import RaceTask
+from lowprec.evaluation.workers.worker import Chunk
 from lowprec.plan import Plan, Precision, Unit
 from lowprec.traffic.batch import Batch
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import ray
 
-from lowprec.errors import ModelError, TrafficError, WorkerError
-from lowprec.evaluation.cluster import RayWorkers, Timeouts
+from lowprec.core.errors import ModelError, TrafficError, WorkerError
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.worker import Chunk, ExactTask, LocalWorkers
+from lowprec.evaluation.workers.ray import RayWorkers, Timeouts
+from lowprec.evaluation.workers.worker import Chunk, ExactTask, LocalWorkers
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from lowprec.evaluation.bounds import one_sided_bounds
-from lowprec.evaluation.confidence import RatioMoments
 from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.evaluation.power import certifiable_kl_pct, certifiable_pct
+from lowprec.evaluation.stats.bounds import one_sided_bounds
+from lowprec.evaluation.stats.confidence import RatioMoments
 
 
 def drawn(rng, n, moved):

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS, normal_quantile, spread
-from lowprec.evaluation.confidence import RatioMoments
 from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.evaluation.shortfall import MAX_FACTOR, shortfall
+from lowprec.evaluation.stats.bounds import MIN_EFFECTIVE_UNITS, normal_quantile, spread
+from lowprec.evaluation.stats.confidence import RatioMoments
 
 
 def evaluated(rng, n, *, groups=None, changed=1.0):

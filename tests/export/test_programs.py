@@ -6,7 +6,7 @@ import pytest
 import torch
 from plans import write_mixed_plan
 
-from lowprec.errors import ExportError
+from lowprec.core.errors import ExportError
 from lowprec.export import export_plan
 from lowprec.export.programs import write_program
 from lowprec.models.adapter import ModelInputs

@@ -21,16 +21,16 @@ from safetensors.numpy import load_file, save_file
 
 import lowprec
 from lowprec import ops
+from lowprec.core.errors import ExportError, ModelError, PlanError, TrafficError
+from lowprec.core.sizes import bytes_text
 from lowprec.debug import debug_plan
-from lowprec.errors import ExportError, ModelError, PlanError, TrafficError
-from lowprec.evaluation.worker import evaluator_of
+from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.export import export_plan, read_manifest
-from lowprec.layer_form import Arithmetic
 from lowprec.models.adapter import inputs_of
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Precision
+from lowprec.plan.layer_form import Arithmetic
 from lowprec.search import open_job
-from lowprec.sizes import bytes_text
 
 EMULATED = "space.layers={precisions: [fp32, emulated], arithmetic: {}}"
 

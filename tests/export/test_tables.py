@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from lowprec import ops
-from lowprec.errors import CheckpointError, ExportError, PlanError, WeightError
+from lowprec.core.errors import CheckpointError, ExportError, PlanError, WeightError
 from lowprec.export import write_table
 from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 

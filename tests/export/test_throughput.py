@@ -8,13 +8,13 @@ import pytest
 from plans import LAYERS, LOW_LAYERS, write_mixed_plan
 from torch import nn
 
-from lowprec.calibration import calibrate, write_calibration
-from lowprec.errors import ExportError, PlanError
+from lowprec.cli.render import render_serving
+from lowprec.core.errors import ExportError, PlanError
 from lowprec.export import export_plan, measure_serving
+from lowprec.latency.calibration import calibrate, write_calibration
 from lowprec.ops.timing import default_grid
-from lowprec.render import render_serving
 from lowprec.search import open_job
-from lowprec.search.describe import what_to_time
+from lowprec.search.record.describe import what_to_time
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
 from lowprec.models.adapter import ModelAdapter, ModelInputs
 from lowprec.plan import Unit
 from lowprec.traffic import Schema, SparseFeature

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowprec.errors import ConfigError, ModelError
+from lowprec.core.errors import ConfigError, ModelError
 from lowprec.models.dlrm import _pairwise_dots, _PairwiseDots, build
 from lowprec.traffic.schema import Schema, SparseFeature
 

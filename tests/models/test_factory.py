@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowprec.errors import ConfigError, ModelError
+from lowprec.core.errors import ConfigError, ModelError
 from lowprec.models.dlrm import DLRM
 from lowprec.models.factory import build_model, load_factory, without_table_init
 from lowprec.traffic.schema import Schema, SparseFeature

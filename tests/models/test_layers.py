@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowprec.errors import ModelError
-from lowprec.layer_form import LayerForm
+from lowprec.core.errors import ModelError
 from lowprec.models.adapter import ModelAdapter, ModelInputs
 from lowprec.models.layers import LayerModules
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Precision, Unit
+from lowprec.plan.layer_form import LayerForm
 
 
 class Towers(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
 from lowprec.models.adapter import ModelAdapter, ModelInputs
 from lowprec.models.outputs import MIN_OUTPUTS, OutputCount, as_logits
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
 from lowprec.models.adapter import ModelAdapter
 from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 

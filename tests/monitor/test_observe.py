@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.monitor import observe as observing
-from lowprec.monitor.measure import precisions_of
+from lowprec.monitor.judging.units import unit_shares
 from lowprec.monitor.observe import observe
-from lowprec.monitor.units import unit_shares
+from lowprec.monitor.window_evidence import precisions_of
 from lowprec.plan import Plan, Precision
 from lowprec.search import open_job
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.monitor.schedule import Schedule, certified_window
 from lowprec.traffic import Window, open_traffic
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lowprec.errors import CheckpointError, ConfigError
+from lowprec.core.errors import CheckpointError, ConfigError
 from lowprec.monitor.snapshots import Snapshots
 
 

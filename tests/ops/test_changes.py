@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lowprec import _native, ops
-from lowprec.errors import ModelError, TrafficError
+from lowprec.core.errors import ModelError, TrafficError
 from lowprec.ops import reference
 from lowprec.plan import Precision, RowRange
 

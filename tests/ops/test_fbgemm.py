@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowprec import ops
-from lowprec.errors import ModelError, TrafficError
+from lowprec.core.errors import ModelError, TrafficError
 from lowprec.plan import TABLE_PRECISIONS, Precision
 
 EVERY = list(TABLE_PRECISIONS)
@@ -141,7 +141,7 @@ def test_importing_ops_imports_no_torch_and_missing_fbgemm_says_what_to_install(
 import sys
 import numpy as np
 from lowprec import ops
-from lowprec.errors import KernelError
+from lowprec.core.errors import KernelError
 from lowprec.plan import Precision
 assert "torch" not in sys.modules
 sys.modules["fbgemm_gpu"] = None

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowprec.errors import KernelError, PlanError, WeightError
-from lowprec.layer_form import Arithmetic, ClipRange, FloatFormat, LayerForm, WeightScale
+from lowprec.core.errors import KernelError, PlanError, WeightError
 from lowprec.ops import linear as linear_ops
 from lowprec.ops.clip import PERCENTILE, input_bounds, input_code, weight_bound
 from lowprec.ops.linear import low_linear, outlier_positions, safe_input_bits, weight_scales
 from lowprec.ops.reference.linear import emulated_linear, int8_linear, quantize_inputs, quantize_weights, rounded
 from lowprec.plan import Precision
+from lowprec.plan.layer_form import Arithmetic, ClipRange, FloatFormat, LayerForm, WeightScale
 
 FORMS = [(weights, clip) for weights in WeightScale for clip in ClipRange]
 # Without VNNI inputs of 8 bits overflow, and are refused.

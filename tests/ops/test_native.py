@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lowprec import _native, ops
-from lowprec.errors import ConfigError, KernelError, WeightError
+from lowprec.core.errors import ConfigError, KernelError, WeightError
 from lowprec.ops import native
 from lowprec.plan import TABLE_PRECISIONS, Precision
 
@@ -176,7 +176,7 @@ import sys
 sys.modules["lowprec._native"] = None
 import numpy as np
 from lowprec import ops
-from lowprec.errors import KernelError
+from lowprec.core.errors import KernelError
 from lowprec.plan import Precision
 assert ops.row_bytes(7, Precision.INT4) == 8
 try:
@@ -200,7 +200,7 @@ def test_sources_that_hide_the_installed_module_say_so(tmp_path: Path) -> None:
 import sys
 sys.path[:0] = sys.argv[1:]
 from lowprec import ops
-from lowprec.errors import KernelError
+from lowprec.core.errors import KernelError
 try:
     ops.check_kernels()
 except KernelError as error:
@@ -254,7 +254,7 @@ def test_a_cpu_path_is_asked_for_and_given_back() -> None:
 def test_the_environment_chooses_the_cpu_path(asked: str, said: str) -> None:
     code = """
 from lowprec import ops
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 try:
     print(ops.cpu_path())
 except ConfigError as error:

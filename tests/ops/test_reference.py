@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowprec.errors import WeightError
+from lowprec.core.errors import WeightError
 from lowprec.ops import reference
 
 

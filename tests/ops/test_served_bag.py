@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowprec import ops
-from lowprec.errors import ModelError, TrafficError
+from lowprec.core.errors import ModelError, TrafficError
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowprec import ops
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.ops import timing
 from lowprec.ops.served_bag import ServedBag
 from lowprec.ops.timing import Cell, Grid, default_grid, machine_facts, measure_lookups

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import lowprec
-from lowprec.errors import ResultsError
+from lowprec.core.errors import ResultsError
 from lowprec.results import ResultsStore
 
 WORK = ["R&D données (v2)", "run #1", "50% off", "a?b", "a*b", 'quote\'d "x"', "s3:bucket", "~x", " a;b=c, d@e!$", "é"]

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from lowprec.errors import QueryError, ResultsError
+from lowprec.core.errors import QueryError, ResultsError
 from lowprec.results import ResultsStore, latest_front, query, query_arrow, sensitivity_report
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, to_arrow
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowprec.errors import ResultsError
+from lowprec.core.errors import ResultsError
 from lowprec.results import ResultsStore
 
 ON_A_FULL_DISK = (

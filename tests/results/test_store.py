@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from lowprec.errors import ResultsError
+from lowprec.core.errors import ResultsError
 from lowprec.results import ResultsStore
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, to_arrow
 from lowprec.storage import Location

@@ -5,10 +5,10 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 import lowprec
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
+from lowprec.gate.verify import verify_plan
 from lowprec.search import open_job, run_search
-from lowprec.search.describe import describe_job
-from lowprec.search.verify import verify_plan
+from lowprec.search.record.describe import describe_job
 
 
 @pytest.fixture

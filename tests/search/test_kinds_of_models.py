@@ -6,14 +6,15 @@ import torch
 from own_model import own_job, uniform_plan
 
 from lowprec.debug import debug_plan
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.profile import columns_of, swaps
+from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
+from lowprec.evaluation.profile.profile import columns_of, swaps
 from lowprec.export import export_plan
+from lowprec.gate import verify_plan
 from lowprec.models.adapter import inputs_of
 from lowprec.monitor import run_monitor
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import open_job, run_search, verify_plan
-from lowprec.search.describe import describe_job
+from lowprec.search import open_job, run_search
+from lowprec.search.record.describe import describe_job
 
 KINDS = {
     "attention": """

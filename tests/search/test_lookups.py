@@ -3,10 +3,11 @@
 import pytest
 from own_model import own_job, uniform_plan
 
-from lowprec.errors import ModelError
+from lowprec.core.errors import ModelError
+from lowprec.gate import verify_plan
 from lowprec.monitor import run_monitor
-from lowprec.search import open_job, run_search, verify_plan
-from lowprec.search.describe import describe_job
+from lowprec.search import open_job, run_search
+from lowprec.search.record.describe import describe_job
 
 TEMPLATE = """
 class M(Base):

@@ -5,16 +5,17 @@ import pytest
 import torch
 from own_model import own_job, uniform_plan
 
+from lowprec.core.errors import ModelError
 from lowprec.debug import debug_plan
-from lowprec.errors import ModelError
-from lowprec.evaluation.exact import ExactEvaluator
-from lowprec.evaluation.profile import columns_of, swaps
+from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
+from lowprec.evaluation.profile.profile import columns_of, swaps
 from lowprec.export import export_plan, load
-from lowprec.models.train import train
+from lowprec.gate import verify_plan
+from lowprec.models.training.train import train
 from lowprec.monitor import run_monitor
 from lowprec.plan import TABLE_PRECISIONS
-from lowprec.search import open_job, run_search, verify_plan
-from lowprec.search.describe import describe_job
+from lowprec.search import open_job, run_search
+from lowprec.search.record.describe import describe_job
 
 SIGMOID = """
 class Sigmoid(Base):

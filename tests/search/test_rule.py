@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowprec.evaluation.bounds import MIN_EFFECTIVE_UNITS
-from lowprec.evaluation.confidence import Interval
-from lowprec.evaluation.estimate import PlanEstimate
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.evaluation.worker import LocalWorkers
+from lowprec.evaluation.race.estimate import PlanEstimate
+from lowprec.evaluation.stats.bounds import MIN_EFFECTIVE_UNITS
+from lowprec.evaluation.stats.confidence import Interval
+from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.plan import Plan
 from lowprec.search import open_job, run_search
-from lowprec.search import rule_front as rule_front_module
-from lowprec.search import surrogate as surrogate_module
-from lowprec.search import sweep as sweep_module
-from lowprec.search.alpha_spending import confidence_of_attempt
-from lowprec.search.choice import finalists
-from lowprec.search.descent import descent
-from lowprec.search.record import RunRecord
+from lowprec.search.confirm.alpha_spending import confidence_of_attempt
+from lowprec.search.confirm.choice import finalists
+from lowprec.search.proposals.descent import descent
+from lowprec.search.record.record import RunRecord
+from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
-from lowprec.search.surrogate import build_surrogate
-from lowprec.search.trial import Trial
+from lowprec.search.surrogate import front_solver as sweep_module
+from lowprec.search.surrogate import rule_front as rule_front_module
+from lowprec.search.surrogate import surrogate as surrogate_module
+from lowprec.search.surrogate.surrogate import build_surrogate
 
 BUDGET = 0.02
 

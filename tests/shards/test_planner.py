@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.shards.planner import Placement, Shard, TableLoad, place_tables
 
 GB = 10**9

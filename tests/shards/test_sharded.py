@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowprec.errors import WeightError
+from lowprec.core.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
 from lowprec.shards import LocalTables, TableShard

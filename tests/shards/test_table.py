@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowprec import ops
-from lowprec.errors import WeightError
+from lowprec.core.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
 from lowprec.shards import TableShard, hot_bytes, hot_tables

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.errors import StorageError
+from lowprec.core.errors import StorageError
 from lowprec.storage import Location, local_copy
 from lowprec.storage.copies import existing_copy
 from lowprec.storage.scratch import scratch_folder

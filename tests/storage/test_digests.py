@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from lowprec.errors import StorageError
+from lowprec.core.errors import StorageError
 from lowprec.storage import Location, file_sha256
 
 

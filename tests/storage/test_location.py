@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.errors import ConfigError, StorageError
+from lowprec.core.errors import ConfigError, StorageError
 from lowprec.storage import Location
 from lowprec.storage import location as location_module
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from lowprec.errors import ConfigError, StorageError
+from lowprec.core.errors import ConfigError, StorageError
 from lowprec.storage import Location, object_store
 from lowprec.storage.object_store import delta_options, filesystem_of, sentence
 

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.evaluation.bounds import one_sided_bounds
-from lowprec.evaluation.confidence import Blocks, RatioMoments
+from lowprec.evaluation.stats.bounds import one_sided_bounds
+from lowprec.evaluation.stats.confidence import Blocks, RatioMoments
 
 Float = NDArray[np.float64]
 Drawn = tuple[Float, Float, float, Blocks | None]

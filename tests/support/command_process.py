@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 _IMPORTED = (
-    "lowprec.calibration",
-    "lowprec.demo",
-    "lowprec.evaluation.cluster",
+    "lowprec.latency.calibration",
+    "lowprec.cli.demo",
+    "lowprec.evaluation.workers.ray",
     "lowprec.export",
-    "lowprec.monitor.run",
-    "lowprec.render",
-    "lowprec.search.run",
-    "lowprec.search.verify",
+    "lowprec.monitor.monitor_run",
+    "lowprec.cli.render",
+    "lowprec.search.search_run",
+    "lowprec.gate.verify",
 )
 
 
@@ -68,6 +68,6 @@ def _command(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
     os.environ.clear()
     os.environ.update(environment)
 
-    from lowprec.cli import main
+    from lowprec.cli.main import main
 
     main(arguments)

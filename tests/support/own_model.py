@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from lowprec.config import Config, load_config
-from lowprec.models.checkpoint import save_checkpoint
+from lowprec.models.checkpoints.checkpoint import save_checkpoint
 from lowprec.plan import Plan, PlanFile, Precision, write_plan
 from lowprec.search import open_job
 

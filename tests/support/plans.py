@@ -5,9 +5,9 @@ from itertools import cycle
 from pathlib import Path
 
 from lowprec.config import Config
-from lowprec.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import TABLE_PRECISIONS, Form, Plan, PlanFile, Precision, RowRange, write_plan
+from lowprec.plan.layer_form import ClipRange, LayerForm, WeightScale
 from lowprec.search import open_job
 
 LAYERS = "space.layers=[fp32, fp16, bf16, int8_dynamic, int8_static]"

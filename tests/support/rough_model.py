@@ -3,7 +3,7 @@
 import torch
 
 from lowprec.config import Config
-from lowprec.models.checkpoint import save_checkpoint
+from lowprec.models.checkpoints.checkpoint import save_checkpoint
 from lowprec.models.factory import build_model
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowprec.errors import ConfigError, TrafficError
+from lowprec.core.errors import ConfigError, TrafficError
 from lowprec.storage import Location, object_store
 from lowprec.traffic import Schema, SparseFeature, TrafficReader, Window, open_traffic
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.traffic import convert_criteo, read_criteo
 from lowprec.traffic import criteo as criteo_module
 from lowprec.traffic.criteo import CRITEO_SCHEMA

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.traffic import Batch, Schema, SparseFeature, Window, open_traffic
 
 Make = Callable[..., dict[str, Any]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.traffic import BadRow, check_bad_rows, read_quarantine, write_quarantine
 
 BAD = BadRow("data/a.parquet", 17, "label is not 0 or 1", '{"label": 2}')

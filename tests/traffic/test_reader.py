@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowprec.errors import TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.traffic import Schema, SparseFeature, Window, hash_text, open_traffic, parse_window
 
 Make = Callable[..., dict[str, Any]]

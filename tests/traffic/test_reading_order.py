@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lowprec.traffic import Batch, Schema, SparseFeature, TrafficWindow, Window, open_traffic
 from lowprec.traffic import reader as reader_module
-from lowprec.traffic.dataset import Rows
+from lowprec.traffic.files.dataset import Rows
 
 SCHEMA = Schema(
     label="label",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowprec.errors import ConfigError
+from lowprec.core.errors import ConfigError
 from lowprec.traffic import Window, format_time, format_window, parse_window
 from lowprec.traffic.window import days_of, overlap
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.layer_form import Arithmetic, FloatFormat
 from lowprec.ops.reference.arithmetic import fma
+from lowprec.plan.layer_form import Arithmetic, FloatFormat
 
 __all__ = ["emulated_linear", "int8_linear", "quantize_inputs", "quantize_weights", "rounded"]
 

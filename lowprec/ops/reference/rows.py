@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import WeightError
+from lowprec.core.errors import WeightError
 from lowprec.ops.reference.arithmetic import Floats
 from lowprec.ops.reference.mse import mse_range
 from lowprec.ops.reference.ranges import minmax_range

@@ -1,0 +1,3 @@
+"""The command line: parse, one call, print."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Bounds and intervals for means over examples."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""One worker, wherever it runs, and what it keeps."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Checkpoints, read by tensor and by row range."""
+
+__all__: list[str] = []

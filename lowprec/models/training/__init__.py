@@ -1,0 +1,3 @@
+"""Training of a model on logged traffic."""
+
+__all__: list[str] = []

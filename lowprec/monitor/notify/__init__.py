@@ -1,0 +1,3 @@
+"""How people hear of a window: command, textfile, webhook."""
+
+__all__: list[str] = []

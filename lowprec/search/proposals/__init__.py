@@ -1,0 +1,3 @@
+"""Which plans are evaluated next."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Where rows come from: Parquet files, folders of them, Delta tables."""
+
+__all__: list[str] = []

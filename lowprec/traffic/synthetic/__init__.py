@@ -1,0 +1,3 @@
+"""Synthetic traffic with a known truth."""
+
+__all__: list[str] = []
