@@ -10,7 +10,7 @@ import numpy as np
 from lowprec.evaluation.metrics import Looks, PlanMetrics, Sums
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
 from lowprec.evaluation.workers.worker import ExactTask, Workers
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Forms, Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["Evaluation", "evaluate_plans", "pieces_of"]
@@ -41,6 +41,7 @@ def evaluate_plans(
     window: TrafficWindow,
     plans: Sequence[Plan],
     *,
+    forms: Forms | None = None,
     confidence: float,
     batches_per_task: int,
     batches: Sequence[int] | None = None,
@@ -52,16 +53,16 @@ def evaluate_plans(
     """Evaluate `plans` on all batches of the window, or on those given.
 
     The split into tasks and the order of adding depend on the batches alone, so the result is the same to the bit for
-    any number of workers. `looks` and `tuned_for` are those of `Sums.metrics`. `on_progress` is called
-    with the number of batches done, every few batches. Too many bad rows only end the evaluation here; the caller
-    decides what to do about them.
+    any number of workers. `forms` are those of layers; `looks` and `tuned_for` are those of `Sums.metrics`.
+    `on_progress` is called with the number of batches done, every few batches. Too many bad rows only end the
+    evaluation here; the caller decides what to do about them.
     """
     pieces = pieces_of(window, batches, batches_per_task)
     counter = RowCounter(window, max_bad_fraction)
     total: Sums | None = None
     blocks = np.zeros((NUM_BLOCKS, 2 * len(plans) + 2))
     is_complete = True
-    tasks = [ExactTask(tuple(plans), piece) for piece in pieces]
+    tasks = [ExactTask(tuple(plans), piece, forms=forms or {}) for piece in pieces]
     for piece, chunk in zip(pieces, workers.run(window, tasks), strict=True):
         total = chunk.sums if total is None else total + chunk.sums
         # The blocks of a profile: equal stretches of the window.

@@ -16,7 +16,6 @@ from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.shortfall import Shortfall, shortfall
 from lowprec.evaluation.stats.confidence import Verdict
 from lowprec.evaluation.workers.auto_workers import VERIFY_PASSES, Work
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.gate.floors import Floor, Gate, gated
 from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
@@ -167,7 +166,7 @@ def verify_plan(
         work = Work(traffic_window, VERIFY_PASSES * traffic_window.num_batches)
         with open_workers(job, listener.note, work) as workers:
             if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
-                job, workers = _recalibrated(job, workers)
+                job = _recalibrated(job, workers)
             key = plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan)
             terms = spending(
                 record.looks(file.plan, job.window_text(window)),
@@ -263,11 +262,11 @@ def _within(config: Config, budget_pct: float | None) -> Config:
     return config.model_copy(update={"search": config.search.model_copy(update={"budget": budget_pct, "budgets": ()})})
 
 
-def _recalibrated(job: Job, workers: Workers) -> tuple[Job, Workers]:
+def _recalibrated(job: Job, workers: Workers) -> Job:
     """With the inputs of layers calibrated on this snapshot."""
     per_task = job.config.evaluation.batches_per_task
     forms = recalibrated(workers, job.window("search"), job.forms, batches_per_task=per_task)
-    return job.with_forms(forms), FormedWorkers(workers, forms) if forms else workers
+    return job.with_forms(forms)
 
 
 def _snapshot(job: Job, file: PlanFile, trial: Trial, outcome: Verification, artifacts: Location) -> Snapshot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from lowprec.evaluation.stats.confidence import Blocks, RatioMoments, design_eff
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.models.quality import softplus
 from lowprec.monitor.inputs.counts import InputCounts, counts_of
-from lowprec.plan import Plan, Precision
+from lowprec.plan import Forms, Plan, Precision
 from lowprec.traffic import BadRow, TrafficWindow
 from lowprec.traffic.batch import Batch
 
@@ -93,6 +93,7 @@ class Observation:
     num_stretches: int
     batches: tuple[int, ...]
     keep: None = None
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ObservationPart:
         """What the batch adds."""
@@ -159,11 +160,12 @@ def observe(
     window: TrafficWindow,
     plan: Plan,
     *,
+    forms: Forms | None = None,
     on_inputs: Callable[[int, InputCounts], None],
     max_bad_fraction: float = 0.0,
     on_progress: Callable[[int], None] | None = None,
 ) -> WindowObservation:
-    """Observe a plan over a window; `on_inputs` is given the counts of inputs of each time block as they come.
+    """Observe a plan over a window, its layers in those forms; `on_inputs` gets the counts of inputs by time block.
 
     A task is one batch, added up in order: the result is the same to the bit for any number of workers.
     """
@@ -171,7 +173,7 @@ def observe(
     schema = window.schema
     traced_every = min(max(window.num_batches // _MIN_TRACED, 1), _MAX_STRIDE)
     tasks = [
-        Observation(plan, low_units(plan), schema.dense, k % traced_every == 0, stretches, piece)
+        Observation(plan, low_units(plan), schema.dense, k % traced_every == 0, stretches, piece, forms=forms or {})
         for k, piece in enumerate(pieces_of(window, None, 1))
     ]
     counter = RowCounter(window, max_bad_fraction)

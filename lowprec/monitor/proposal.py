@@ -8,7 +8,6 @@ from typing import Any
 
 from lowprec.evaluation.profile.window_profile import measure_profile
 from lowprec.evaluation.stats.bounds import normal_quantile
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
 from lowprec.search import Job
@@ -88,9 +87,10 @@ def propose(
     columns = tuple((u, p) for u, p in _columns(space) if p is not Precision.FP32)
     forms = forms_beside(job.forms)
     measured = measure_profile(
-        FormedWorkers(workers, forms) if forms else workers,
+        workers,
         window,
         columns,
+        forms=forms,
         by_group=job.config.traffic.group is not None,
         batches_per_task=job.config.evaluation.batches_per_task,
         max_bad_fraction=1.0,

@@ -116,6 +116,7 @@ def observe_window(
         workers,
         window,
         plan,
+        forms=job.forms,
         on_inputs=on_inputs,
         max_bad_fraction=job.config.traffic.max_bad_fraction,
         on_progress=on_progress,

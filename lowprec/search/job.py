@@ -28,7 +28,6 @@ from lowprec.evaluation.workers.auto_workers import (
     is_ray_job,
     work_seconds,
 )
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import (
     LocalWorkers,
     RowCheck,
@@ -205,6 +204,7 @@ class Job:
             workers,
             window,
             self.columns,
+            forms=self.forms,
             by_group=self.config.traffic.group is not None,
             batches_per_task=self.config.evaluation.batches_per_task,
             max_bad_fraction=self.config.traffic.max_bad_fraction,
@@ -252,6 +252,7 @@ class Job:
             workers,
             window,
             plans,
+            forms=self.forms,
             confidence=confidence or self.config.search.confidence,
             looks=looks,
             tuned_for=tuned_for,
@@ -410,7 +411,7 @@ def open_workers(job: Job, note: Callable[[str], None] = lambda _: None, work: W
             note=note,
         )
     try:
-        yield FormedWorkers(workers, job.forms) if job.forms else workers
+        yield workers
     finally:
         workers.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from lowprec.evaluation.profile.profile_file import read_profile, write_profile
 from lowprec.evaluation.race.race_sums import RaceSums
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.stats.confidence import Interval
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, Precision, write_plan
@@ -163,7 +161,6 @@ class _Search:
                 quarantine=self._record.artifacts / "quarantine",
                 on_progress=self._progress.advance,
             )
-            measured = replace(measured, forms=self._job.forms)
             self._record.keep_profile(measured, origin)
         costs = self._job.costs(measured.use)
         for note in costs.notes:
@@ -205,7 +202,6 @@ class _Search:
         """From here on layers have these forms."""
         if forms:
             self._job = self._job.with_forms(forms)
-            self._workers = FormedWorkers(self._workers, forms)
 
     def _sensitivities(self, surrogate: Surrogate) -> None:
         """What every choice does by itself; for people, the search does not need it."""
@@ -304,7 +300,13 @@ class _Search:
     def _lap(self, surrogate: Surrogate, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
         """Plans on slices of the search window, counted in its order."""
         name = f"{self._job.window_text('search')} {self._window.fingerprint}"
-        tasks = race_tasks(plans, surrogate.profile.columns, [self._slices[k] for k in sorted(slices)], keep=name)
+        tasks = race_tasks(
+            plans,
+            surrogate.profile.columns,
+            [self._slices[k] for k in sorted(slices)],
+            keep=name,
+            forms=self._job.forms,
+        )
         total: RaceSums | None = None
         for chunk in self._workers.run(self._window, tasks):
             total = chunk.sums if total is None else total + chunk.sums

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lowprec.evaluation.profile.profile import Column
 from lowprec.evaluation.race.race_sums import RaceTask
-from lowprec.plan import Plan
+from lowprec.plan import Forms, Plan
 from lowprec.traffic import TrafficWindow
 
 __all__ = ["SLICE_EXAMPLES", "Slice", "race_tasks", "slices_of"]
@@ -31,9 +31,14 @@ def slices_of(window: TrafficWindow) -> list[Slice]:
 
 
 def race_tasks(
-    plans: Sequence[Plan], columns: tuple[Column, ...], slices: Sequence[Slice], *, keep: str
+    plans: Sequence[Plan],
+    columns: tuple[Column, ...],
+    slices: Sequence[Slice],
+    *,
+    keep: str,
+    forms: Forms | None = None,
 ) -> list[RaceTask]:
-    """Plans on slices, in their order, a few to a task; `keep` names the window."""
+    """Plans on slices, in their order, a few to a task; `keep` names the window, `forms` are those of layers."""
     tasks = []
     for first in range(0, len(slices), SLICES_PER_TASK):
         parts: dict[tuple[int, int], list[int]] = {}
@@ -47,6 +52,7 @@ def race_tasks(
                 parts=tuple(tuple(found) for found in parts.values()),
                 num_parts=tuple(num_parts for _, num_parts in parts),
                 keep=keep,
+                forms=forms or {},
             )
         )
     return tasks

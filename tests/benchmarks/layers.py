@@ -20,7 +20,6 @@ from demo_model import large_demo_config
 
 from lowprec.config import Config
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.latency.calibration import calibrate, write_calibration
 from lowprec.ops.timing import default_grid
@@ -38,12 +37,12 @@ NUM_PLANS = 100
 
 
 def fitted(config: Config) -> tuple[Job, Workers]:
-    """The job with the forms of its layers, and workers that know them."""
+    """The job with the forms of its layers, and workers."""
     job = open_job(config)
     workers = LocalWorkers(job.spec, job.adapter)
     assert config.space.layers is not None
     forms = fitted_forms(workers, job.window("search"), job.space, config.space.layers, batches_per_task=4)
-    return job.with_forms(forms), FormedWorkers(workers, forms)
+    return job.with_forms(forms), workers
 
 
 def random_plans(job: Job) -> list[Plan]:
@@ -66,7 +65,9 @@ def agreement() -> dict[str, float]:
         job, workers = fitted(with_calibration(config, Path(folder), minimize="bytes"))
         profile = job.measure_profile(workers, "search", job.window("search"), quarantine=Path(folder)).profile
         plans = random_plans(job)
-        exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=4).metrics
+        exact = evaluate_plans(
+            workers, job.window("search"), plans, forms=job.forms, confidence=0.95, batches_per_task=4
+        ).metrics
     gap, kl = profile.gaps_pct(profile.selected(plans))
     assert all(np.isfinite(m.gap_pct) for m in exact)
     return {
@@ -101,7 +102,7 @@ def savings() -> dict[str, dict[str, float]]:
         plans["fp32"] = Plan.uniform(job.units, Precision.FP32)
         plans["int8"] = Plan({u.name: Precision.INT8_STATIC if u.is_layer else Precision.INT8 for u in job.units})
         found = evaluate_plans(
-            workers, job.window("confirm"), list(plans.values()), confidence=0.95, batches_per_task=4
+            workers, job.window("confirm"), list(plans.values()), forms=job.forms, confidence=0.95, batches_per_task=4
         )
         costs = job.costs(found.use)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lowprec.core.errors import ModelError
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
-from lowprec.plan import Precision
+from lowprec.plan import Forms, Precision
 from lowprec.plan.layer_form import LayerForm
 from lowprec.traffic.batch import Batch
 
@@ -98,6 +98,7 @@ class LayerInputsTask:
     layers: tuple[str, ...]
     batches: tuple[int, ...]
     keep: None = None
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> LayerInputs:
         """What one batch adds. Raises `ModelError` for an input that is not finite."""
@@ -124,23 +125,24 @@ class FormSums:
 
 @dataclass(frozen=True)
 class FormTask:
-    """Forms of layers, each alone, over some batches."""
+    """Candidate forms of layers, each alone, over some batches."""
 
-    forms: tuple[tuple[str, Precision, LayerForm], ...]
+    candidates: tuple[tuple[str, Precision, LayerForm], ...]
     batches: tuple[int, ...]
     keep: None = None
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> FormSums:
         """What one batch adds: labels have no part in it."""
-        squares = np.zeros(len(self.forms))
+        squares = np.zeros(len(self.candidates))
         if batch.num_rows == 0:
             return FormSums(squares)
-        reference, gradients = evaluator.differentiated(batch, {layer: {p} for layer, p, _ in self.forms})
+        reference, gradients = evaluator.differentiated(batch, {layer: {p} for layer, p, _ in self.candidates})
         z = reference.logits.numpy().astype(np.float64)
         curvature = np.exp(-np.abs(z)) / np.square(1 + np.exp(-np.abs(z)))
         if batch.weights is not None:
             curvature = curvature * batch.weights
-        for k, (layer, precision, form) in enumerate(self.forms):
+        for k, (layer, precision, form) in enumerate(self.candidates):
             with evaluator.using({(layer, precision): form}):
                 changes = evaluator.layer_changes(reference, gradients, {layer: [precision]})
                 s = np.sum([change.astype(np.float64) for _, _, change in changes], axis=0)

@@ -11,7 +11,7 @@ every logit by its own size (s = z_ref). They say how far the reference is from 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.stats.confidence import Blocks, Interval, RatioMoments, ratio_interval
 from lowprec.evaluation.stats.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.models.quality import softplus
-from lowprec.plan import Plan, Precision, Unit, is_layer
+from lowprec.plan import Forms, Plan, Precision, Unit, is_layer
 from lowprec.traffic.batch import Batch
 
 __all__ = ["MAX_DENSE_COLUMNS", "BlockSums", "Column", "Profile", "ProfilePart", "ProfileTask", "columns_of", "swaps"]
@@ -224,6 +224,7 @@ class ProfileTask:
     batches: tuple[int, ...]
     keep: None = None
     label_free: bool = False
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> ProfilePart:
         """What one batch adds; rows without a label are counted and left out."""

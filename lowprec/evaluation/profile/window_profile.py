@@ -38,6 +38,7 @@ def measure_profile(
     window: TrafficWindow,
     columns: tuple[Column, ...],
     *,
+    forms: Forms | None = None,
     by_group: bool,
     batches_per_task: int,
     max_bad_fraction: float = 0.0,
@@ -46,7 +47,7 @@ def measure_profile(
 ) -> MeasuredProfile:
     """Profile `columns` over the window; `by_group` says that traffic has a group key.
 
-    label_free: by what the reference predicts, instead of by labels.
+    forms: of layers. label_free: by what the reference predicts, instead of by labels.
 
     Block b holds the batches k with floor(k * NUM_BLOCKS / num_batches) = b, so blocks are equal stretches of the
     window's rows. The result is the same to the bit for any number of workers.
@@ -55,7 +56,7 @@ def measure_profile(
     for block in range(NUM_BLOCKS):
         members = [k for k in range(window.num_batches) if k * NUM_BLOCKS // window.num_batches == block]
         for piece in pieces_of(window, members, batches_per_task):
-            tasks.append(ProfileTask(columns, NUM_BLOCKS, piece, label_free=label_free))
+            tasks.append(ProfileTask(columns, NUM_BLOCKS, piece, label_free=label_free, forms=forms or {}))
             block_of.append(block)
     counter = RowCounter(window, max_bad_fraction)
     parts = [ProfilePart.zero(len(columns), NUM_BLOCKS, by_group=by_group)] * NUM_BLOCKS
@@ -75,4 +76,4 @@ def measure_profile(
     profile = Profile(columns, tuple(part.block for part in parts), evidence)
     num_unlabelled = sum(part.block.num_unlabelled for part in parts)
     rows = counter.account(num_unlabelled)
-    return MeasuredProfile(profile, counter.use(), rows, tuple(counter.bad_rows), is_complete)
+    return MeasuredProfile(profile, counter.use(), rows, tuple(counter.bad_rows), is_complete, forms or {})

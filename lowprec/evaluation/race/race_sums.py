@@ -8,7 +8,7 @@ two, which varies far less than the change itself (make bench NAME=control_varia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.evaluation.profile.profile import Column, swaps
 from lowprec.models.quality import softplus
-from lowprec.plan import Plan
+from lowprec.plan import Forms, Plan
 from lowprec.traffic.batch import Batch
 
 __all__ = ["RaceSums", "RaceTask", "Residuals"]
@@ -102,6 +102,7 @@ class RaceTask:
     parts: tuple[tuple[int, ...], ...]
     num_parts: tuple[int, ...]
     keep: str
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> RaceSums:
         """What the slices of one batch add."""
@@ -117,7 +118,7 @@ class RaceTask:
     def _slice(self, evaluator: ExactEvaluator, batch: Batch, place: tuple[int, int, int]) -> RaceSums:
         logits = evaluator.logits(batch, self.plans)
         s = evaluator.kept.get(
-            (self.keep, place, self.columns, frozenset(evaluator.forms.items())),
+            (self.keep, place, self.columns, frozenset(self.forms.items())),
             lambda: swaps(evaluator, batch, self.columns)[1],
             _num_bytes,
         )

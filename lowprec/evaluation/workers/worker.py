@@ -19,7 +19,7 @@ from lowprec.models.adapter import ModelAdapter
 from lowprec.models.checkpoints.checkpoint import load_checkpoint, load_dense
 from lowprec.models.factory import build_model, without_table_init
 from lowprec.models.outputs import OutputCount, Outputs
-from lowprec.plan import Plan, Precision, RowRange
+from lowprec.plan import Forms, Plan, Precision, RowRange
 from lowprec.shards import LocalTables, TableShard, hot_tables
 from lowprec.shards.estimate import kept_bytes
 from lowprec.shards.planner import Placement, Shard
@@ -87,6 +87,10 @@ class Task(Protocol[T_co]):
     def keep(self) -> str | None:
         """A name of the window, where later tasks will come back to these batches; None where each is read once."""
 
+    @property
+    def forms(self) -> Forms:
+        """How layers are stored and computed at precisions that leave a choice."""
+
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> T_co:
         """What one batch adds."""
 
@@ -98,6 +102,7 @@ class ExactTask:
     plans: tuple[Plan, ...]
     batches: tuple[int, ...]
     keep: None = None
+    forms: Forms = field(default_factory=dict)
 
     def sums(self, evaluator: ExactEvaluator, batch: Batch) -> Sums:
         """The sums of the reference and of the plans over the batch."""
@@ -236,7 +241,8 @@ class Worker:
         num_rows_read = 0
         for k in task.batches:
             batch = window.batch(k) if task.keep is None else self._kept(window, task.keep, k)
-            batch_sums = task.sums(evaluator, batch)
+            with evaluator.using(task.forms):
+                batch_sums = task.sums(evaluator, batch)
             sums = batch_sums if sums is None else sums + batch_sums
             bad_rows.extend(batch.bad_rows)
             num_rows_read += batch.num_rows + len(batch.bad_rows)

@@ -11,7 +11,6 @@ from lowprec.config import load_config
 from lowprec.config.sections import ResultsConfig
 from lowprec.core.errors import ConfigError, PlanError
 from lowprec.evaluation.evaluate import evaluate_plans
-from lowprec.evaluation.workers.formed import FormedWorkers
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.gate import verify_plan
 from lowprec.latency.calibration import (
@@ -73,9 +72,10 @@ def test_forms_cover_what_plans_may_choose_and_are_the_best_of_those_tried(small
     def divergence(unit, precision, form):
         plan = reference.replace({unit: precision})
         found = evaluate_plans(
-            FormedWorkers(workers, {(unit, precision): form}),
+            workers,
             job.window("search"),
             [plan],
+            forms={(unit, precision): form},
             confidence=0.95,
             batches_per_task=4,
         )
@@ -135,12 +135,14 @@ def test_a_resumed_search_has_the_forms_of_its_profile(small_config, monkeypatch
 def test_the_proxy_of_layers_and_tables_together_agrees_with_what_is_exact(small_config, tmp_path):
     config = small_config(LAYERS, "cost.max_bytes=1000000000")
     job, workers, forms = fitted(config)
-    workers = FormedWorkers(workers, forms)
+    job = job.with_forms(forms)
     profile = job.measure_profile(workers, "search", job.window("search"), quarantine=tmp_path).profile
     rng = np.random.default_rng(0)
     choices = {unit: d.choices for d in job.space.decisions for unit in d.units}
     plans = [Plan({u: c[rng.integers(len(c))] for u, c in choices.items()}) for _ in range(30)]
-    exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=4).metrics
+    exact = evaluate_plans(
+        workers, job.window("search"), plans, forms=forms, confidence=0.95, batches_per_task=4
+    ).metrics
     _, kl = profile.gaps_pct(profile.selected(plans))
     assert np.corrcoef(kl, [m.kl_pct for m in exact])[0, 1] > 0.995
 
@@ -165,9 +167,7 @@ def test_an_accelerator_is_emulated_as_it_is_described(small_config):
         forms = fitted_forms(workers, window, job.space, config.space.layers, batches_per_task=2)
         assert forms == {(name, Precision.EMULATED): arithmetic for name in NAMES}
         plan = Plan.uniform(job.units, Precision.FP32).replace(dict.fromkeys(NAMES, Precision.EMULATED))
-        (found,) = evaluate_plans(
-            FormedWorkers(workers, forms), window, [plan], confidence=0.95, batches_per_task=8
-        ).metrics
+        (found,) = evaluate_plans(workers, window, [plan], forms=forms, confidence=0.95, batches_per_task=8).metrics
     assert 0 < found.kl_pct < 0.01
     outcome = run_search(config)
     file = read_plan(outcome.plan_paths[0], units=job.units, checkpoint_sha256=None)
