@@ -110,7 +110,7 @@ def _decoded_values() -> float:
 def page(rates: dict[str, Any]) -> str:
     """docs/scale.md."""
     from lowprec.core.errors import ConfigError
-    from lowprec.search.space.placement import Machines, place_spec
+    from lowprec.session.placement import Machines, place_spec
 
     flops = 2 * sum(a * b for a, b in LAYERS)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from lowprec.core import exit_codes
 if TYPE_CHECKING:
     from lowprec.cli.render.frame import Format
     from lowprec.config import Config
-    from lowprec.search.space.placement import Machines
+    from lowprec.session.placement import Machines
     from lowprec.storage import Location
 
 __all__ = ["cli", "main"]
@@ -132,7 +132,7 @@ def search(
 
     machines = _machines(config, dry_run, workers, worker_memory, network, calibration, tables)
     if tables is not None:
-        from lowprec.search.space.placement import place_spec
+        from lowprec.session.placement import place_spec
 
         assert machines is not None
         placed = console.json_document("search", {"dry_run": True, "placement": place_spec(tables, machines)})
@@ -141,12 +141,11 @@ def search(
     assert config is not None
     _check_results_root(config)
     limits = {"timeout_s": timeout, "max_trials": max_trials}
-    limited = config.search.model_copy(update={k: v for k, v in limits.items() if v is not None})
-    config = config.model_copy(update={"search": limited})
+    config = config.with_(search={k: v for k, v in limits.items() if v is not None})
     if dry_run:
         from lowprec.search.job import open_job
         from lowprec.search.record.describe import describe_job
-        from lowprec.search.space.placement import describe_placement
+        from lowprec.session.placement import describe_placement
 
         job = open_job(config, is_placed=workers is None)
         described = describe_job(job) | ({"placement": describe_placement(job.demand(), machines)} if machines else {})
@@ -380,7 +379,7 @@ def _machines(
             "placing tables needs both --workers and --worker-memory, such as --workers 4 --worker-memory 8GB"
         )
     from lowprec.core.sizes import parse_bytes, parse_rate
-    from lowprec.search.space.placement import Machines
+    from lowprec.session.placement import Machines
 
     memory = int(_parsed("--worker-memory", worker_memory, parse_bytes))
     return Machines(workers, memory, _parsed("--network", network or "10Gbit", parse_rate), calibration)

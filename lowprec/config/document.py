@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -35,7 +35,7 @@ class Config(Section):
 
     name: str
     traffic: TrafficConfig
-    windows: WindowsConfig
+    windows: WindowsConfig = WindowsConfig()
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
@@ -50,11 +50,19 @@ class Config(Section):
         """The resolved config as one JSON document, as saved with a run."""
         return self.model_dump_json()
 
+    def with_(self, **sections: Mapping[str, Any]) -> Self:
+        """The same config with other values of some keys, by section; they are taken as they are, not checked again."""
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=changes) for name, changes in sections.items()}
+        )
+
     def with_traffic_version(self, version: int | None) -> Self:
         """The same config with traffic at a version of its Delta table; unchanged where it is None."""
-        if version is None:
-            return self
-        return self.model_copy(update={"traffic": self.traffic.model_copy(update={"version": version})})
+        return self if version is None else self.with_(traffic={"version": version})
+
+    def in_this_process(self) -> Self:
+        """The same config without other workers: rows are mapped from the checkpoint."""
+        return self.with_(evaluation={"num_workers": 0, "worker_memory": None})
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:

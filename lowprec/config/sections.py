@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lowprec.core.errors import ConfigError
 from lowprec.core.section import Section
 from lowprec.core.sizes import parse_bytes
 from lowprec.core.timeouts import HUNG_S, START_S, TASK_S
@@ -113,12 +114,19 @@ class WindowConfig(Section):
 
 
 class WindowsConfig(Section):
-    """The windows of the main job, in time order."""
+    """The windows of the main job, in time order. Each command needs those that it reads, and no others."""
 
     train: WindowConfig | None = None
     validation: WindowConfig | None = None
-    search: WindowConfig
-    confirm: WindowConfig
+    search: WindowConfig | None = None
+    confirm: WindowConfig | None = None
+
+    def of(self, name: str) -> WindowConfig:
+        """The window of that name; raises `ConfigError` where the config has none."""
+        bounds: WindowConfig | None = getattr(self, name, None)
+        if bounds is None:
+            raise ConfigError(f"windows.{name}: is required here; give it a start and an end")
+        return bounds
 
 
 class ModelConfig(Section):

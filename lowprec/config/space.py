@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lowprec.core.section import Section
-from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange, precisions_of
+from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange, Unit, precisions_of
+from lowprec.plan.cost import LayerStorage, ModelStorage
 from lowprec.plan.layer_form import Arithmetic, ClipRange, FloatFormat, WeightScale
 
 __all__ = ["ArithmeticConfig", "LayersConfig", "SpaceConfig", "UnitRule"]
@@ -91,6 +93,20 @@ class SpaceConfig(Section):
     groups: tuple[tuple[str, ...], ...] = ()
 
     _kinds = field_validator("precisions", mode="before")(lambda value: _of_kind(value, TABLE_PRECISIONS))
+
+    @property
+    def low_table_precisions(self) -> tuple[Precision, ...]:
+        """Those below fp32 that any table may have, most exact first."""
+        named = {*self.precisions, *(p for rule in self.units for p in (rule.fixed, *(rule.precisions or ())))}
+        return tuple(p for p in TABLE_PRECISIONS if p in named and p is not Precision.FP32)
+
+    def storage(self, units: Iterable[Unit]) -> ModelStorage:
+        """What decides the bytes of the units of a model."""
+        if self.layers is None:
+            return ModelStorage(tuple(units), self.row_alignment)
+        arithmetic = self.layers.arithmetic
+        bits = 32 if arithmetic is not None and arithmetic.weights is FloatFormat.FP32 else 16
+        return ModelStorage(tuple(units), self.row_alignment, LayerStorage(max(self.layers.outliers), bits))
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -23,8 +23,8 @@ from lowprec.export.module import ServedLinear, dense_tensors, stored_rows
 from lowprec.ops.bags import BagCall
 from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision
-from lowprec.search import Job
-from lowprec.search.space.planned import read_planned
+from lowprec.session import Session
+from lowprec.session.planned import read_planned
 from lowprec.storage import Location, Where
 
 __all__ = ["Arm", "PlannedArm", "ServedArm", "open_arm"]
@@ -53,11 +53,11 @@ class Arm(Protocol):
         """What is stored of a module of a layer, as `stored_linear` has it."""
 
 
-def open_arm(job: Job, where: Where, *, any_checkpoint: bool = False) -> tuple[Job, Arm]:
-    """The plan of a `plan.json`, or the exported folder, that `where` is; and the job with its ranges and forms.
+def open_arm(session: Session, where: Where, *, any_checkpoint: bool = False) -> tuple[Session, Arm]:
+    """The plan of a `plan.json`, or the exported folder, that `where` is; and the session with its ranges and forms.
 
     any_checkpoint: a plan may have been made for another one. Raises `PlanError` or `ExportError` where it does not fit
-    the job's model and checkpoint.
+    the session's model and checkpoint.
     """
     folder = Location.of(where).local
     if folder is not None and folder.is_dir():
@@ -67,27 +67,27 @@ def open_arm(job: Job, where: Where, *, any_checkpoint: bool = False) -> tuple[J
             )
         manifest = read_manifest(folder)
         _, file = read_config_and_plan(folder, manifest)
-        if manifest.checkpoint_sha256 != job.checkpoint_sha256:
+        if manifest.checkpoint_sha256 != session.checkpoint_sha256:
             raise PlanError(
                 f"export {folder}: was made of checkpoint {manifest.checkpoint_sha256[:12]}, the model's is "
-                f"{job.checkpoint_sha256[:12]}; point model.checkpoint at the file that it was made of"
+                f"{session.checkpoint_sha256[:12]}; point model.checkpoint at the file that it was made of"
             )
-        planned = job.as_planned(file)
+        planned = session.as_planned(file)
         return planned, ServedArm(planned, folder, manifest, file)
-    file = read_planned(job, where, any_checkpoint=any_checkpoint)
-    planned = job.as_planned(file)
+    file = read_planned(session, where, any_checkpoint=any_checkpoint)
+    planned = session.as_planned(file)
     return planned, PlannedArm(planned, file, str(where))
 
 
 class PlannedArm:
     """A plan, by the kernels of the evaluation."""
 
-    def __init__(self, job: Job, file: PlanFile, label: str) -> None:
-        """Of a job with the ranges of rows and the forms of the plan."""
+    def __init__(self, session: Session, file: PlanFile, label: str) -> None:
+        """Of a session with the ranges of rows and the forms of the plan."""
         self.label, self.file = label, file
-        self._job, self._adapter = job, job.adapter
-        self._tables = evaluator_of(job.spec, job.adapter).tables
-        self._weights = job.adapter.weights
+        self._session, self._adapter = session, session.adapter
+        self._tables = evaluator_of(session.spec, session.adapter).tables
+        self._weights = session.adapter.weights
         self._stored_layers: dict[tuple[str, int, Precision], Mapping[str, Tensor]] = {}
 
     def with_precision(self, unit: str, precision: Precision | None) -> PlannedArm:
@@ -146,10 +146,10 @@ class PlannedArm:
 class ServedArm:
     """An exported folder, by the modules that serve it."""
 
-    def __init__(self, job: Job, folder: Path, manifest: Manifest, file: PlanFile) -> None:
+    def __init__(self, session: Session, folder: Path, manifest: Manifest, file: PlanFile) -> None:
         """Load it without looking at hashes: what is wrong with it is to be found."""
         self.label, self.file, self.folder, self.manifest = str(folder), file, folder, manifest
-        self._adapter = job.adapter
+        self._adapter = session.adapter
         self.module = load(folder, verify=False)
         self._tables = {table.unit: table for table in manifest.tables}
         self._low = {layer.unit: layer for layer in manifest.layers}

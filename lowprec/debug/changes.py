@@ -18,7 +18,7 @@ from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.models.adapter import ModelAdapter, inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Form, Precision, is_layer
 from lowprec.plan.layer_form import ClipRange, LayerForm, WeightScale
-from lowprec.search import Job
+from lowprec.session import Session
 
 __all__ = ["best_change"]
 
@@ -42,7 +42,7 @@ class _Choice:
 
 
 def best_change(
-    job: Job,
+    session: Session,
     arm: Arm,
     planned: PlannedArm,
     suspects: Sequence[Suspect],
@@ -61,7 +61,7 @@ def best_change(
     first = [unit for unit in first if unit in broken] or first
     if not first:
         return None
-    trial = _Trial(job.adapter, arm, planned, parts)
+    trial = _Trial(session.adapter, arm, planned, parts)
     before = trial.kl_pct(None)
     restored = {unit: _Choice(unit, None if unit in differing else Precision.FP32) for unit in first}
     after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
@@ -82,7 +82,7 @@ def best_change(
             if share >= _ENOUGH:
                 choice, found, kept = cheaper, kl, share
                 break
-    added = _bytes(job, planned, choice) - _bytes(job, planned, _Choice(unit, None))
+    added = _bytes(session, planned, choice) - _bytes(session, planned, _Choice(unit, None))
     return Change(unit, str(choice), before, found, added, trial.num_examples, kept)
 
 
@@ -148,7 +148,7 @@ def _cheaper(planned: PlannedArm, unit: str) -> list[_Choice]:
     return [_Choice(unit, Precision.FP16)] if now is Precision.BF16 else found
 
 
-def _bytes(job: Job, planned: PlannedArm, choice: _Choice) -> int:
-    unit = next(u for u in (*job.adapter.units, *job.adapter.layers.units) if u.name == choice.unit)
+def _bytes(session: Session, planned: PlannedArm, choice: _Choice) -> int:
+    unit = next(u for u in (*session.adapter.units, *session.adapter.layers.units) if u.name == choice.unit)
     precision = choice.precision or planned.file.plan.get(unit.name, Precision.FP32)
-    return job.space.unit_bytes(unit, precision)
+    return session.storage.unit_bytes(unit, precision)

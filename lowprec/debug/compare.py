@@ -75,7 +75,7 @@ def compare_plans(
     config = config.with_traffic_version(find_files(traffic.path, traffic.version).version)
     other = config
     if snapshot is not None:
-        other = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})})
+        other = config.with_(model={"checkpoint": snapshot})
     is_snapshot = snapshot is not None
 
     def debugged(which: Config, where: Where, folder: str) -> DebugReport:

@@ -32,7 +32,7 @@ from lowprec.debug.suspects import suspects_among
 from lowprec.debug.trace import InputCodes, Trace, trace_batches
 from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import Precision, is_layer
-from lowprec.search import Job, open_job
+from lowprec.session import Session, open_session
 from lowprec.storage import Where
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.quarantine import said_of_bad_rows
@@ -64,16 +64,14 @@ def debug_plan(
     `TrafficError` where the window has no usable rows.
     """
     began = time.monotonic()
-    # One process: rows are mapped from the checkpoint.
-    alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
-    job = open_job(config.model_copy(update={"evaluation": alone}))
-    job, arm = open_arm(job, plan, any_checkpoint=any_checkpoint)
-    report = debug_arm(job, arm, sample_of(job, window, num_examples), window, arrays=arrays, progress=progress)
+    session = open_session(config.in_this_process())
+    session, arm = open_arm(session, plan, any_checkpoint=any_checkpoint)
+    report = debug_arm(session, arm, sample_of(session, window, num_examples), window, arrays=arrays, progress=progress)
     return replace(report, seconds=time.monotonic() - began)
 
 
 def debug_arm(
-    job: Job,
+    session: Session,
     arm: Arm,
     batches: Sequence[Callable[[], Batch]],
     window: str,
@@ -85,10 +83,10 @@ def debug_arm(
     began = time.monotonic()
     listener = progress or Silent()
     threads_before = torch.get_num_threads()
-    torch.set_num_threads(job.spec.threads)
+    torch.set_num_threads(session.spec.threads)
     try:
-        evaluator = evaluator_of(job.spec, job.adapter)
-        with evaluator.using(job.forms):
+        evaluator = evaluator_of(session.spec, session.adapter)
+        with evaluator.using(session.forms):
             listener.stage("look at every unit", len(batches))
             trace = trace_batches(evaluator, arm, batches, num_parts=_NUM_PARTS, on_progress=lambda: listener.advance())
             evaluator.outputs.check()
@@ -96,14 +94,14 @@ def debug_arm(
                 raise TrafficError(
                     f"windows.{window}: the sample has no row with a usable label; choose another window"
                 )
-            planned = arm if isinstance(arm, PlannedArm) else PlannedArm(job, arm.file, arm.label)
-            looked = _Looked(job, arm, planned, trace)
+            planned = arm if isinstance(arm, PlannedArm) else PlannedArm(session, arm.file, arm.label)
+            looked = _Looked(session, arm, planned, trace)
             units = tuple(looked.unit(unit) for unit in trace.units)
             suspects = suspects_among(units)
             listener.stage("try changes", 1)
             differing = [unit.unit for unit in units if unit.differs]
             broken = [unit.unit for unit in units if unit.is_broken]
-            change = best_change(job, arm, planned, suspects, differing, broken, trace.parts)
+            change = best_change(session, arm, planned, suspects, differing, broken, trace.parts)
             listener.advance()
     finally:
         torch.set_num_threads(threads_before)
@@ -111,11 +109,11 @@ def debug_arm(
     differs = looked.differences()
     is_reference = set(arm.file.plan.values()) == {Precision.FP32}
     return DebugReport(
-        name=job.config.name,
+        name=session.config.name,
         label=arm.label,
-        checkpoint_sha256=job.checkpoint_sha256,
-        window=job.window_text(window),
-        metrics=trace.exact.metrics(0, confidence=job.config.search.confidence, is_reference=is_reference),
+        checkpoint_sha256=session.checkpoint_sha256,
+        window=session.window_text(window),
+        metrics=trace.exact.metrics(0, confidence=session.config.search.confidence, is_reference=is_reference),
         num_compared=trace.num_compared,
         num_traced=trace.num_traced,
         units=units,
@@ -128,10 +126,10 @@ def debug_arm(
     )
 
 
-def sample_of(job: Job, window: str, num_examples: int) -> list[Callable[[], Batch]]:
+def sample_of(session: Session, window: str, num_examples: int) -> list[Callable[[], Batch]]:
     """Batches at equal distances in a window, about so many examples; each is read once."""
-    traffic = job.window(window)
-    wanted = max(1, math.ceil(num_examples / job.config.traffic.batch_size))
+    traffic = session.window(window)
+    wanted = max(1, math.ceil(num_examples / session.config.traffic.batch_size))
     count = min(wanted, traffic.num_batches)
     kept: dict[int, Batch] = {}
 
@@ -151,7 +149,7 @@ _Seen = tuple[
 class _Looked:
     """From sums to reports of units."""
 
-    job: Job
+    session: Session
     arm: Arm
     planned: PlannedArm
     trace: Trace
@@ -160,7 +158,7 @@ class _Looked:
         self.tables: list[SeenRows] = []
         self._total = float(self.trace.shares.second.sum())
         self._row = {unit: k for k, unit in enumerate(self.trace.units)}
-        self._sizes = {u.name: u for u in (*self.job.adapter.units, *self.job.adapter.layers.units)}
+        self._sizes = {u.name: u for u in (*self.session.adapter.units, *self.session.adapter.layers.units)}
 
     def unit(self, name: str) -> UnitReport:
         """All that is known of a unit."""
@@ -174,7 +172,7 @@ class _Looked:
             unit=name,
             precision=str(precision),
             form=None if form is None else str(form),
-            size_bytes=self.job.space.unit_bytes(self._sizes[name], precision),
+            size_bytes=self.session.storage.unit_bytes(self._sizes[name], precision),
             alone=self.trace.alone[name],
             accumulated=self.trace.accumulated[name],
             counts=counts,
@@ -191,14 +189,14 @@ class _Looked:
         """How a folder is not what its plan makes of the checkpoint, beside the units that traffic asked."""
         if not isinstance(self.arm, ServedArm):
             return ()
-        return (*dense_differences(self.job.adapter, self.arm), *changed_files(self.arm).values())
+        return (*dense_differences(self.session.adapter, self.arm), *changed_files(self.arm).values())
 
     def notes(self) -> list[str]:
         """What is no unit's."""
         return [f"{unit} was not called" for unit in self.arm.file.plan if unit not in self.trace.units]
 
     def _table(self, name: str) -> _Seen:
-        weight = self.job.adapter.weights[name].numpy()
+        weight = self.session.adapter.weights[name].numpy()
         precision = self.arm.file.plan[name]
         rows = seen_rows(name, precision, self.trace.ids[name], weight, lambda ids: self.arm.stored(name, ids))
         self.tables.append(rows)
@@ -214,7 +212,7 @@ class _Looked:
         return counts, tuple(worst_rows(rows, _NUM_WORST)), (differs,) if differs else (), ()
 
     def _layer(self, name: str) -> _Seen:
-        weight = self.job.adapter.layers.weights[name]
+        weight = self.session.adapter.layers.weights[name]
         stored = self.arm.stored_layer(name, 0)
         codes = weight_codes(weight, stored)
         counts = {
@@ -233,7 +231,7 @@ class _Looked:
             }
         differs: Sequence[str] = ()
         if isinstance(self.arm, ServedArm):
-            modules = len(self.job.adapter.layers.modules(name))
+            modules = len(self.session.adapter.layers.modules(name))
             differs = layer_modules_differences(self.planned, self.arm, name, modules)
         worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST, saturated_share=seen.saturated_share)
         # A form is judged by what the plan makes with it: what else is stored is a difference, and said as one.

@@ -16,7 +16,7 @@ from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
 from lowprec.models.outputs import Outputs, as_logits
 from lowprec.ops.served_bag import ServedBag
 from lowprec.plan import Plan
-from lowprec.search import Job
+from lowprec.session import Session
 from lowprec.traffic import BadRow
 
 __all__ = ["Certified", "Parity", "certified_outputs", "check_parity", "check_program"]
@@ -46,20 +46,20 @@ class Parity:
         return {"equal": "to the bit", **vars(self)}
 
 
-def certified_outputs(job: Job, plan: Plan, window: str, num_batches: int) -> list[Certified]:
+def certified_outputs(session: Session, plan: Plan, window: str, num_batches: int) -> list[Certified]:
     """Batches at equal distances in a window, as the evaluation answers them."""
-    traffic = job.window(window)
-    evaluator = evaluator_of(job.spec, job.adapter)
+    traffic = session.window(window)
+    evaluator = evaluator_of(session.spec, session.adapter)
     count = min(num_batches, traffic.num_batches)
     found = []
-    with evaluator.using(job.forms), _threads(job.spec.threads):
+    with evaluator.using(session.forms), _threads(session.spec.threads):
         for k in range(count):
             batch = traffic.batch(k * traffic.num_batches // count)
             if not batch.num_rows:
                 continue
             inputs = inputs_of(batch)
             logits = torch.from_numpy(evaluator.logits(batch, [plan]).plans[0])
-            calls = job.adapter.reference(inputs).calls
+            calls = session.adapter.reference(inputs).calls
             pooled = evaluator.tables.pooled(calls, [{plan[call.table]} for call in calls])
             outputs = tuple(of[plan[call.table]] for of, call in zip(pooled, calls, strict=True))
             tables = tuple(call.table for call in calls)
@@ -72,12 +72,12 @@ def certified_outputs(job: Job, plan: Plan, window: str, num_batches: int) -> li
     return found
 
 
-def check_parity(job: Job, module: nn.Module, expected: Sequence[Certified], window: str) -> Parity:
+def check_parity(session: Session, module: nn.Module, expected: Sequence[Certified], window: str) -> Parity:
     """Raise `ExportError` where a loaded module differs in a pooled embedding or a logit from what was certified."""
-    with _threads(job.spec.threads):
+    with _threads(session.spec.threads):
         for batch in expected:
             with _pooled_by(module) as pooled:
-                logits = _logits(module, batch.inputs, job.adapter.outputs)
+                logits = _logits(module, batch.inputs, session.adapter.outputs)
             if len(pooled) != len(batch.pooled):
                 raise ExportError(
                     f"export: the model calls its tables {len(batch.pooled)} times, and {len(pooled)} times when "
@@ -89,15 +89,17 @@ def check_parity(job: Job, module: nn.Module, expected: Sequence[Certified], win
             if not torch.equal(logits, batch.logits):
                 raise ExportError(f"export: the logits {_difference(logits, batch.logits)}; nothing was exported")
     examples = sum(len(batch.logits) for batch in expected)
-    return Parity(job.window_text(window), examples, sum(len(batch.pooled) * len(batch.logits) for batch in expected))
+    return Parity(
+        session.window_text(window), examples, sum(len(batch.pooled) * len(batch.logits) for batch in expected)
+    )
 
 
-def check_program(name: str, job: Job, program: Callable[..., Tensor], expected: Sequence[Certified]) -> None:
+def check_program(name: str, session: Session, program: Callable[..., Tensor], expected: Sequence[Certified]) -> None:
     """Raise `ExportError` where a program differs in a logit from what was certified."""
-    with _threads(job.spec.threads):
+    with _threads(session.spec.threads):
         for batch in expected:
             try:
-                logits = _logits(program, batch.inputs, job.adapter.outputs)
+                logits = _logits(program, batch.inputs, session.adapter.outputs)
             except RuntimeError as error:
                 raise ExportError(f"export: {name}: does not run: {' '.join(str(error).split())[:300]}") from None
             if not torch.equal(logits, batch.logits):

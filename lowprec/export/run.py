@@ -41,8 +41,8 @@ from lowprec.models.checkpoints.tensor_files import open_tensors
 from lowprec.models.inputs import takes_keyed_jagged
 from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision, write_plan
-from lowprec.search import Job, open_job
-from lowprec.search.space.planned import read_planned
+from lowprec.session import Session, open_session
+from lowprec.session.planned import read_planned
 from lowprec.storage import Location, Where
 from lowprec.storage.whole_folder import abandoned, whole_folder
 from lowprec.traffic.quarantine import said_of_bad_rows
@@ -117,23 +117,21 @@ def export_plan(
         raise ExportError(f"export {out}: is there already; remove it, or give another folder")
     if wrong := set(programs) - FILES.keys():
         raise ConfigError(f"programs: must be among {', '.join(FILES)}; got {', '.join(sorted(wrong))}")
-    # One process: rows are mapped from the checkpoint.
-    alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
-    job = open_job(config.model_copy(update={"evaluation": alone}))
-    file = read_planned(job, plan_path)
-    job = job.as_planned(file)
+    session = open_session(config.in_this_process())
+    file = read_planned(session, plan_path)
+    session = session.as_planned(file)
     _check_served(file)
-    _check_room(job, file, target, programs)
+    _check_room(session, file, target, programs)
     try:
         with whole_folder(target) as folder:
-            manifest = _write_folder(job, file, folder, listener)
+            manifest = _write_folder(session, file, folder, listener)
             module = load(folder)
             listener.stage("compare with the evaluation", 1 + len(programs))
-            expected = certified_outputs(job, file.plan, window, _NUM_BATCHES)
-            parity = check_parity(job, module, expected, window)
+            expected = certified_outputs(session, file.plan, window, _NUM_BATCHES)
+            parity = check_parity(session, module, expected, window)
             listener.advance()
             for kind in programs:
-                check_program(kind, job, write_program(kind, module, expected[0].inputs, folder), expected)
+                check_program(kind, session, write_program(kind, module, expected[0].inputs, folder), expected)
                 listener.advance()
             written = {kind: FILES[kind] for kind in programs}
             files = {**manifest.files, **{name: _described(folder / name) for name in written.values()}}
@@ -149,11 +147,11 @@ def export_plan(
     return Exported(
         folder=target,
         manifest=manifest,
-        fp32_bytes=job.space.fp32_bytes,
-        plan_bytes=job.space.size_bytes(file.plan),
+        fp32_bytes=session.storage.fp32_bytes,
+        plan_bytes=session.storage.size_bytes(file.plan),
         seconds=time.monotonic() - began,
         notes=(
-            *_notes(job, file),
+            *_notes(session, file),
             *_left_behind(target),
             *said_of_bad_rows([row for batch in expected for row in batch.bad_rows]),
         ),
@@ -169,14 +167,14 @@ def _check_served(file: PlanFile) -> None:
         )
 
 
-def _check_room(job: Job, file: PlanFile, target: Path, programs: Collection[str]) -> None:
+def _check_room(session: Session, file: PlanFile, target: Path, programs: Collection[str]) -> None:
     """Refuse what will not fit before hours of writing.
 
     PyTorch, which writes programs, ends the process on a full disk.
     """
-    tables = sum(u.num_rows * ops.row_bytes(u.dim, file.plan[u.name]) for u in job.adapter.units)
-    embeddings = {id(parameter) for parameter in job.adapter.table_parameters}
-    state = job.adapter.model.state_dict(keep_vars=True).values()
+    tables = sum(u.num_rows * ops.row_bytes(u.dim, file.plan[u.name]) for u in session.adapter.units)
+    embeddings = {id(parameter) for parameter in session.adapter.table_parameters}
+    state = session.adapter.model.state_dict(keep_vars=True).values()
     dense = sum(tensor.nbytes for tensor in state if id(tensor) not in embeddings)
     each = tables + dense + _SMALL_FILES_BYTES
     needed = each + len(programs) * (each + _PROGRAM_BYTES)
@@ -190,7 +188,7 @@ def _check_room(job: Job, file: PlanFile, target: Path, programs: Collection[str
         )
 
 
-def _notes(job: Job, file: PlanFile) -> tuple[str, ...]:
+def _notes(session: Session, file: PlanFile) -> tuple[str, ...]:
     notes = []
     if file.row_alignment != 1:
         notes.append(
@@ -200,13 +198,13 @@ def _notes(job: Job, file: PlanFile) -> tuple[str, ...]:
     verdict = file.evidence.get("verdict")
     if verdict != "certified":
         notes.append(f"the plan is not certified (its evidence says {verdict or 'nothing'})")
-    if takes_keyed_jagged(job.adapter.model) and is_reordered(job.adapter):
+    if takes_keyed_jagged(session.adapter.model) and is_reordered(session.adapter):
         notes.append(
             "TorchRec's quantize_embeddings puts tables of one pooling together, which is another order here: a model "
             "that reads its pooled embeddings as one tensor, and not by key, gets them in that order"
         )
-    if job.adapter.other_embeddings:
-        notes.append(f"nn.Embedding stays fp32: {', '.join(job.adapter.other_embeddings[:3])}")
+    if session.adapter.other_embeddings:
+        notes.append(f"nn.Embedding stays fp32: {', '.join(session.adapter.other_embeddings[:3])}")
     return tuple(notes)
 
 
@@ -224,16 +222,18 @@ def _left_behind(target: Path) -> tuple[str, ...]:
     )
 
 
-def _write_folder(job: Job, file: PlanFile, folder: Path, listener: Progress) -> Manifest:
-    paths = paths_of(job.adapter.model)
-    tables = _write_tables(job, file, folder, paths, listener)
-    (folder / CONFIG).write_text(_served_config(job.config).to_json())
+def _write_folder(session: Session, file: PlanFile, folder: Path, listener: Progress) -> Manifest:
+    paths = paths_of(session.adapter.model)
+    tables = _write_tables(session, file, folder, paths, listener)
+    (folder / CONFIG).write_text(_served_config(session.config).to_json())
     write_plan(file, folder / PLAN)
     (folder / TORCHREC).write_text(json.dumps(torchrec_document(tuple(t for t, _ in tables)), indent=2) + "\n")
-    layers = _write_dense(job.adapter, file, folder, paths)
+    layers = _write_dense(session.adapter, file, folder, paths)
     files = {table.file: described for table, described in tables}
     files |= {name: _described(folder / name) for name in (DENSE, CONFIG, PLAN, TORCHREC)}
-    manifest = Manifest(job.config.name, job.checkpoint_sha256, tuple(t for t, _ in tables), layers, files, {}, {})
+    manifest = Manifest(
+        session.config.name, session.checkpoint_sha256, tuple(t for t, _ in tables), layers, files, {}, {}
+    )
     manifest.write(folder)
     return manifest
 
@@ -241,19 +241,19 @@ def _write_folder(job: Job, file: PlanFile, folder: Path, listener: Progress) ->
 def _served_config(config: Config) -> Config:
     """Without what may hold secrets, and with paths that mean the same from anywhere."""
     defaults: Any = type(config).model_fields["monitor"].default
-    model = config.model.model_copy(update={"checkpoint": str(Location.of(config.model.checkpoint).absolute())})
-    traffic = config.traffic.model_copy(update={"path": str(Location.of(config.traffic.path).absolute())})
-    return config.model_copy(update={"monitor": defaults, "model": model, "traffic": traffic})
+    checkpoint, traffic = (str(Location.of(p).absolute()) for p in (config.model.checkpoint, config.traffic.path))
+    absolute = config.with_(model={"checkpoint": checkpoint}, traffic={"path": traffic})
+    return absolute.model_copy(update={"monitor": defaults})
 
 
 def _write_tables(
-    job: Job, file: PlanFile, folder: Path, paths: Mapping[nn.Module, tuple[str, ...]], listener: Progress
+    session: Session, file: PlanFile, folder: Path, paths: Mapping[nn.Module, tuple[str, ...]], listener: Progress
 ) -> list[tuple[ExportedTable, ExportedFile]]:
-    checkpoint = Location.of(job.spec.checkpoint)
-    names = open_tensors(checkpoint, list(job.adapter.weight_names.values())).shapes
+    checkpoint = Location.of(session.spec.checkpoint)
+    names = open_tensors(checkpoint, list(session.adapter.weight_names.values())).shapes
     (folder / "tables").mkdir()
     found = []
-    for k, (unit, bags) in enumerate(job.adapter.bags.items()):
+    for k, (unit, bags) in enumerate(session.adapter.bags.items()):
         modules = tuple(path for bag in bags for path in paths[bag])
         # A weight that several modules share may be stored by the name of any of them.
         tensor = next((f"{path}.weight" for path in modules if f"{path}.weight" in names), f"{modules[0]}.weight")
@@ -268,7 +268,7 @@ def _write_tables(
                 precision,
                 name=f"{modules[0]}.weight",
                 row_range=file.row_range(unit),
-                num_threads=job.spec.threads,
+                num_threads=session.spec.threads,
                 progress=listener,
             )
         except WeightError as error:

@@ -24,7 +24,7 @@ from lowprec.export.module import in_huge_pages, load, paths_of
 from lowprec.models.inputs import arguments_of, inputs_of
 from lowprec.ops.timing import num_cores, torch_threads
 from lowprec.plan import Plan, PlanFile, Precision
-from lowprec.search import Job, open_job
+from lowprec.session import Session, open_session
 
 __all__ = ["ServingReport", "ServingSpeed", "measure_serving"]
 
@@ -151,10 +151,10 @@ def measure_serving(
     folder, listener = Path(folder), progress or Silent()
     manifest = read_manifest(folder)
     _, file = read_config_and_plan(folder, manifest)
-    job = _open(folder, manifest, overrides, max(batch_sizes))
-    models = {"fp32": job.adapter.model, "served": load(folder, in_memory=in_memory)}
+    session = _open(folder, manifest, overrides, max(batch_sizes))
+    models = {"fp32": session.adapter.model, "served": load(folder, in_memory=in_memory)}
     if in_memory:
-        for bags in job.adapter.bags.values():
+        for bags in session.adapter.bags.values():
             weight = nn.Parameter(in_huge_pages(bags[0].weight.detach()), requires_grad=False)
             for bag in bags:
                 bag.weight = weight
@@ -162,42 +162,42 @@ def measure_serving(
     with torch_threads(num_threads), torch.inference_mode():
         listener.stage("requests", len(batch_sizes) + 1)
         for size in batch_sizes:
-            speeds += _timed(models, _requests(job, models, window, size), size, seconds)
+            speeds += _timed(models, _requests(session, models, window, size), size, seconds)
             listener.advance()
         largest = max(batch_sizes)
-        paths, each = _unit_paths(job), _each(job, models, window, largest)
+        paths, each = _unit_paths(session), _each(session, models, window, largest)
         units_ns = {name: _units_ns(model, paths, requests) / largest for name, model, requests in each}
         listener.advance()
     return ServingReport(
         folder=str(folder),
-        window=job.window_text(window),
+        window=session.window_text(window),
         speeds=tuple(speeds),
-        fp32_bytes=job.space.fp32_bytes,
-        served_bytes=job.space.size_bytes(file.plan),
+        fp32_bytes=session.storage.fp32_bytes,
+        served_bytes=session.storage.size_bytes(file.plan),
         num_threads=num_threads,
         is_in_memory=in_memory,
         units_size=largest,
         units_ns=units_ns,
-        predicted_ns=_predicted(job, file, window, largest),
+        predicted_ns=_predicted(session, file, window, largest),
     )
 
 
-def _open(folder: Path, manifest: Manifest, overrides: tuple[str, ...], batch_size: int) -> Job:
+def _open(folder: Path, manifest: Manifest, overrides: tuple[str, ...], batch_size: int) -> Session:
     config: Config = load_config(folder / CONFIG, overrides)
-    alone = config.evaluation.model_copy(update={"num_workers": 0, "worker_memory": None})
-    traffic = config.traffic.model_copy(update={"batch_size": batch_size})
-    job = open_job(config.model_copy(update={"evaluation": alone, "traffic": traffic}))
-    if job.checkpoint_sha256 != manifest.checkpoint_sha256:
+    session = open_session(config.in_this_process().with_(traffic={"batch_size": batch_size}))
+    if session.checkpoint_sha256 != manifest.checkpoint_sha256:
         raise PlanError(
             f"export {folder}: was made of checkpoint {manifest.checkpoint_sha256[:12]}, {config.model.checkpoint} is "
-            f"{job.checkpoint_sha256[:12]}; name the right one with --set model.checkpoint=PATH"
+            f"{session.checkpoint_sha256[:12]}; name the right one with --set model.checkpoint=PATH"
         )
-    return job
+    return session
 
 
-def _requests(job: Job, models: dict[str, nn.Module], window: str, size: int) -> list[dict[str, tuple[Any, ...]]]:
+def _requests(
+    session: Session, models: dict[str, nn.Module], window: str, size: int
+) -> list[dict[str, tuple[Any, ...]]]:
     """The arguments of each model, for requests of that many examples."""
-    traffic = job.window(window)
+    traffic = session.window(window)
     found: list[dict[str, tuple[Any, ...]]] = []
     for k in range(traffic.num_batches):
         batch = traffic.batch(k)
@@ -216,9 +216,9 @@ def _requests(job: Job, models: dict[str, nn.Module], window: str, size: int) ->
 
 
 def _each(
-    job: Job, models: dict[str, nn.Module], window: str, size: int
+    session: Session, models: dict[str, nn.Module], window: str, size: int
 ) -> Iterator[tuple[str, nn.Module, list[tuple[Any, ...]]]]:
-    requests = _requests(job, models, window, size)
+    requests = _requests(session, models, window, size)
     for name, model in models.items():
         yield name, model, [request[name] for request in requests]
 
@@ -245,11 +245,13 @@ def _speed(name: str, size: int, times: np.ndarray[Any, Any]) -> ServingSpeed:
     return ServingSpeed(name, size, len(times), p50, p99, 1 / float(times.mean()))
 
 
-def _unit_paths(job: Job) -> list[str]:
+def _unit_paths(session: Session) -> list[str]:
     """Where the units of the space are in a model: tables, and layers where the config lets them have precisions."""
-    paths, units = paths_of(job.adapter.model), {unit.name for unit in job.units}
-    modules: list[nn.Module] = [bag for bags in job.adapter.bags.values() for bag in bags]
-    modules += [m for u in job.adapter.layers.units if u.name in units for m in job.adapter.layers.modules(u.name)]
+    paths, units = paths_of(session.adapter.model), {unit.name for unit in session.units}
+    modules: list[nn.Module] = [bag for bags in session.adapter.bags.values() for bag in bags]
+    modules += [
+        m for u in session.adapter.layers.units if u.name in units for m in session.adapter.layers.modules(u.name)
+    ]
     return [paths[module][0] for module in modules]
 
 
@@ -288,21 +290,21 @@ def _clocks(modules: Sequence[nn.Module], took: dict[nn.Module, list[float]]) ->
             hook.remove()
 
 
-def _predicted(job: Job, file: PlanFile, window: str, size: int) -> dict[str, float] | None:
+def _predicted(session: Session, file: PlanFile, window: str, size: int) -> dict[str, float] | None:
     """By the calibration of the config, for this traffic."""
-    if job.config.cost.calibration is None:
+    if session.config.cost.calibration is None:
         return None
     bags: dict[str, int] = defaultdict(int)
     ids: dict[str, int] = defaultdict(int)
     num_examples = 0
-    for k in range(min(job.window(window).num_batches, 4)):
-        batch = job.window(window).batch(k)
+    for k in range(min(session.window(window).num_batches, 4)):
+        batch = session.window(window).batch(k)
         num_examples += batch.num_rows
-        for call in job.adapter.asked(inputs_of(batch)) if batch.num_rows else ():
+        for call in session.adapter.asked(inputs_of(batch)) if batch.num_rows else ():
             bags[call.table] += len(call.offsets) - 1
             ids[call.table] += len(call.indices)
     use = {t: TableUse(count / max(num_examples, 1), ids[t] / count if count else 0.0) for t, count in bags.items()}
-    costs = job.costs(use)
-    plans = {"fp32": Plan.uniform(job.units, Precision.FP32), "served": Plan.of(job.units, file.plan)}
+    plans = {"fp32": Plan.uniform(session.units, Precision.FP32), "served": Plan.of(session.units, file.plan)}
+    costs = session.costs(use, file.plan.items())
     found = {name: costs.plan_latency_ns(plan) for name, plan in plans.items()}
     return {name: ns for name, ns in found.items() if ns is not None}

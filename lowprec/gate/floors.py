@@ -17,9 +17,10 @@ from lowprec.core.errors import PlanError
 from lowprec.core.progress import Progress
 from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.stats.confidence import Verdict
+from lowprec.evaluation.workers.auto_workers import Work
 from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, checkpoint_stamp
 from lowprec.plan import PlanFile
-from lowprec.search.job import open_job, open_workers
+from lowprec.session import open_session, open_workers
 from lowprec.storage import Location
 
 __all__ = ["Floor", "Gate", "floors_of", "gated"]
@@ -150,11 +151,11 @@ def _deployed_metrics(
     config: Config, file: PlanFile, window: str, *, quarantine: Location, progress: Progress
 ) -> PlanMetrics:
     """The metrics of a plan on the config's own checkpoint over a whole window."""
-    job = open_job(config).as_planned(file)
-    traffic = job.window(window)
+    session = open_session(config).as_planned(file)
+    traffic = session.window(window)
     progress.stage("deployed checkpoint", traffic.num_batches)
-    with open_workers(job, progress.note) as workers:
-        evaluation = job.evaluate(
+    with open_workers(session, Work(traffic, traffic.num_batches), progress.note) as workers:
+        evaluation = session.evaluate(
             workers, window, traffic, [file.plan], quarantine=quarantine, on_progress=progress.advance
         )
     return evaluation.metrics[0]

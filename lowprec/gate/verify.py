@@ -20,14 +20,15 @@ from lowprec.evaluation.workers.worker import Workers
 from lowprec.gate.floors import Floor, Gate, gated
 from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
 from lowprec.search.confirm.alpha_spending import Spending, spending
-from lowprec.search.job import Job, open_job, open_workers
+from lowprec.search.job import job_of
 from lowprec.search.record.outcome import SearchOutcome, plan_file
 from lowprec.search.record.record import RunRecord
 from lowprec.search.record.trial import Trial, plan_key
 from lowprec.search.search_run import run_search
 from lowprec.search.space.hand_plan import HandPlan, make_plan
 from lowprec.search.space.layer_forms import recalibrated
-from lowprec.search.space.planned import read_planned
+from lowprec.session import Session, open_session, open_workers
+from lowprec.session.planned import read_planned
 from lowprec.storage import Location, Where
 
 __all__ = ["Snapshot", "Verification", "verify_plan"]
@@ -150,33 +151,33 @@ def verify_plan(
     deployed = config
     hand = make_plan(config, plan, progress=progress) if isinstance(plan, HandPlan) else None
     if snapshot is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})})
-    job = open_job(config)
-    file = hand or read_planned(job, cast(Where, plan), any_checkpoint=snapshot is not None)
+        config = config.with_(model={"checkpoint": snapshot})
+    session = open_session(config)
+    file = hand or read_planned(session, cast(Where, plan), any_checkpoint=snapshot is not None)
     gate = Gate(deployed, file, is_of_snapshot=snapshot is not None, progress=listener)
     if repair:
-        job.space.check(file.plan)
-    job = job.as_planned(file)
+        job_of(session).space.check(file.plan)
+    session = session.as_planned(file)
     budget = _budget(config, file, budget_pct)
-    traffic_window = job.window(window)
-    job.costs({})  # what is wrong with them must cost no pass
-    record = RunRecord(job, None, command="verify")
+    traffic_window = session.window(window)
+    session.costs({}, file.plan.items())  # what is wrong with them must cost no pass
+    record = RunRecord(session, None, command="verify")
     with record.running(listener.note):
         listener.stage("verify", traffic_window.num_batches)
         work = Work(traffic_window, VERIFY_PASSES * traffic_window.num_batches)
-        with open_workers(job, listener.note, work) as workers:
-            if snapshot is not None and file.checkpoint_sha256 != job.checkpoint_sha256:
-                job = _recalibrated(job, workers)
-            key = plan_key(job.checkpoint_sha256, job.evaluated_on(window, traffic_window), file.plan)
+        with open_workers(session, work, listener.note) as workers:
+            if snapshot is not None and file.checkpoint_sha256 != session.checkpoint_sha256:
+                session = _recalibrated(session, workers)
+            key = plan_key(session.checkpoint_sha256, session.evaluated_on(window, traffic_window), file.plan)
             terms = spending(
-                record.looks(file.plan, job.window_text(window)),
+                record.looks(file.plan, session.window_text(window)),
                 key,
-                confidence=job.config.search.confidence,
+                confidence=session.config.search.confidence,
                 sequential=sequential,
             )
             if terms.note:
                 listener.note(terms.note)
-            evaluation = job.evaluate(
+            evaluation = session.evaluate(
                 workers,
                 window,
                 traffic_window,
@@ -187,16 +188,16 @@ def verify_plan(
                 tuned_for=terms.tuned_for,
                 on_progress=listener.advance,
             )
-            wrong_rows = job.rows_without_form(workers, file.plan)
+            wrong_rows = session.rows_without_form(workers, file.plan)
         metrics = evaluation.metrics[0]
-        costs = job.costs(evaluation.use)
+        costs = session.costs(evaluation.use, file.plan.items())
         trial = Trial(
             key=key,
             number=0,
             wave=0,
             kind="verify",
             plan=file.plan,
-            size_bytes=job.space.size_bytes(file.plan),
+            size_bytes=session.storage.size_bytes(file.plan),
             latency_ns=costs.plan_latency_ns(file.plan),
             cost=costs.cost(file.plan),
             promised_pct=None,
@@ -208,7 +209,7 @@ def verify_plan(
         record.add_trials(
             [trial],
             evaluation="verify",
-            window=job.window_text(window),
+            window=session.window_text(window),
             gated=lambda verdict: gated(verdict, floors),
             floors=[floor.to_dict() for floor in floors],
         )
@@ -218,13 +219,13 @@ def verify_plan(
             row_ranges=rowwise_ranges(file.plan, file.row_ranges),
             size_bytes=trial.size_bytes,
             latency_ns=trial.latency_ns,
-            fp32_bytes=job.space.fp32_bytes,
+            fp32_bytes=session.storage.fp32_bytes,
             metrics=metrics,
             budget_pct=budget,
             verdict=gated(metrics.verdict(budget), floors),
-            window=job.window_text(window),
+            window=session.window_text(window),
             rows=evaluation.rows,
-            notes=(*_notes(job, file, config), *costs.notes, *wrong_rows, *([terms.note] if terms.note else [])),
+            notes=(*_notes(session, file, config), *costs.notes, *wrong_rows, *([terms.note] if terms.note else [])),
             spending=terms,
             seconds=time.monotonic() - began,
             missing=shortfall(
@@ -237,7 +238,7 @@ def verify_plan(
             floors=floors,
         )
         if snapshot is not None:
-            outcome = replace(outcome, snapshot=_snapshot(job, file, trial, outcome, record.artifacts))
+            outcome = replace(outcome, snapshot=_snapshot(session, file, trial, outcome, record.artifacts))
         record.state(
             "done",
             verdict=outcome.verdict,
@@ -248,7 +249,7 @@ def verify_plan(
         listener.note("the fp32 model of this checkpoint breaks a floor of the gate too: no plan can repair that")
     elif repair and outcome.verdict != "certified":
         listener.note(f"the plan is {outcome.verdict}: searching from there")
-        found = run_search(_within(job.config, budget_pct), start=file.plan, progress=progress)
+        found = run_search(_within(session.config, budget_pct), start=file.plan, progress=progress)
         bad_rows = record.artifacts / "quarantine"
         repaired = tuple(f for r in found.recommendations for f in gate.floors(r.best.metrics, "confirm", bad_rows))
         outcome = replace(outcome, repair=found, repair_floors=repaired)
@@ -259,22 +260,22 @@ def _within(config: Config, budget_pct: float | None) -> Config:
     """With that budget alone, where one is given."""
     if budget_pct is None:
         return config
-    return config.model_copy(update={"search": config.search.model_copy(update={"budget": budget_pct, "budgets": ()})})
+    return config.with_(search={"budget": budget_pct, "budgets": ()})
 
 
-def _recalibrated(job: Job, workers: Workers) -> Job:
+def _recalibrated(session: Session, workers: Workers) -> Session:
     """With the inputs of layers calibrated on this snapshot."""
-    per_task = job.config.evaluation.batches_per_task
-    forms = recalibrated(workers, job.window("search"), job.forms, batches_per_task=per_task)
-    return job.with_forms(forms)
+    per_task = session.config.evaluation.batches_per_task
+    forms = recalibrated(workers, session.window("search"), session.forms, batches_per_task=per_task)
+    return session.with_forms(forms)
 
 
-def _snapshot(job: Job, file: PlanFile, trial: Trial, outcome: Verification, artifacts: Location) -> Snapshot:
+def _snapshot(session: Session, file: PlanFile, trial: Trial, outcome: Verification, artifacts: Location) -> Snapshot:
     path: Location | None = None
     if outcome.verdict == "certified":
         path = artifacts / "plan.json"
         found = plan_file(
-            job,
+            session,
             trial,
             outcome.metrics,
             run_id=outcome.run_id,
@@ -284,16 +285,16 @@ def _snapshot(job: Job, file: PlanFile, trial: Trial, outcome: Verification, art
             verdict=outcome.verdict,
         )
         write_plan(replace(found, row_ranges=file.row_ranges), path)
-    return Snapshot(job.config.model.checkpoint, job.checkpoint_sha256, file.checkpoint_sha256, path)
+    return Snapshot(session.config.model.checkpoint, session.checkpoint_sha256, file.checkpoint_sha256, path)
 
 
-def _notes(job: Job, file: PlanFile, config: Config) -> list[str]:
+def _notes(session: Session, file: PlanFile, config: Config) -> list[str]:
     notes = []
     ranges = set(rowwise_ranges(file.plan, file.row_ranges).values())
-    if file.row_alignment != job.space.row_alignment:
+    if file.row_alignment != session.storage.row_alignment:
         notes.append(
-            f"the plan was made for row alignment {file.row_alignment}, the config has {job.space.row_alignment}: "
-            "bytes are those of the config"
+            f"the plan was made for row alignment {file.row_alignment}, the config has "
+            f"{session.storage.row_alignment}: bytes are those of the config"
         )
     if ranges - {config.space.row_range}:
         notes.append(

@@ -118,8 +118,7 @@ def _for_cluster(config: Config) -> Config:
     paths["evaluation.address"] = "auto"  # the cluster that the job runs on, as Ray tells it
     for key, value in paths.items():
         section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
+        config = config.with_(**{section: {name: value}})
     return config
 
 

@@ -186,10 +186,10 @@ class _Monitor:
         self._progress.stage("monitor", traffic.num_batches)
         earlier = [self._judged[start].inputs_json for start in sorted(self._judged) if start < (window.start or 0)]
         measured = measure_window(
-            live.job,
+            live.session,
             live.workers,
             live.plan,
-            live.job.reader.window(window),
+            live.session.reader.window(window),
             certified,
             self._drift_rule,
             History(earlier, certified.inputs),
@@ -223,7 +223,7 @@ class _Monitor:
             **measured.to_row(),
             **standing_columns(standing, self._config.search.confidence),
             "checkpoint": live.path,
-            "checkpoint_sha256": live.job.checkpoint_sha256,
+            "checkpoint_sha256": live.session.checkpoint_sha256,
             "saturation_json": json.dumps([g.to_dict() for g in saturation]),
         }
         self._keep(window, judgement, row, measured.evidence, proposal, live)
@@ -280,7 +280,7 @@ class _Monitor:
             path = self._record.artifacts / f"proposed-{start}.json"
             verify_with = verify_arguments(window, self._schedule.unit, path, self._deployment.budget_pct)
             file = proposal.file(
-                self._deployment.plan, live.job.checkpoint_sha256, self._text(window), self._deployment.budget_pct
+                self._deployment.plan, live.session.checkpoint_sha256, self._text(window), self._deployment.budget_pct
             )
             write_plan(file, path)
             plan_path = str(path)
@@ -381,9 +381,9 @@ class _Monitor:
     def _propose(self, window: Window, live: LiveModel, traffic: TrafficWindow, standing: Standing) -> Proposal | None:
         self._progress.stage("proposal", traffic.num_batches)
         return propose(
-            live.job,
+            live.session,
             live.workers,
-            live.job.reader.window(window),
+            live.session.reader.window(window),
             live.plan,
             budget_pct=self._deployment.budget_pct,
             gap_pct=100 * standing.running_gap,

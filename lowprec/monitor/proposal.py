@@ -10,11 +10,11 @@ from lowprec.evaluation.profile.window_profile import measure_profile
 from lowprec.evaluation.stats.bounds import normal_quantile
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.plan import Forms, Plan, PlanFile, Precision
-from lowprec.search import Job
 from lowprec.search.rule import Forecast
 from lowprec.search.space.layer_forms import forms_beside
-from lowprec.search.space.space import SearchSpace, at_least_as_exact
+from lowprec.search.space.space import at_least_as_exact, build_space
 from lowprec.search.surrogate.surrogate import build_surrogate
+from lowprec.session import Session
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow, Window
 from lowprec.traffic.schema import TimeUnit
@@ -65,7 +65,7 @@ class Proposal:
 
 
 def propose(
-    job: Job,
+    session: Session,
     workers: Workers,
     window: TrafficWindow,
     plan: Plan,
@@ -83,21 +83,23 @@ def propose(
     The profile promises less than is measured where labels say more than it keeps of them; a plan is taken to be as
     much worse than promised as the deployed one is.
     """
-    space = at_least_as_exact(job.space, plan)
-    columns = tuple((u, p) for u, p in _columns(space) if p is not Precision.FP32)
-    forms = forms_beside(job.forms)
+    prune = session.config.cost.calibration is None
+    space = at_least_as_exact(build_space(session.storage, session.config.space, prune=prune), plan)
+    choices = [(unit, p) for decision in space.decisions for unit in decision.units for p in decision.choices]
+    columns = tuple((u, p) for u, p in choices if p is not Precision.FP32)
+    forms = forms_beside(session.forms)
     measured = measure_profile(
         workers,
         window,
         columns,
         forms=forms,
-        by_group=job.config.traffic.group is not None,
-        batches_per_task=job.config.evaluation.batches_per_task,
+        by_group=session.config.traffic.group is not None,
+        batches_per_task=session.config.evaluation.batches_per_task,
         max_bad_fraction=1.0,
         label_free=label_free,
         on_progress=on_progress,
     )
-    costs = replace(job, space=space).costs(measured.use)
+    costs = session.costs(measured.use, choices)
     # The plan will be judged on windows like this one.
     forecast = Forecast(normal_quantile(confidence), 1.0)
     surrogate = build_surrogate(measured, space, costs, budgets=[budget_pct], forecast=forecast)
@@ -115,12 +117,8 @@ def propose(
         promised_pct=float(surrogate.promised_pct([point.plan])[0]) * worse,
         promised_now_pct=now * worse,
         forms=forms,
-        row_alignment=space.row_alignment,
+        row_alignment=session.storage.row_alignment,
     )
-
-
-def _columns(space: SearchSpace) -> list[tuple[str, Precision]]:
-    return [(unit, p) for decision in space.decisions for unit in decision.units for p in decision.choices]
 
 
 def verify_arguments(window: Window, unit: TimeUnit | None, path: Location, budget_pct: float) -> str:

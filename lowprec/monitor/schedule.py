@@ -53,7 +53,8 @@ class Schedule:
             )
         start = _bound(watch.start, unit, "monitor.start")
         if start is None:
-            start = _bound(config.windows.confirm.end, unit, "windows.confirm.end")
+            confirm = config.windows.confirm
+            start = _bound(confirm.end if confirm else None, unit, "windows.confirm.end")
         if start is None:
             raise ConfigError(
                 "monitor.start: is required, because windows.confirm has no end; say where the traffic begins that "
@@ -158,7 +159,7 @@ def certified_window(config: Config, schedule: Schedule) -> Window:
     """The window that "moved" is told from; raises `ConfigError` where it reaches into what is watched."""
     bounds, key = config.monitor.certified, "monitor.certified"
     if bounds is None:
-        bounds, key = config.windows.confirm, "windows.confirm"
+        bounds, key = config.windows.of("confirm"), "windows.confirm"
     window = parse_window(bounds.start, bounds.end, unit=schedule.unit, key=key)
     if window.end is None:
         window = Window(window.start, schedule.first)

@@ -18,9 +18,8 @@ from lowprec.monitor.schedule import Schedule, certified_window
 from lowprec.monitor.snapshots import Snapshots
 from lowprec.monitor.window_evidence import observe_window, precisions_of
 from lowprec.plan import Plan
-from lowprec.search import Job, open_job
-from lowprec.search.job import open_workers
-from lowprec.search.space.planned import read_planned
+from lowprec.session import Session, open_session, open_workers
+from lowprec.session.planned import read_planned
 from lowprec.storage import Location, Where
 from lowprec.traffic import Window, format_window
 
@@ -32,7 +31,7 @@ class LiveModel:
     """A snapshot of the model with its workers, ready for windows."""
 
     path: str
-    job: Job
+    session: Session
     workers: Workers
     plan: Plan
 
@@ -77,12 +76,12 @@ class LiveModels:
         """
         live = self.in_window(window)
         if self._certified is None:
-            self._certified = Certified.read(self._artifacts, live.job.reader.schema)
+            self._certified = Certified.read(self._artifacts, live.session.reader.schema)
         if self._certified is None:
             made_for = self._deployment.plan.checkpoint_sha256
-            if live.job.checkpoint_sha256 != made_for:
+            if live.session.checkpoint_sha256 != made_for:
                 live = self._at(self._config.model.checkpoint, window)
-            if live.job.checkpoint_sha256 != made_for:
+            if live.session.checkpoint_sha256 != made_for:
                 raise ConfigError(
                     f"model.checkpoint {live.path}: is not the one that plan {self._plan_path} was made for "
                     f"({made_for[:12]}); the first run of the monitor compares with it"
@@ -95,16 +94,16 @@ class LiveModels:
     def grown_ranges(self, live: LiveModel) -> list[RangeGrowth]:
         """Rows whose range grew since the certified snapshot, by table; found once for each snapshot and kept."""
         certified = self._config.model.checkpoint
-        if live.job.checkpoint_sha256 == self._deployment.plan.checkpoint_sha256:
+        if live.session.checkpoint_sha256 == self._deployment.plan.checkpoint_sha256:
             return []
-        path = self._artifacts / f"ranges-{live.job.checkpoint_sha256[:16]}.json"
+        path = self._artifacts / f"ranges-{live.session.checkpoint_sha256[:16]}.json"
         if path.kind() is not None:
             return [RangeGrowth(**growth) for growth in json.loads(path.read_bytes())]
         if Location.of(certified).kind() is None:
             self._progress.note(f"model.checkpoint {certified}: is gone, so ranges of rows are not compared with it")
             return []
-        tensors = live.job.adapter.weight_names
-        found = grown_ranges(live.job.units, tensors, certified, live.path, live.plan)
+        tensors = live.session.adapter.weight_names
+        found = grown_ranges(live.session.units, tensors, certified, live.path, live.plan)
         with path.whole_file() as partial:
             partial.write_text(json.dumps([growth.to_dict() for growth in found]))
         return found
@@ -114,19 +113,18 @@ class LiveModels:
             return self._live
         self._stack.close()
         self._live = None
-        model = self._config.model.model_copy(update={"checkpoint": checkpoint})
-        job = open_job(self._config.model_copy(update={"model": model}))
-        file = read_planned(job, self._plan_path, any_checkpoint=self._config.monitor.checkpoint is not None)
-        job = job.as_planned(file)
-        rows = job.reader.window(window)
+        session = open_session(self._config.with_(model={"checkpoint": checkpoint}))
+        file = read_planned(session, self._plan_path, any_checkpoint=self._config.monitor.checkpoint is not None)
+        session = session.as_planned(file)
+        rows = session.reader.window(window)
         work = Work(rows, MONITOR_PASSES * self.num_due * rows.num_batches)
-        workers = self._stack.enter_context(open_workers(job, self._progress.note, work))
-        self._live = LiveModel(checkpoint, job, workers, file.plan)
+        workers = self._stack.enter_context(open_workers(session, work, self._progress.note))
+        self._live = LiveModel(checkpoint, session, workers, file.plan)
         return self._live
 
     def _measured(self, live: LiveModel) -> Certified:
         try:
-            window = live.job.reader.window(self._certified_window)
+            window = live.session.reader.window(self._certified_window)
         except TrafficError as error:
             raise TrafficError(
                 f"{error}; the monitor compares with the window that the plan was certified on: name one in "
@@ -135,7 +133,7 @@ class LiveModels:
         counts = CertifiedCounts(window.schema)
         self._progress.stage("certified", window.num_batches)
         observation = observe_window(
-            live.job,
+            live.session,
             live.workers,
             live.plan,
             window,

@@ -25,7 +25,7 @@ from lowprec.monitor.judging.judge import WindowEvidence
 from lowprec.monitor.judging.units import UnitShare, ranked, unit_shares
 from lowprec.monitor.observe import WindowObservation, low_units, observe
 from lowprec.plan import Plan, Precision
-from lowprec.search import Job
+from lowprec.session import Session
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow
 
@@ -101,7 +101,7 @@ def precisions_of(plan: Plan) -> dict[str, str]:
 
 
 def observe_window(
-    job: Job,
+    session: Session,
     workers: Workers,
     plan: Plan,
     window: TrafficWindow,
@@ -116,17 +116,17 @@ def observe_window(
         workers,
         window,
         plan,
-        forms=job.forms,
+        forms=session.forms,
         on_inputs=on_inputs,
-        max_bad_fraction=job.config.traffic.max_bad_fraction,
+        max_bad_fraction=session.config.traffic.max_bad_fraction,
         on_progress=on_progress,
     )
-    job.judge_rows(name, observation.rows, observation.bad_rows, quarantine)
+    session.judge_rows(name, observation.rows, observation.bad_rows, quarantine)
     return observation
 
 
 def measure_window(
-    job: Job,
+    session: Session,
     workers: Workers,
     plan: Plan,
     window: TrafficWindow,
@@ -144,16 +144,16 @@ def measure_window(
     history: of the windows before it.
     """
     inputs = Inputs(window.schema, NUM_BLOCKS)
-    novelty = Novelty(certified.inputs, certified.touched, job.features)
+    novelty = Novelty(certified.inputs, certified.touched, session.features)
 
     def add(block: int, counts: InputCounts) -> None:
         inputs.add(block, counts)
         novelty.add(counts.sparse)
 
     observation = observe_window(
-        job, workers, plan, window, on_inputs=add, quarantine=quarantine, name=name, on_progress=on_progress
+        session, workers, plan, window, on_inputs=add, quarantine=quarantine, name=name, on_progress=on_progress
     )
-    confidence = job.config.search.confidence
+    confidence = session.config.search.confidence
     is_reference = set(plan.values()) == {Precision.FP32}
     metrics = _labelled(observation, confidence, is_reference)
     label_free = observation.label_free.evidence

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lowprec.plan.plan import Unit
+from lowprec.plan.plan import Plan, Unit
 from lowprec.plan.precision import Precision
 from lowprec.plan.row_layout import row_bytes
 
-__all__ = ["DominatedChoice", "LayerStorage", "plan_bytes", "undominated", "unit_bytes"]
+__all__ = ["DominatedChoice", "LayerStorage", "ModelStorage", "plan_bytes", "undominated", "unit_bytes"]
 
 # The scale of an int8 output channel; the row, column and value of an outlier.
 _SCALE_BYTES, _OUTLIER_BYTES = 4, 12
@@ -38,6 +38,28 @@ class LayerStorage:
 
     outliers: float = 0.0
     emulated_bits: int = 16
+
+
+@dataclass(frozen=True)
+class ModelStorage:
+    """The units of a model and what decides their bytes beside their precision. row_alignment: of tables, in bytes."""
+
+    units: tuple[Unit, ...]
+    row_alignment: int = 1
+    layers: LayerStorage = field(default_factory=LayerStorage)
+
+    def size_bytes(self, plan: Mapping[str, Precision]) -> int:
+        """Bytes of a plan."""
+        return plan_bytes(self.units, plan, self.row_alignment, self.layers)
+
+    def unit_bytes(self, unit: Unit, precision: Precision) -> int:
+        """Bytes of one unit at a precision."""
+        return unit_bytes(unit, precision, self.row_alignment, self.layers)
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes of the reference."""
+        return self.size_bytes(Plan.uniform(self.units, Precision.FP32))
 
 
 def unit_bytes(unit: Unit, precision: Precision, row_alignment: int, layers: LayerStorage = LayerStorage()) -> int:

@@ -22,7 +22,7 @@ from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
 from lowprec.search.confirm.choice import finalists
 from lowprec.search.confirm.confirm import Recommendation, confirm
-from lowprec.search.job import Job, open_job, open_workers
+from lowprec.search.job import SearchJob, open_job
 from lowprec.search.proposals.waves import next_wave
 from lowprec.search.race_policy import race
 from lowprec.search.record.describe import describe_profile, notes_on
@@ -34,6 +34,7 @@ from lowprec.search.slices import SLICE_EXAMPLES, race_tasks, slices_of
 from lowprec.search.space.layer_forms import fitted_forms, num_passes
 from lowprec.search.surrogate.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.surrogate.surrogate import Surrogate, build_surrogate
+from lowprec.session import open_workers
 from lowprec.storage import Location, Where
 
 __all__ = ["run_search"]
@@ -63,16 +64,16 @@ def run_search(
     for note in notes_on(job):
         listener.note(note)
     # Read before the run begins: what is missing or of something else must cost no pass and leave no trace.
-    job.costs({})
+    job.search_costs({})
     if start is not None:
         job.space.check(start)
     record = RunRecord(job, resume, start=start)
-    job = record.job
+    job = record.session
     given = None if profile is None else read_profile(profile, job.profile_origin("search"))
     with record.running(listener.note):
         if given is not None:
             write_profile(given, job.profile_origin("search"), record.profile_path)
-        with open_workers(job, listener.note) as workers:
+        with open_workers(job, job.search_work(), listener.note) as workers:
             outcome = _Search(job, record, workers, listener).run()
         best = outcome.recommendations[0].best
         record.state(
@@ -90,7 +91,7 @@ _OTHER_TRAFFIC = "resume with the traffic, checkpoint and space that the run beg
 
 
 class _Search:
-    def __init__(self, job: Job, record: RunRecord, workers: Workers, progress: Progress) -> None:
+    def __init__(self, job: SearchJob, record: RunRecord[SearchJob], workers: Workers, progress: Progress) -> None:
         self._job, self._record, self._workers, self._progress = job, record, workers, progress
         self._settings = job.config.search
         self._budgets = job.config.search.all_budgets
@@ -162,7 +163,7 @@ class _Search:
                 on_progress=self._progress.advance,
             )
             self._record.keep_profile(measured, origin)
-        costs = self._job.costs(measured.use)
+        costs = self._job.search_costs(measured.use)
         for note in costs.notes:
             self._progress.note(note)
         forecast = Forecast.of(

@@ -27,7 +27,7 @@ from lowprec.monitor.inputs.normal_drift import History
 from lowprec.monitor.observe import low_units, observe
 from lowprec.monitor.window_evidence import MeasuredWindow, measure_window, precisions_of
 from lowprec.plan import Plan, Precision
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.storage import Location
 from lowprec.traffic import Window, open_traffic
 
@@ -35,7 +35,7 @@ NUM_REPLAYS, NUM_ROWS, SHARE, NUM_WORST, MIN_LOOKUPS = 100, 20_000, 0.9, 20, 5
 HURTS = 1.1
 
 
-def row_effects(job: Job, workers: LocalWorkers, plan: Plan) -> dict[str, NDArray[np.int64]]:
+def row_effects(job: SearchJob, workers: LocalWorkers, plan: Plan) -> dict[str, NDArray[np.int64]]:
     """For each one-hot feature the ids whose rows the plan changes most, by the logit, on the confirm window."""
     units = low_units(plan)
     sums = {u.name: np.zeros(u.num_rows) for u in job.units}
@@ -58,7 +58,7 @@ def row_effects(job: Job, workers: LocalWorkers, plan: Plan) -> dict[str, NDArra
     return found
 
 
-def measure(job: Job, workers: LocalWorkers, plan: Plan, certified: Certified, folder: Path) -> MeasuredWindow:
+def measure(job: SearchJob, workers: LocalWorkers, plan: Plan, certified: Certified, folder: Path) -> MeasuredWindow:
     """Everything that the monitor measures of the traffic in a folder."""
     reader = open_traffic(str(folder), job.reader.schema, batch_size=job.config.traffic.batch_size)
     window = reader.window(Window())

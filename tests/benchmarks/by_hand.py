@@ -28,7 +28,7 @@ from lowprec.models.adapter import inputs_of
 from lowprec.models.dlrm import DLRM
 from lowprec.ops import quantize
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import Job
+from lowprec.search import SearchJob
 from lowprec.traffic.batch import Batch
 
 Float = NDArray[np.float64]
@@ -85,7 +85,7 @@ class HandModel:
     """
 
     def __init__(
-        self, job: Job, *, pass_seconds: float, window: str = "search", num_batches: int | None = None
+        self, job: SearchJob, *, pass_seconds: float, window: str = "search", num_batches: int | None = None
     ) -> None:
         """Prepare the model for all batches of a window of the job, or for its first `num_batches`."""
         torch.set_num_threads(1)
@@ -202,7 +202,7 @@ class HandModel:
         )
 
 
-def fp32_pass_seconds(job: Job, *, num_batches: int | None = None, repeats: int = 3) -> float:
+def fp32_pass_seconds(job: SearchJob, *, num_batches: int | None = None, repeats: int = 3) -> float:
     """Median seconds of one fp32 pass over the search window: read from Parquet, run the model, on one thread."""
     torch.set_num_threads(1)
     seconds = []

@@ -30,7 +30,7 @@ from lowprec.evaluation.race.estimate import estimates, residual_radius
 from lowprec.evaluation.race.race_sums import RaceSums, RaceTask
 from lowprec.evaluation.rows import RowAccount
 from lowprec.plan import Plan
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.search.surrogate.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
@@ -45,10 +45,10 @@ NUM_DRAWS, NUM_DRAWN = 2000, 24
 ALPHA = 0.05
 
 
-def plans_of_front(job: Job, profile: Profile, *, level: float, count: int) -> list[Plan]:
+def plans_of_front(job: SearchJob, profile: Profile, *, level: float, count: int) -> list[Plan]:
     """Plans of the front of promised gaps, spread over those with a KL gap between a third and three times `level`."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
-    costs = job.costs({})
+    costs = job.search_costs({})
     surrogate = build_surrogate(measured, job.space, costs, budgets=[level], confidence=1 - ALPHA)
     plans = [point.plan for point in surrogate.front.points]
     _, kl = profile.gaps_pct(profile.selected(plans))

@@ -31,7 +31,7 @@ from lowprec.monitor.observe import observe
 from lowprec.monitor.proposal import propose
 from lowprec.monitor.window_evidence import MeasuredWindow, measure_window, precisions_of
 from lowprec.plan import Plan, PlanFile, Precision, write_plan
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow, Window
 
@@ -45,7 +45,7 @@ class Watched:
     """The demo model with its certified window measured."""
 
     def __init__(self) -> None:
-        self.job: Job = open_job(large_demo_config())
+        self.job: SearchJob = open_job(large_demo_config())
         self.workers = LocalWorkers(self.job.spec, self.job.adapter)
         self.plan = Plan.uniform(self.job.units, Precision.INT4)
         torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def one_run(length: str, num_windows: int) -> None:
         since = datetime(2026, 1, 2, tzinfo=UTC)
 
         def run(length: str, num_windows: int, until: datetime) -> None:
-            watched = config.model_copy(update={"monitor": config.monitor.model_copy(update={"window": length})})
+            watched = config.with_(monitor={"window": length})
             outcome = run_monitor(
                 watched, path, since=since.isoformat(), until=until.isoformat(), now=datetime(2026, 2, 1, tzinfo=UTC)
             )

@@ -41,7 +41,7 @@ from lowprec.export import export_plan
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.plan.layer_form import LayerForm, WeightScale
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.search.space.layer_forms import fitted_forms
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
@@ -76,7 +76,7 @@ class Planter:
         self.forms = fitted_forms(workers, window, self.job.space, self.config.space.layers, batches_per_task=4)
         self.hits = self._hits()
 
-    def plan(self, path: Path, job: Job, **fixed: tuple[Precision, LayerForm | None]) -> PlanFile:
+    def plan(self, path: Path, job: SearchJob, **fixed: tuple[Precision, LayerForm | None]) -> PlanFile:
         """A random plan, but for some units."""
         tables = [Precision.INT8, Precision.INT4, Precision.INT2]
         layers = [Precision.BF16, Precision.INT8_DYNAMIC, Precision.INT8_STATIC]
@@ -162,9 +162,7 @@ class Planter:
     def _changed(self, k: int, weights: dict, culprit: str, fixed: dict) -> Trial:
         path = self.folder / f"model-{k}.safetensors"
         save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, path)
-        config = self.config.model_copy(
-            update={"model": self.config.model.model_copy(update={"checkpoint": str(path)})}
-        )
+        config = self.config.with_(model={"checkpoint": str(path)})
         self.plan(self.folder / f"plan-{k}.json", open_job(config), **fixed)
         return Trial(config, self.folder / f"plan-{k}.json", culprit)
 

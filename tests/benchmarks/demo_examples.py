@@ -21,7 +21,7 @@ from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, Pro
 from lowprec.evaluation.workers.worker import evaluator_of, load_adapter
 from lowprec.models.adapter import Gradients
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.traffic import SyntheticSpec
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.synthetic.truth import Truth
@@ -117,7 +117,7 @@ class Replay:
         ]
 
 
-def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
+def read_examples(job: SearchJob, windows: Sequence[str] = WINDOWS) -> Examples:
     """All examples of the windows, with the changes of every column of the job."""
     evaluator = evaluator_of(job.spec, load_adapter(job.spec))
     logits, changes, labels = [], [], []
@@ -129,7 +129,7 @@ def read_examples(job: Job, windows: Sequence[str] = WINDOWS) -> Examples:
     return Examples(job.columns, np.concatenate(changes, axis=1), np.concatenate(logits), np.concatenate(labels))
 
 
-def exact_logits(job: Job, plans: Sequence[Plan], windows: Sequence[str] = WINDOWS) -> dict[Plan, Single]:
+def exact_logits(job: SearchJob, plans: Sequence[Plan], windows: Sequence[str] = WINDOWS) -> dict[Plan, Single]:
     """The logits of every plan on all examples of the windows, by the kernels that serve, float32[N] each."""
     evaluator = evaluator_of(job.spec, load_adapter(job.spec))
     distinct = list(dict.fromkeys(plans))
@@ -137,7 +137,7 @@ def exact_logits(job: Job, plans: Sequence[Plan], windows: Sequence[str] = WINDO
     return dict(zip(distinct, np.concatenate(found, axis=1), strict=True))
 
 
-def true_probabilities(job: Job, windows: Sequence[str] = WINDOWS) -> NDArray[np.float64]:
+def true_probabilities(job: SearchJob, windows: Sequence[str] = WINDOWS) -> NDArray[np.float64]:
     """The probability with which each label of the made-up traffic was drawn, float64[N]."""
     assert job.config.traffic.synthetic is not None
     truth = Truth(SyntheticSpec.from_dict(job.config.traffic.synthetic))
@@ -145,7 +145,7 @@ def true_probabilities(job: Job, windows: Sequence[str] = WINDOWS) -> NDArray[np
     return 1 / (1 + np.exp(-np.concatenate(logits)))
 
 
-def one_mixed_plan(kl_pct: float) -> tuple[Job, Examples, Single]:
+def one_mixed_plan(kl_pct: float) -> tuple[SearchJob, Examples, Single]:
     """The large demo, its held-out examples, and the exact logits float32[N] of a mixed plan with this KL gap."""
     job = open_job(large_demo_config())
     examples = read_examples(job)
@@ -155,7 +155,7 @@ def one_mixed_plan(kl_pct: float) -> tuple[Job, Examples, Single]:
 
 
 def mixed_plans(
-    job: Job, profile: Profile, *, kl_pct: float, count: int, rng: np.random.Generator, tolerance: float = 0.15
+    job: SearchJob, profile: Profile, *, kl_pct: float, count: int, rng: np.random.Generator, tolerance: float = 0.15
 ) -> list[Plan]:
     """Random plans with a KL gap of about `kl_pct`: each draws shares of precisions, then its tables by them."""
     found: list[Plan] = []
@@ -178,7 +178,7 @@ def _mixed(plan: Plan) -> bool:
     return len(set(plan.values())) >= 3
 
 
-def _batches(job: Job, windows: Sequence[str]) -> Iterator[Batch]:
+def _batches(job: SearchJob, windows: Sequence[str]) -> Iterator[Batch]:
     for name in windows:
         for batch in job.window(name).batches():
             assert batch.weights is None and batch.groups is None and not np.isnan(batch.labels).any()

@@ -17,12 +17,12 @@ from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Plan
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 
 NUM_PLANS, REPEATS = 32, 3
 
 
-def evaluate(job: Job, workers: LocalWorkers, plans: list[Plan]):
+def evaluate(job: SearchJob, workers: LocalWorkers, plans: list[Plan]):
     return evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=4)
 
 
@@ -32,7 +32,7 @@ def seconds(work) -> float:
     return time.perf_counter() - began
 
 
-def dense_seconds(job: Job, plans: list[Plan]) -> float:
+def dense_seconds(job: SearchJob, plans: list[Plan]) -> float:
     """The dense passes of all plans and nothing else: pooled outputs are made before the clock starts."""
     evaluator = evaluator_of(job.spec, job.adapter)
     total = 0.0

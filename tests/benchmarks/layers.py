@@ -24,7 +24,7 @@ from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.latency.calibration import calibrate, write_calibration
 from lowprec.ops.timing import default_grid
 from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import Job, open_job, run_search
+from lowprec.search import SearchJob, open_job, run_search
 from lowprec.search.record.describe import what_to_time
 from lowprec.search.space.layer_forms import fitted_forms
 
@@ -36,7 +36,7 @@ LAYERS = "space.layers=[fp32, fp16, bf16, int8_dynamic, int8_static]"
 NUM_PLANS = 100
 
 
-def fitted(config: Config) -> tuple[Job, Workers]:
+def fitted(config: Config) -> tuple[SearchJob, Workers]:
     """The job with the forms of its layers, and workers."""
     job = open_job(config)
     workers = LocalWorkers(job.spec, job.adapter)
@@ -45,7 +45,7 @@ def fitted(config: Config) -> tuple[Job, Workers]:
     return job.with_forms(forms), workers
 
 
-def random_plans(job: Job) -> list[Plan]:
+def random_plans(job: SearchJob) -> list[Plan]:
     """Every unit at a random precision of its kind."""
     rng = np.random.default_rng(0)
     layers = [p for p in LAYER_PRECISIONS if p is not Precision.EMULATED]
@@ -84,8 +84,7 @@ def with_calibration(config: Config, folder: Path, minimize: str) -> Config:
     path = folder / "calibration.json"
     if not path.exists():
         write_calibration(calibrate(default_grid(quick=True, dims=dims), layers), path)
-    cost = config.cost.model_copy(update={"calibration": str(path), "minimize": minimize})
-    return config.model_copy(update={"cost": cost})
+    return config.with_(cost={"calibration": str(path), "minimize": minimize})
 
 
 def savings() -> dict[str, dict[str, float]]:
@@ -104,7 +103,7 @@ def savings() -> dict[str, dict[str, float]]:
         found = evaluate_plans(
             workers, job.window("confirm"), list(plans.values()), forms=job.forms, confidence=0.95, batches_per_task=4
         )
-        costs = job.costs(found.use)
+        costs = job.search_costs(found.use)
     return {
         name: {
             "bytes": job.space.size_bytes(plan),

@@ -37,7 +37,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lowprec.plan import TABLE_PRECISIONS, Plan
-from lowprec.search.job import open_job, open_workers
+from lowprec.search.job import open_job
+from lowprec.session import open_workers
 
 NUM_WORKERS, WORKER_BYTES, NUM_PLANS = 4, 2_500_000_000, 32
 
@@ -106,7 +107,7 @@ def run(folder: Path, cap_bytes: int) -> dict:
     caps = Caps([node.all_processes["raylet"][0].process.pid for node in nodes], cap_bytes)
     try:
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        with open_workers(job, notes.append) as workers:
+        with open_workers(job, job.search_work(), notes.append) as workers:
             pids = workers.process_ids()
             notes.clear()  # that they took a while to start
             assert len(set(workers.node_ids())) == NUM_WORKERS

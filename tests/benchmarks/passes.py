@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 
 from lowprec.models.adapter import inputs_of
-from lowprec.search import Job
+from lowprec.search import SearchJob
 
 
-def fp32_pass(job: Job, window: str = "search") -> float:
+def fp32_pass(job: SearchJob, window: str = "search") -> float:
     """Reads the window and runs the model on it, nothing else; returns the sum of logits, so that it was done."""
     total = 0.0
     with torch.inference_mode():

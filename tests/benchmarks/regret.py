@@ -27,7 +27,7 @@ from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
 from lowprec.models.training.train import train
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
-from lowprec.search import Job, open_job, run_search
+from lowprec.search import SearchJob, open_job, run_search
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)
 ROOT = Path("runs/regret")
@@ -65,7 +65,7 @@ def small_config(dim: int, row_range: str) -> Config:
     return config
 
 
-def exact_gaps(job: Job, plans: list[Plan]) -> tuple[np.ndarray, np.ndarray]:
+def exact_gaps(job: SearchJob, plans: list[Plan]) -> tuple[np.ndarray, np.ndarray]:
     """The gap and the KL gap of every plan on the search window, in percent."""
     evaluator = evaluator_of(job.spec, job.adapter)
     change, divergence, loss = np.zeros(len(plans)), np.zeros(len(plans)), 0.0

@@ -34,7 +34,7 @@ from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.models.dlrm import build
 from lowprec.models.inputs import inputs_of
 from lowprec.plan import Plan
-from lowprec.search import Job, open_job, run_search
+from lowprec.search import SearchJob, open_job, run_search
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
 from lowprec.search.confirm.choice import finalists
 from lowprec.search.record.record import RunRecord
@@ -154,7 +154,7 @@ def _rescaled(model: nn.Module, scale: float, shift: float) -> dict[str, torch.T
     return weights
 
 
-def full_metrics(job: Job, plans: list[Plan]) -> list[PlanMetrics]:
+def full_metrics(job: SearchJob, plans: list[Plan]) -> list[PlanMetrics]:
     """Every plan on the whole search window."""
     found: list[PlanMetrics] = []
     workers, window = LocalWorkers(job.spec, job.adapter), job.window("search")
@@ -164,7 +164,7 @@ def full_metrics(job: Job, plans: list[Plan]) -> list[PlanMetrics]:
     return found
 
 
-def forecast_of(job: Job) -> Forecast:
+def forecast_of(job: SearchJob) -> Forecast:
     """How the confirm window will judge."""
     return Forecast.of(
         confidence=confidence_of_attempt(job.config.search.confidence, 0),
@@ -173,11 +173,11 @@ def forecast_of(job: Job) -> Forecast:
     )
 
 
-def risks_of(job: Job, plans: list[Plan], metrics: list[PlanMetrics]) -> np.ndarray:
+def risks_of(job: SearchJob, plans: list[Plan], metrics: list[PlanMetrics]) -> np.ndarray:
     """The risk of every plan by its full evaluation, float64[P]."""
     forecast, workers = forecast_of(job), LocalWorkers(job.spec, job.adapter)
     measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
-    costs = job.costs(measured.use)
+    costs = job.search_costs(measured.use)
     surrogate = build_surrogate(measured, job.space, costs, budgets=job.config.search.all_budgets, forecast=forecast)
     expected = [m.gap_pct + c for m, c in zip(metrics, surrogate.corrections_pct(plans), strict=True)]
     return np.array(

@@ -30,17 +30,17 @@ from lowprec.evaluation.workers.memory import keep_freed
 from lowprec.evaluation.workers.ray import RayWorkers
 from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
 from lowprec.shards.planner import place_tables
 
 NUM_PLANS, REPEATS = 32, 5
 
 
-def the_job() -> Job:
+def the_job() -> SearchJob:
     return open_job(large_demo_config())
 
 
-def work(job: Job, workers: Workers) -> tuple[float, float, tuple[bytes, bytes]]:
+def work(job: SearchJob, workers: Workers) -> tuple[float, float, tuple[bytes, bytes]]:
     """Seconds of the profile and of the plans, and what came out."""
     rng = np.random.default_rng(0)
     plans = [

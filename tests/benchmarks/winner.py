@@ -32,8 +32,10 @@ from lowprec.evaluation.metrics import sums_of_batch
 from lowprec.evaluation.profile.profile import Profile
 from lowprec.evaluation.profile.window_profile import MeasuredProfile
 from lowprec.evaluation.rows import RowAccount
+from lowprec.evaluation.stats.bounds import normal_quantile
 from lowprec.plan import Plan
-from lowprec.search import Job, open_job
+from lowprec.search import SearchJob, open_job
+from lowprec.search.rule import Forecast
 from lowprec.search.surrogate.front_solver import solve_front
 from lowprec.search.surrogate.proxy import ProxyPoint, build_proxy
 from lowprec.search.surrogate.shrinkage import shrunk_first_order
@@ -123,7 +125,7 @@ def measure(config: Config, *, num_exact: int, share: float = SHARE_OF_BYTES) ->
     }
 
 
-def pick(job: Job, profile: Profile, first: Float, share: float) -> ProxyPoint:
+def pick(job: SearchJob, profile: Profile, first: Float, share: float) -> ProxyPoint:
     """The point of the front with the least promised gap among those that are small enough."""
     num_columns, percent = len(profile.columns), 100 / profile.loss
     second = profile.second.dense()[:num_columns, :num_columns] * percent
@@ -133,17 +135,18 @@ def pick(job: Job, profile: Profile, first: Float, share: float) -> ProxyPoint:
     return least_gap(job, solve_front(model).points, share)
 
 
-def least_gap(job: Job, points: Sequence[ProxyPoint], share: float) -> ProxyPoint:
+def least_gap(job: SearchJob, points: Sequence[ProxyPoint], share: float) -> ProxyPoint:
     """The most accurate plan with at most that share of the bytes."""
     found = min((p for p in points if p.cost <= share * job.space.fp32_bytes), key=lambda point: point.gap_pct)
     assert job.space.size_bytes(found.plan) == found.cost
     return found
 
 
-def check_surrogate(job: Job, profile: Profile, ours: ProxyPoint, share: float) -> None:
+def check_surrogate(job: SearchJob, profile: Profile, ours: ProxyPoint, share: float) -> None:
     """Assert that `ours` is what the surrogate of `lowprec search` has on its front, with the gap that it promises."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
-    surrogate = build_surrogate(measured, job.space, job.costs({}), budgets=[0.05], confidence=0.95)
+    forecast = Forecast(normal_quantile(0.95), 1.0)
+    surrogate = build_surrogate(measured, job.space, job.search_costs({}), budgets=[0.05], forecast=forecast)
     assert least_gap(job, surrogate.front.points, share).plan == ours.plan
     assert np.isclose(surrogate.promised_pct([ours.plan])[0], ours.gap_pct)
 

@@ -68,7 +68,7 @@ def test_overrides_are_yaml(path):
         ("monitor.webhook={ulr: x}", 'monitor.webhook.ulr: no such key; did you mean "url"'),
         ("space.units=[{mtach: x}]", 'space.units.*mtach: no such key; did you mean "match"'),
         ("search=3", "search: input should be a mapping; got 3"),
-        ("windows.search=null", "windows.search: input should be a mapping; got null"),
+        ("windows.search=1", "windows.search: input should be a mapping; got 1"),
         ("traffic=null", "traffic.path: is required"),
         ("space.units=[{match: x}]", "give either precisions or fixed"),
         ("traffic.bounds_check=ignore", "traffic.bounds_check: .*'error', 'drop' or 'zero'"),

@@ -98,8 +98,7 @@ def test_what_is_wrong_is_one_sentence(served, uniform, changed_checkpoint, debu
         weights["top.0.bias"] += 1
 
     override = changed_checkpoint(change)
-    model = config.model.model_copy(update={"checkpoint": override.removeprefix("model.checkpoint=")})
-    other = config.model_copy(update={"model": model})
+    other = config.with_(model={"checkpoint": override.removeprefix("model.checkpoint=")})
     said = [
         (
             debug(config, "--plan", tmp_path / "empty"),

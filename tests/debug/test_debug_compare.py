@@ -52,7 +52,7 @@ def test_the_same_plan_on_another_snapshot(uniform, changed_checkpoint):
     assert after.alone.to_dict()["max_error"] > 15 * before.alone.to_dict()["max_error"]
     assert compared.to_dict()["units"][0]["unit"] == "table:c3"
     with pytest.raises(PlanError, match="was made for checkpoint"):
-        debug_plan(config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": snapshot})}), path)
+        debug_plan(config.with_(model={"checkpoint": snapshot}), path)
 
 
 def test_there_is_one_thing_to_compare_with(two_plans):

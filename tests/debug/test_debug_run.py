@@ -388,6 +388,6 @@ def test_a_window_without_labels_is_refused(planned, small_folder, tmp_path):
     (tmp_path / "traffic").mkdir()
     pq.write_table(unlabelled, tmp_path / "traffic" / "part.parquet")
     config, _, path = planned()
-    other = config.model_copy(update={"traffic": config.traffic.model_copy(update={"path": str(tmp_path / "traffic")})})
+    other = config.with_(traffic={"path": str(tmp_path / "traffic")})
     with pytest.raises(TrafficError, match=r"windows\.confirm: the sample has no row with a usable label"):
         debug_plan(other, path)

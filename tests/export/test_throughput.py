@@ -72,15 +72,14 @@ def test_a_calibration_predicts_what_is_measured(served, tmp_path, capsys):
     write_calibration(calibrate(default_grid(quick=True, dims=dims, num_bags=500), layers), tmp_path / "c.json")
     setting = f"cost.calibration={tmp_path / 'c.json'}"
     report = measure_serving(folder, batch_sizes=[500], seconds=0.2, overrides=(setting,))
-    cost = config.cost.model_copy(update={"calibration": tmp_path / "c.json"})
-    job = open_job(config.model_copy(update={"cost": cost}))
+    job = open_job(config.with_(cost={"calibration": tmp_path / "c.json"}))
     from lowprec.evaluation.rows import TableUse
     from lowprec.models.inputs import inputs_of
 
     batch = job.window("confirm").batch(0)
     calls = job.adapter.asked(inputs_of(batch))
     use = {c.table: TableUse(1.0, len(c.indices) / batch.num_rows) for c in calls}
-    expected = job.costs(use).plan_latency_ns(file.plan)
+    expected = job.search_costs(use).plan_latency_ns(file.plan)
     # Of another sample of the same traffic.
     assert report.predicted_ns["served"] == pytest.approx(expected, rel=0.1)
     document = report.to_dict()

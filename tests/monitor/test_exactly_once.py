@@ -83,7 +83,7 @@ def test_a_kill_beside_a_commit_loses_and_repeats_nothing(deployed, monitored, t
 
     # Every run is killed at its first commit, so that windows are judged by as many runs.
     root = tmp_path / "killed"
-    again = config.model_copy(update={"results": config.results.model_copy(update={"root": str(root)})})
+    again = config.with_(results={"root": str(root)})
     with monkeypatch.context() as patch:
         patch.setattr(MonitorRecord, what, killed)
         for _ in range(12):

@@ -372,9 +372,8 @@ def scaled_copy(source, target, factor):
 def test_a_plan_of_another_checkpoint_is_refused_and_leaves_no_row(deployed, monitored, small_folder, tmp_path):
     config, plan = deployed()
     scaled_copy(small_folder / "model.safetensors", tmp_path / "other.safetensors", 2.0)
-    model = config.model.model_copy(update={"checkpoint": str(tmp_path / "other.safetensors")})
     with pytest.raises(PlanError, match="was made for checkpoint"):
-        monitored(config.model_copy(update={"model": model}), plan)
+        monitored(config.with_(model={"checkpoint": str(tmp_path / "other.safetensors")}), plan)
     assert rows(config) == []
 
 
@@ -427,7 +426,7 @@ def test_incidents_open_go_on_and_are_resolved(deployed, monitored, traffic_copy
 def test_another_budget_begins_another_life(deployed, monitored):
     config, plan = deployed()
     first = monitored(config, plan)
-    other = config.model_copy(update={"monitor": config.monitor.model_copy(update={"budget": 1.0})})
+    other = config.with_(monitor={"budget": 1.0})
     second = monitored(other, plan)
     assert first.deployment != second.deployment and len(second.windows) == 2
     assert (first.budget_pct, second.budget_pct) == (5.0, 1.0)

@@ -20,6 +20,7 @@ LAYERS = (
     {"ops"},
     {"traffic", "models", "shards", "results", "config", "latency"},
     {"evaluation"},
+    {"session"},
     {"search"},
     {"gate", "monitor", "debug", "export", "jobs"},
     {"cli"},

@@ -31,17 +31,15 @@ LOGITS = SIGMOID.replace("torch.sigmoid(", "(")
 
 def with_train(config):
     windows = {"train": config.windows.search.model_copy(update={"start": 0, "end": 86_400})}
-    return config.model_copy(update={"windows": config.windows.model_copy(update=windows)})
+    return config.with_(windows=windows)
 
 
 def test_undeclared_probabilities_are_refused_by_every_command(tmp_path):
     declared = own_job(tmp_path, SIGMOID, model={"outputs": "probabilities"})
-    config = declared.model_copy(update={"model": declared.model.model_copy(update={"outputs": "logits"})})
+    config = declared.with_(model={"outputs": "logits"})
     plan = uniform_plan(config, tmp_path)
     commands = {
-        "dry run": lambda: describe_job(
-            open_job(config.model_copy(update={"traffic": config.traffic.model_copy(update={"batch_size": 1000})}))
-        ),
+        "dry run": lambda: describe_job(open_job(config.with_(traffic={"batch_size": 1000}))),
         "search": lambda: run_search(config),
         "verify": lambda: verify_plan(config, plan),
         "debug": lambda: debug_plan(config, plan),

@@ -89,7 +89,9 @@ def surrogate(small_config):
 
     def solve():
         measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
-        return job, build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], forecast=FORECAST)
+        return job, build_surrogate(
+            measured, job.space, job.search_costs(measured.use), budgets=[BUDGET], forecast=FORECAST
+        )
 
     return solve
 
@@ -206,7 +208,9 @@ def test_the_boldest_finalist_is_the_cheapest_plan_that_the_rule_allows(small_co
         num_search=job.window("search").num_rows,
         num_confirm=job.window("confirm").num_rows,
     )
-    surrogate = build_surrogate(measured, job.space, job.costs(measured.use), budgets=[BUDGET], forecast=forecast)
+    surrogate = build_surrogate(
+        measured, job.space, job.search_costs(measured.use), budgets=[BUDGET], forecast=forecast
+    )
     exact = evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=1).metrics
     expected = [m.gap_pct + c for m, c in zip(exact, surrogate.corrections_pct(plans), strict=True)]
     found = [

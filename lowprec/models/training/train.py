@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import lowprec
 from lowprec.config import Config, WindowConfig
-from lowprec.core.errors import ConfigError, TrafficError
+from lowprec.core.errors import TrafficError
 from lowprec.core.progress import Progress, Silent
 from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, save_checkpoint
 from lowprec.models.dlrm import DLRM
@@ -160,13 +160,11 @@ class _Source:
 
 def _open_source(config: Config) -> _Source:
     windows = config.windows
-    if windows.train is None:
-        raise ConfigError("windows.train: is required to train a model; give it a start and an end")
     traffic = config.traffic
     reader = open_traffic(
         traffic.path, traffic.schema_of_columns(), batch_size=traffic.batch_size, version=traffic.version
     )
-    train_window = _window(reader, windows.train, "windows.train")
+    train_window = _window(reader, windows.of("train"), "windows.train")
     if windows.validation is not None:
         validation = _window(reader, windows.validation, "windows.validation")
         source = _Source(train_window, train_window.num_batches, validation, 0)

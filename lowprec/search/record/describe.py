@@ -18,9 +18,10 @@ from lowprec.models.adapter import inputs_of
 from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 from lowprec.plan import is_layer
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
-from lowprec.search.job import Job, choose_workers_for, open_job
+from lowprec.search.job import SearchJob, open_job
 from lowprec.search.surrogate.proxy import ProxyFront
 from lowprec.search.surrogate.surrogate import Surrogate
+from lowprec.session.workers import choose_workers_for
 from lowprec.traffic.decode import NO_LABEL
 
 __all__ = ["describe_job", "notes_on", "what_to_time"]
@@ -38,7 +39,7 @@ def what_to_time(config: Config, batch_size: int) -> tuple[tuple[int, ...], Laye
     return tuple(dims), LayerGrid(shapes, batch_size, outliers)
 
 
-def describe_job(job: Job) -> dict[str, Any]:
+def describe_job(job: SearchJob) -> dict[str, Any]:
     """Tables, size of the space, bytes, windows and what a reader should know before the search."""
     space = job.space
     features: dict[str, list[str]] = {}
@@ -61,7 +62,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     for name in ("search", "confirm"):
         _check_label_values(job, name)
     loss = _try_first_batch(job)
-    choice = choose_workers_for(job)
+    choice = choose_workers_for(job, job.search_work())
     windows = []
     for name in ("search", "confirm"):
         window = job.window(name)
@@ -82,7 +83,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "log10_num_plans": sum(math.log10(len(d.choices)) for d in space.decisions),
         "fp32_bytes": space.fp32_bytes,
         "cheapest_bytes": space.size_bytes(space.cheapest),
-        "row_alignment": space.row_alignment,
+        "row_alignment": space.storage.row_alignment,
         "row_range": str(job.config.space.row_range),
         "dominated": [
             {
@@ -103,7 +104,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _check_label_values(job: Job, name: str) -> None:
+def _check_label_values(job: SearchJob, name: str) -> None:
     """Raise `TrafficError` where more labels of a window's first batch are neither 0 nor 1 than may be bad."""
     window = job.window(name)
     batch = window.batch(0)
@@ -119,7 +120,7 @@ def _check_label_values(job: Job, name: str) -> None:
         )
 
 
-def _power(job: Job, loss: float | None) -> list[dict[str, Any]]:
+def _power(job: SearchJob, loss: float | None) -> list[dict[str, Any]]:
     """For each budget the largest KL gap that the confirm window is likely to certify; loss: of the first batch."""
     if loss is None:
         return []
@@ -134,7 +135,7 @@ def _power(job: Job, loss: float | None) -> list[dict[str, Any]]:
     ]
 
 
-def _try_first_batch(job: Job) -> float | None:
+def _try_first_batch(job: SearchJob) -> float | None:
     """The reference's mean entropy in the first batch (nats), None where it is not known.
 
     Raises a `LowprecError` for a model of which no search is possible.
@@ -160,7 +161,7 @@ def _try_first_batch(job: Job) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def notes_on(job: Job) -> list[str]:
+def notes_on(job: SearchJob) -> list[str]:
     """What a reader should know before a search: what is not searched, what is not checked."""
     notes = note_on_uncovered(uncovered_parameters(job.adapter))
     notes += [f"{layer} {why}: it is not searched and stays fp32" for layer, why in job.fp32_layers.items()]

@@ -16,8 +16,8 @@ from lowprec.models.uncovered import Uncovered
 from lowprec.plan import PlanFile, RowRange, rowwise_ranges
 from lowprec.search.confirm.choice import Confirmed
 from lowprec.search.confirm.confirm import Recommendation
-from lowprec.search.job import Job
 from lowprec.search.record.trial import Trial
+from lowprec.session import Session
 from lowprec.storage import Location
 
 __all__ = ["SearchOutcome", "plan_file"]
@@ -147,7 +147,7 @@ class SearchOutcome:
 
 
 def plan_file(
-    job: Job,
+    session: Session,
     trial: Trial,
     metrics: PlanMetrics,
     *,
@@ -160,12 +160,12 @@ def plan_file(
     """The plan of a trial with its evidence: `kind` is `exact` for the best so far, `confirm` for the final one."""
     return PlanFile(
         plan=trial.plan,
-        model=job.config.model.factory,
-        checkpoint_sha256=job.checkpoint_sha256,
+        model=session.config.model.factory,
+        checkpoint_sha256=session.checkpoint_sha256,
         size_bytes=trial.size_bytes,
-        row_alignment=job.space.row_alignment,
-        row_ranges=job.spec.row_ranges,
-        layer_forms={unit: job.forms[unit, p] for unit, p in trial.plan.items() if (unit, p) in job.forms},
+        row_alignment=session.storage.row_alignment,
+        row_ranges=session.spec.row_ranges,
+        layer_forms={unit: session.forms[unit, p] for unit, p in trial.plan.items() if (unit, p) in session.forms},
         evidence={
             "run_id": run_id,
             "kind": kind,

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lowprec import __version__
 from lowprec.config import Config
@@ -19,14 +19,16 @@ from lowprec.evaluation.stats.confidence import Verdict
 from lowprec.plan import Plan, Precision
 from lowprec.results import ResultsStore
 from lowprec.search.confirm.alpha_spending import Look
-from lowprec.search.job import Job
 from lowprec.search.record.resume_state import RunOrigin
 from lowprec.search.record.trial import Trial, plan_text
 from lowprec.search.surrogate.sensitivity import Sensitivity
+from lowprec.session import Session
 from lowprec.storage import Location
 from lowprec.traffic.window import overlap
 
 __all__ = ["RunRecord", "on_same_traffic"]
+
+S = TypeVar("S", bound=Session)
 
 # Settings that may differ between a run and its resumption: they change how far or how fast it goes, not its trials.
 # (How batches are grouped and how many threads compute them changes the last bits, so those must stay.) Files may lie
@@ -64,21 +66,21 @@ def on_same_traffic(config: Config, run_id: str) -> Config:
     return config.with_traffic_version(begun["traffic"].get("version"))
 
 
-class RunRecord:
+class RunRecord(Generic[S]):
     """The rows of one run in `runs`, `sensitivities` and `trials`. The driver alone writes.
 
-    job: what the run does; one that is resumed has its tables cut as they were.
+    session: what the run works on; one that is resumed has its tables cut as they were.
     """
 
-    def __init__(self, job: Job, run_id: str | None, *, command: str = "search", start: Plan | None = None) -> None:
+    def __init__(self, session: S, run_id: str | None, *, command: str = "search", start: Plan | None = None) -> None:
         """Begin a run, or take up `run_id`; raises `ConfigError` when that run does not exist or had another config.
 
         start: the plan that a new search begins with.
         """
-        self.job = job
+        self.session = session
         # Settings of a run that is resumed with other ones, in words.
         self._changes: list[str] = []
-        self._store = ResultsStore(job.config.results.root)
+        self._store = ResultsStore(session.config.results.root)
         self._command = command
         # Whether a resumption finds something that took work.
         self._has_work = run_id is not None
@@ -86,22 +88,22 @@ class RunRecord:
             now = datetime.now(UTC)
             self.run_id = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
             self._started_at, self._version = now, 0
-            self._origin = RunOrigin.of(job, start)
+            self._origin = RunOrigin.of(session, start)
             self._kept: dict[str, Any] = {"verdict": None, "recommended_trial_key": None, "summary_json": None}
         else:
             before = self._run(run_id)
-            self._changes = _changes(json.loads(before["config_json"]), json.loads(job.config.to_json()), run_id)
-            if before["checkpoint_sha256"] != job.checkpoint_sha256:
+            self._changes = _changes(json.loads(before["config_json"]), json.loads(session.config.to_json()), run_id)
+            if before["checkpoint_sha256"] != session.checkpoint_sha256:
                 raise ConfigError(
                     f"--resume {run_id}: that run searched checkpoint {before['checkpoint_sha256'][:12]}, "
-                    f"{job.config.model.checkpoint} is now {job.checkpoint_sha256[:12]}; begin a new run"
+                    f"{session.config.model.checkpoint} is now {session.checkpoint_sha256[:12]}; begin a new run"
                 )
             self.run_id = run_id
             self._started_at, self._version = before["started_at"], before["version"] + 1
-            self._origin = RunOrigin.read(self.artifacts) or RunOrigin.of(job)
-            if self._origin.calibration_sha256 != RunOrigin.of(job).calibration_sha256:
+            self._origin = RunOrigin.read(self.artifacts) or RunOrigin.of(session)
+            if self._origin.calibration_sha256 != RunOrigin.of(session).calibration_sha256:
                 raise self.changed("cost.calibration is another one than the run began with; begin a new run")
-            self.job = job.with_cuts(self._origin.cuts)
+            self.session = session.with_cuts(self._origin.cuts)
             # What the run had found stays visible until it finds something else.
             self._kept = {key: before[key] for key in ("verdict", "recommended_trial_key", "summary_json")}
 
@@ -151,7 +153,7 @@ class RunRecord:
         """Commit a new state of the run: running, done, stopped or failed."""
         if status == "done":
             self._store.check_kept()
-        config = self.job.config
+        config = self.session.config
         row = {
             "run_id": self.run_id,
             "version": self._version,
@@ -161,7 +163,7 @@ class RunRecord:
             "updated_at": datetime.now(UTC),
             "name": config.name,
             "config_json": config.to_json(),
-            "checkpoint_sha256": self.job.checkpoint_sha256,
+            "checkpoint_sha256": self.session.checkpoint_sha256,
             "lowprec_version": __version__,
             "budget_pct": config.search.all_budgets[0],
             "message": message,
@@ -222,14 +224,14 @@ class RunRecord:
 
     def num_confirmations(self, window: str) -> int:
         """How many tries of other runs on this checkpoint confirmed plans on a window that overlaps with this one."""
-        runs = self._store.read("runs", checkpoint_sha256=self.job.checkpoint_sha256).column("run_id").to_pylist()
+        runs = self._store.read("runs", checkpoint_sha256=self.session.checkpoint_sha256).column("run_id").to_pylist()
         others = set(runs) - {self.run_id}
         rows = self._store.read("trials", evaluation="confirm").select(["run_id", "window", "wave"]).to_pylist()
         return len({(r["run_id"], r["wave"]) for r in rows if r["run_id"] in others and overlap(r["window"], window)})
 
     def looks(self, plan: Plan, window: str) -> list[Look]:
         """All looks so far at a plan of this checkpoint on this window or one that overlaps with it, in time."""
-        runs = self._store.read("runs", checkpoint_sha256=self.job.checkpoint_sha256).column("run_id").to_pylist()
+        runs = self._store.read("runs", checkpoint_sha256=self.session.checkpoint_sha256).column("run_id").to_pylist()
         of_checkpoint, text = set(runs), plan_text(plan)
         columns = ["run_id", "window", "trial_key", "plan_json", "looks", "confidence", "num_units", "committed_at"]
         found = [
@@ -254,7 +256,7 @@ class RunRecord:
 
         gated: what a verdict becomes at the launch gate, with the `floors` that the trials were held to.
         """
-        fp32 = self.job.space.fp32_bytes
+        fp32 = self.session.storage.fp32_bytes
         self._store.append(
             "trials",
             [
@@ -275,7 +277,7 @@ class RunRecord:
 
     def _verdict(self, trial: Trial, gated: Callable[[Verdict], Verdict]) -> dict[str, Any]:
         """The tightest budget that the trial is certified for, else the loosest with what is known of it."""
-        budgets = self.job.config.search.all_budgets
+        budgets = self.session.config.search.all_budgets
         certified = [b for b in budgets if trial.metrics.verdict(b) == "certified"]
         budget = (certified or budgets[-1:])[0]
         return {"budget_pct": budget, "verdict": gated(trial.metrics.verdict(budget))}
@@ -289,7 +291,7 @@ class RunRecord:
         if not rows:
             known = self._store.read("runs").column("run_id").to_pylist()
             raise ConfigError(
-                f"--resume {run_id}: no such run under {self.job.config.results.root}; "
+                f"--resume {run_id}: no such run under {self.session.config.results.root}; "
                 + (f"the latest are {', '.join(sorted(set(known))[-3:])}" if known else "there are no runs yet")
             )
         return max(rows, key=lambda row: row["version"])

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from lowprec.plan import Plan
-from lowprec.search.job import Job
+from lowprec.session import Session
 from lowprec.storage import Location
 
 __all__ = ["RunOrigin"]
@@ -29,12 +29,12 @@ class RunOrigin:
     start: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, job: Job, start: Plan | None = None) -> Self:
-        """What a run of this job would begin with."""
-        path = job.config.cost.calibration
+    def of(cls, session: Session, start: Plan | None = None) -> Self:
+        """What a run of this session would begin with."""
+        path = session.config.cost.calibration
         digest = None if path is None else hashlib.sha256(Location.of(path).read_bytes()).hexdigest()
         plan = None if start is None else {unit: str(precision) for unit, precision in start.items()}
-        return cls(job.placement.cuts if job.placement else {}, digest, plan)
+        return cls(session.placement.cuts if session.placement else {}, digest, plan)
 
     @classmethod
     def read(cls, folder: Location) -> Self | None:

@@ -11,10 +11,12 @@ from typing import Any, Self
 from lowprec.config import Config
 from lowprec.core.errors import ConfigError, PlanError
 from lowprec.core.progress import Progress, Silent
+from lowprec.evaluation.workers.auto_workers import Work
 from lowprec.plan import Form, Plan, PlanFile, Precision, Unit, precisions_of, rowwise_ranges, write_plan
-from lowprec.search.job import Job, open_job, open_workers
+from lowprec.search.job import SearchJob, open_job
 from lowprec.search.space.layer_forms import fitted_forms, num_passes
 from lowprec.search.space.space import Decision
+from lowprec.session import open_workers
 from lowprec.storage import Location
 
 __all__ = ["HandPlan", "make_plan", "write_hand_plan"]
@@ -86,7 +88,7 @@ def make_plan(config: Config, hand: HandPlan, *, progress: Progress | None = Non
     return file
 
 
-def _planned(config: Config, hand: HandPlan, listener: Progress) -> tuple[PlanFile, Job]:
+def _planned(config: Config, hand: HandPlan, listener: Progress) -> tuple[PlanFile, SearchJob]:
     job = open_job(config)
     plan = hand.plan(job.units)
     file = PlanFile(
@@ -94,7 +96,7 @@ def _planned(config: Config, hand: HandPlan, listener: Progress) -> tuple[PlanFi
         model=config.model.factory,
         checkpoint_sha256=job.checkpoint_sha256,
         size_bytes=job.space.size_bytes(plan),
-        row_alignment=job.space.row_alignment,
+        row_alignment=job.storage.row_alignment,
         row_ranges={unit: config.space.row_range for unit, precision in plan.items() if precision.is_rowwise},
         evidence={"kind": "hand", "made_with": str(hand)},
         layer_forms=_forms(job, plan, listener),
@@ -124,7 +126,7 @@ def write_hand_plan(
     }
 
 
-def _forms(job: Job, plan: Plan, listener: Progress) -> dict[str, Form]:
+def _forms(job: SearchJob, plan: Plan, listener: Progress) -> dict[str, Form]:
     """The forms of the layers of a plan whose precision leaves a choice."""
     formed = {unit: precision for unit, precision in plan.items() if precision in _FORMED}
     if not formed:
@@ -139,8 +141,9 @@ def _forms(job: Job, plan: Plan, listener: Progress) -> dict[str, Form]:
         )
     space = replace(job.space, decisions=tuple(Decision(unit, (unit,), (p,)) for unit, p in formed.items()))
     window = job.window("search")
-    listener.stage("layers", num_passes(window, space, layers))
-    with open_workers(job, listener.note) as workers:
+    num_batches = num_passes(window, space, layers)
+    listener.stage("layers", num_batches)
+    with open_workers(job, Work(window, num_batches), listener.note) as workers:
         found = fitted_forms(
             workers,
             window,

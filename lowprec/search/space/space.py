@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from lowprec.config import SpaceConfig
 from lowprec.core.errors import ConfigError
 from lowprec.plan import Plan, Precision, Unit
-from lowprec.plan.cost import DominatedChoice, LayerStorage, plan_bytes, undominated, unit_bytes
-from lowprec.plan.layer_form import FloatFormat
+from lowprec.plan.cost import DominatedChoice, ModelStorage, undominated
 
 __all__ = ["Decision", "SearchSpace", "at_least_as_exact", "build_space"]
 
@@ -29,13 +28,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Every decision of a search over `units`. A fixed unit is a decision with one choice."""
+    """Every decision of a search over the units of a model. A fixed unit is a decision with one choice."""
 
-    units: tuple[Unit, ...]
+    storage: ModelStorage
     decisions: tuple[Decision, ...]
-    row_alignment: int
     dominated: tuple[DominatedChoice, ...] = ()
-    layers: LayerStorage = field(default_factory=LayerStorage)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of the model."""
+        return self.storage.units
 
     @property
     def num_plans(self) -> int:
@@ -114,7 +116,7 @@ class SearchSpace:
 
     def size_bytes(self, plan: Mapping[str, Precision]) -> int:
         """Bytes of a plan."""
-        return plan_bytes(self.units, plan, self.row_alignment, self.layers)
+        return self.storage.size_bytes(plan)
 
     def size_of(self, unit: str, precision: Precision) -> int:
         """Bytes of one unit, by name, at a precision."""
@@ -122,12 +124,12 @@ class SearchSpace:
 
     def unit_bytes(self, unit: Unit, precision: Precision) -> int:
         """Bytes of one unit at a precision."""
-        return unit_bytes(unit, precision, self.row_alignment, self.layers)
+        return self.storage.unit_bytes(unit, precision)
 
     @property
     def fp32_bytes(self) -> int:
         """Bytes of the reference."""
-        return self.size_bytes(Plan.uniform(self.units, Precision.FP32))
+        return self.storage.fp32_bytes
 
 
 def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
@@ -145,15 +147,16 @@ def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
 
 
 def build_space(
-    units: Sequence[Unit], config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
+    storage: ModelStorage, config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
 ) -> SearchSpace:
-    """The search space over `units`; `prune` leaves out precisions that a more exact one equals or beats in bytes.
+    """The search space over the units of a model; `prune` leaves out what a more exact choice equals or beats.
 
-    fp32: units that can be nothing else, whatever the config allows.
+    prune: by bytes. fp32: units that can be nothing else, whatever the config allows.
 
     Raises `ConfigError` for patterns without units, for precisions that a unit cannot have, and for groups that
     contradict.
     """
+    units = storage.units
     by_name = {unit.name: unit for unit in units}
     of_layers = config.layers.precisions if config.layers else ()
     allowed = {unit.name: of_layers if unit.is_layer else config.precisions for unit in units}
@@ -168,7 +171,6 @@ def build_space(
                     f"{', '.join(by_name[name].precisions)}"
                 )
     allowed |= {name: (Precision.FP32,) for name in fp32}
-    storage = _storage(config)
     decisions: list[Decision] = []
     dominated: list[DominatedChoice] = []
     for name, members in _groups(by_name, config.groups):
@@ -179,21 +181,13 @@ def build_space(
                 f"{', '.join(members)}; widen space.units or split the group"
             )
         kept, dropped = (
-            undominated(name, [by_name[m] for m in members], common, config.row_alignment, storage)
+            undominated(name, [by_name[m] for m in members], common, storage.row_alignment, storage.layers)
             if prune
             else (common, ())
         )
         decisions.append(Decision(name, members, tuple(kept)))
         dominated.extend(dropped)
-    return SearchSpace(tuple(units), tuple(decisions), config.row_alignment, tuple(dominated), storage)
-
-
-def _storage(config: SpaceConfig) -> LayerStorage:
-    if config.layers is None:
-        return LayerStorage()
-    arithmetic = config.layers.arithmetic
-    bits = 32 if arithmetic is not None and arithmetic.weights is FloatFormat.FP32 else 16
-    return LayerStorage(max(config.layers.outliers), bits)
+    return SearchSpace(storage, tuple(decisions), tuple(dominated))
 
 
 def _groups(units: Mapping[str, Unit], groups: Sequence[Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:

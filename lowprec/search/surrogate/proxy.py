@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from lowprec.core.errors import ConfigError
 from lowprec.plan import Plan, Precision
 from lowprec.search.space.space import SearchSpace
+from lowprec.session.costs import Limit
 
-__all__ = ["Limit", "ProxyFront", "ProxyModel", "ProxyPoint", "build_proxy", "pair_gaps"]
+__all__ = ["ProxyFront", "ProxyModel", "ProxyPoint", "build_proxy", "pair_gaps"]
 
 Float = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -25,15 +26,6 @@ UnitCost = Callable[[str, Precision], float]
 MAX_DOUBLE_BYTES = 400_000_000
 # Values looked up at once when plans are scored: what stays in the second-level cache.
 CHUNK = 16_384
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Plans must keep the sum over units of `cost(unit, precision)` at or below `at_most`."""
-
-    name: str
-    cost: UnitCost
-    at_most: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,13 +17,13 @@ from lowprec.evaluation.stats.confidence import Blocks
 from lowprec.plan import Plan
 from lowprec.search.proposals.study import Known
 from lowprec.search.rule import Forecast
-from lowprec.search.space.costs import Costs
 from lowprec.search.space.space import SearchSpace
 from lowprec.search.surrogate.front_solver import MAX_EXHAUSTIVE, EveryPlan, solve_front
 from lowprec.search.surrogate.proxy import ProxyFront, ProxyModel, ProxyPoint, build_proxy
 from lowprec.search.surrogate.risk_model import RiskModel
 from lowprec.search.surrogate.rule_front import solve_rule
 from lowprec.search.surrogate.shrinkage import FirstOrder, shrunk_first_order
+from lowprec.session.costs import Costs
 
 __all__ = ["Surrogate", "build_surrogate"]
 

@@ -117,10 +117,7 @@ def test_all_differences_are_told_at_once(made):
 def test_what_changes_the_examples_or_the_model_changes_the_origin(small_config, override):
     def origin(*overrides):
         config = small_config(*overrides)
-        from lowprec.search.job import Job
-
-        job = open_job(small_config())
-        return Job(config, job.reader, job.adapter, job.space, job.spec, job.checkpoint_sha256, job.features)
+        return replace(open_job(small_config()), config=config)
 
     before, after = origin().profile_origin("search"), origin(override).profile_origin("search")
     assert before.differences(after) and before.differences(before) == []

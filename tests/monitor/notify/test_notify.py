@@ -298,7 +298,7 @@ def test_the_proposed_plan_is_tried_on_the_window_that_asked_for_it(deployed, mo
     assert proposal["verify"].endswith("--budget 0.3")
     arguments = shlex.split(proposal["verify"])
     override = arguments[arguments.index("--set") + 1]
-    changed = config.model_copy(update={"windows": config.windows.model_copy(update=confirm_of(override))})
+    changed = config.with_(windows=confirm_of(override))
     assert verify_plan(changed, proposal["plan"], budget_pct=0.3).verdict in ("certified", "inconclusive")
 
 

@@ -27,9 +27,9 @@ from lowprec.ops.timing import default_grid
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, read_plan
 from lowprec.plan.layer_form import Arithmetic, FloatFormat, LayerForm
 from lowprec.search import open_job, run_search
-from lowprec.search.job import open_workers
 from lowprec.search.record.describe import what_to_time
 from lowprec.search.space.layer_forms import fitted_forms, forms_beside
+from lowprec.session import open_workers
 
 LAYERS = "space.layers=[fp32, fp16, bf16, int8_dynamic, int8_static]"
 # The model is so small that at one budget its tables leave nothing over for its layers.
@@ -161,7 +161,7 @@ def test_an_accelerator_is_emulated_as_it_is_described(small_config):
         "space.layers={precisions: [fp32, emulated], arithmetic: {accumulate: fp16, block: 4}}", "search.max_trials=6"
     )
     job = open_job(config)
-    with open_workers(job) as workers:
+    with open_workers(job, job.search_work()) as workers:
         window = job.window("confirm")
         arithmetic = Arithmetic(accumulate=FloatFormat.FP16, block=4)
         forms = fitted_forms(workers, window, job.space, config.space.layers, batches_per_task=2)

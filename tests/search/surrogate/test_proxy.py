@@ -13,7 +13,8 @@ from lowprec.search.space.space import build_space
 from lowprec.search.surrogate.bound import cost_bounds
 from lowprec.search.surrogate.front_solver import solve_front
 from lowprec.search.surrogate.local_search import PlanFront
-from lowprec.search.surrogate.proxy import Limit, build_proxy
+from lowprec.search.surrogate.proxy import build_proxy
+from lowprec.session.costs import Limit
 
 LENGTH = {"fp16": 1e-4, "int8": 1e-3, "int4": 2e-2, "int2": 0.15}
 

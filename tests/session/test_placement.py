@@ -7,7 +7,7 @@ import pytest
 
 from lowprec.core.errors import ConfigError
 from lowprec.core.sizes import parse_bytes
-from lowprec.search.space.placement import Machines, place_spec
+from lowprec.session.placement import Machines, place_spec
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 8])

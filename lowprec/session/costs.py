@@ -1,8 +1,8 @@
-"""What a plan of a job costs: bytes, latency where lookups were calibrated, and the one that the search minimises."""
+"""What plans of a model cost: bytes, latency where lookups were calibrated, and the one that a search minimises."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowprec.config import CostConfig
@@ -10,13 +10,21 @@ from lowprec.core.errors import ConfigError
 from lowprec.evaluation.rows import TableUse
 from lowprec.latency.calibration import Calibration, layer_latency_ns, read_calibration, unit_latency_ns
 from lowprec.plan import LAYER_PRECISIONS, Plan, Precision, Unit
-from lowprec.search.space.space import SearchSpace
-from lowprec.search.surrogate.proxy import Limit
+from lowprec.plan.cost import ModelStorage
 
-__all__ = ["Costs", "open_costs"]
+__all__ = ["Costs", "Limit", "open_costs"]
 
 
 _TIMED_LAYERS = tuple(p for p in LAYER_PRECISIONS if p is not Precision.EMULATED)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Plans must keep the sum over units of `cost(unit, precision)` at or below `at_most`."""
+
+    name: str
+    cost: Callable[[str, Precision], float]
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,15 @@ class Costs:
 
 
 def open_costs(
-    config: CostConfig, space: SearchSpace, use: Mapping[str, TableUse], layer_rows: Mapping[str, float]
+    config: CostConfig,
+    storage: ModelStorage,
+    choices: Iterable[tuple[str, Precision]],
+    use: Mapping[str, TableUse],
+    layer_rows: Mapping[str, float],
 ) -> Costs:
-    """The costs of the units of `space` under traffic that uses the tables so, and gives layers so many rows.
+    """The costs of the units of a model under traffic that uses the tables so, and gives layers so many rows.
+
+    choices: the units and precisions that are asked for; of an emulated one only the bytes are known.
 
     Raises `ConfigError` where the calibration cannot be read or misses a precision.
     """
@@ -77,13 +91,13 @@ def open_costs(
     notes: list[str] = []
     if calibration is not None:
         latency = {}
-        emulated = [d.name for d in space.decisions if Precision.EMULATED in d.choices]
+        emulated = [unit for unit, precision in choices if precision is Precision.EMULATED]
         if emulated:
             raise ConfigError(
                 f"cost.calibration: {emulated[0]} may be emulated, and what that takes on the machine that it stands "
                 "for is not known here; minimise bytes, or leave emulated out"
             )
-        for unit in space.units:
+        for unit in storage.units:
             if unit.is_layer:
                 rows = layer_rows.get(unit.name, 0.0)
                 for timed in _TIMED_LAYERS:
@@ -98,10 +112,10 @@ def open_costs(
                     bags_per_example=used.bags_per_example,
                     ids_per_bag=used.ids_per_bag,
                 )
-        notes = _outside(calibration, [unit for unit in space.units if not unit.is_layer], use)
+        notes = _outside(calibration, [unit for unit in storage.units if not unit.is_layer], use)
     return Costs(
         minimize=config.minimize,
-        size_bytes={(u.name, p): space.unit_bytes(u, p) for u in space.units for p in u.precisions},
+        size_bytes={(u.name, p): storage.unit_bytes(u, p) for u in storage.units for p in u.precisions},
         latency_ns=latency,
         max_bytes=config.max_bytes,
         max_latency_ns=config.max_latency_ns,
