@@ -23,7 +23,7 @@ from lowprec.search.confirm.alpha_spending import Spending, spending
 from lowprec.search.job import job_of
 from lowprec.search.record.outcome import SearchOutcome, plan_file
 from lowprec.search.record.record import RunRecord
-from lowprec.search.record.trial import Trial, plan_key
+from lowprec.search.record.trial import Trial, trial_keys
 from lowprec.search.search_run import run_search
 from lowprec.search.space.hand_plan import HandPlan, make_plan
 from lowprec.search.space.layer_forms import recalibrated
@@ -168,7 +168,7 @@ def verify_plan(
         with open_workers(session, work, listener.note) as workers:
             if snapshot is not None and file.checkpoint_sha256 != session.checkpoint_sha256:
                 session = _recalibrated(session, workers)
-            key = plan_key(session.checkpoint_sha256, session.evaluated_on(window, traffic_window), file.plan)
+            key = trial_keys(session, window)(file.plan)
             terms = spending(
                 record.looks(file.plan, session.window_text(window)),
                 key,

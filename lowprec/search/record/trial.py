@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.stats.confidence import Interval
 from lowprec.plan import Plan, Precision
+from lowprec.session import Session
 
-__all__ = ["Trial", "pareto_front", "plan_key", "plan_text"]
+__all__ = ["Trial", "pareto_front", "plan_text", "trial_keys"]
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,15 @@ def plan_text(plan: Plan) -> str:
     return json.dumps({name: str(p) for name, p in plan.items()})
 
 
-def plan_key(checkpoint_sha256: str, evaluated_on: Sequence[object], plan: Plan) -> str:
-    """16 hex digits for a plan of a checkpoint evaluated on a window in a given way."""
-    text = json.dumps([checkpoint_sha256, list(evaluated_on), [[n, str(p)] for n, p in plan.items()]], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def trial_keys(session: Session, window: str) -> Callable[[Plan], str]:
+    """What gives a plan, evaluated on the window of that name as the session says, its key: 16 hex digits."""
+    begin = [session.checkpoint_sha256, session.evaluated_on(window, session.window(window))]
+
+    def key(plan: Plan) -> str:
+        text = json.dumps([*begin, [[n, str(p)] for n, p in plan.items()]], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    return key
 
 
 def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
