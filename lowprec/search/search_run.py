@@ -17,7 +17,7 @@ from lowprec.models.uncovered import uncovered_parameters
 from lowprec.plan import Forms, Plan, Precision, write_plan
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
 from lowprec.search.confirm.choice import finalists
-from lowprec.search.confirm.confirm import Recommendation, confirm
+from lowprec.search.confirm.confirm import Recommendation, Tries, confirm
 from lowprec.search.job import SearchJob, open_job
 from lowprec.search.proposals.waves import next_wave
 from lowprec.search.race_policy import Finish, race
@@ -306,20 +306,23 @@ def _confirmed(run: _Run, surrogate: Surrogate, trials: Sequence[Trial], num_spe
 
     num_spent: tries of other runs on that window.
     """
+    tries = Tries(
+        lambda chosen, confidence, attempt: _add_try(run, chosen, confidence, attempt),
+        confidence=run.settings.confidence,
+        found=run.record.trials("confirm"),
+        num_spent=num_spent,
+    )
     return confirm(
         trials,
         run.settings.all_budgets,
-        forecast=surrogate.forecast,
-        found=run.record.trials("confirm"),
-        confidence=run.settings.confidence,
-        evaluate=lambda chosen, confidence, attempt: _add_attempt(run, chosen, confidence, attempt),
+        surrogate.forecast,
+        tries,
         note=run.progress.note,
         reference_cost=surrogate.costs.cost(Plan.uniform(run.job.units, Precision.FP32)),
-        num_spent=num_spent,
     )
 
 
-def _add_attempt(run: _Run, chosen: Sequence[Trial], confidence: float, attempt: int) -> list[Trial]:
+def _add_try(run: _Run, chosen: Sequence[Trial], confidence: float, attempt: int) -> list[Trial]:
     """The trials of plans on the whole confirm window, committed as one try."""
     window, key = run.job.window("confirm"), trial_keys(run.job, "confirm")
     run.progress.stage("confirm", window.num_batches)

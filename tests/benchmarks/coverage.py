@@ -45,7 +45,7 @@ from lowprec.evaluation.workers.worker import Chunk
 from lowprec.plan import Plan
 from lowprec.search import open_job
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
-from lowprec.search.confirm.confirm import confirm
+from lowprec.search.confirm.confirm import Tries, confirm
 from lowprec.search.race_policy import race
 from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
@@ -205,15 +205,8 @@ def search(pool: Pool, rng: np.random.Generator, num_slices: int = SEARCH_SLICES
         found = evaluate_plans(later, later, plans, confidence=confidence, batches_per_task=BATCH_SLICES)
         return [replace(t, metrics=m, wave=attempt) for t, m in zip(chosen, found.metrics, strict=True)]
 
-    (best,) = confirm(
-        trials,
-        [BUDGET],
-        forecast=forecast,
-        found=[],
-        confidence=CONFIDENCE,
-        evaluate=confirmed,
-        note=lambda _: None,
-    )
+    tries = Tries(confirmed, confidence=CONFIDENCE)
+    (best,) = confirm(trials, [BUDGET], forecast, tries, note=lambda _: None)
     return best.best.choice.trial.plan if best.best.verdict == "certified" else None
 
 

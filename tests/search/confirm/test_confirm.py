@@ -12,7 +12,7 @@ from lowprec.evaluation.stats.confidence import Interval
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt
 from lowprec.search.confirm.choice import LADDER, LATER_TRIES
-from lowprec.search.confirm.confirm import confirm
+from lowprec.search.confirm.confirm import Tries, confirm
 from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
 
@@ -55,17 +55,9 @@ class Window:
             done.append(trial(t.number, t.cost, gap, wave=attempt, found=found))
         return done
 
-    def confirm(self, trials, budgets, found=(), **options):
-        return confirm(
-            trials,
-            budgets,
-            forecast=FORECAST,
-            found=found,
-            confidence=CONFIDENCE,
-            evaluate=self.evaluate,
-            note=self.notes.append,
-            **options,
-        )
+    def confirm(self, trials, budgets, found=(), num_spent=0, **options):
+        tries = Tries(self.evaluate, confidence=CONFIDENCE, found=found, num_spent=num_spent)
+        return confirm(trials, budgets, FORECAST, tries, note=self.notes.append, **options)
 
 
 # Seven plans, cheaper and worse from the first on; for a budget of 1 the fourth is certified almost surely, the fifth
@@ -280,15 +272,7 @@ def false_rates(trials, budgets, true_gap, *, alpha, runs, seed):
                 done.append(trial(t.number, t.cost, gap, wave=attempt, found=found))
             return done
 
-        found = confirm(
-            trials,
-            budgets,
-            forecast=FORECAST,
-            found=(),
-            confidence=1 - alpha,
-            evaluate=evaluate,
-            note=lambda _: None,
-        )
+        found = confirm(trials, budgets, FORECAST, Tries(evaluate, confidence=1 - alpha), note=lambda _: None)
         wrong += [r.best.verdict == "certified" and true_gap >= r.budget_pct for r in found]
     return wrong / runs
 
