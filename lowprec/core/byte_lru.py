@@ -1,4 +1,4 @@
-"""What a worker keeps between tasks that come back to the same batches, under a bound."""
+"""A cache that is bounded by bytes: it drops what was used longest ago."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-__all__ = ["Kept"]
+__all__ = ["ByteLru"]
 
 T = TypeVar("T")
 
 
-class Kept:
-    """Values by key, those used last, up to `max_bytes`; what is dropped is made again."""
+class ByteLru:
+    """Values by key, those used last, up to `max_bytes`; what is dropped is made again.
 
-    def __init__(self, max_bytes: int) -> None:
-        """Nothing is kept yet."""
-        self._max_bytes = max_bytes
+    `cachetools.LRUCache` with `getsizeof` refuses a value that is larger than the cache; here it is made and returned.
+    """
+
+    def __init__(self, max_bytes: int, *, keep: int = 0) -> None:
+        """Nothing is there yet. keep: how many values stay, whatever their size."""
+        self._max_bytes, self._keep = max_bytes, keep
         self._size_bytes = 0
         self._found: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
 
@@ -29,7 +32,7 @@ class Kept:
         value = make()
         self._found[key] = (value, size_bytes(value))
         self._size_bytes += self._found[key][1]
-        while self._size_bytes > self._max_bytes and self._found:
+        while self._size_bytes > self._max_bytes and len(self._found) > self._keep:
             _, (_, dropped) = self._found.popitem(last=False)
             self._size_bytes -= dropped
         return value

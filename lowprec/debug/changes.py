@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.core.errors import WeightError
-from lowprec.debug.arms import Arm, Layer, PlannedArm
+from lowprec.debug.implementations import Implementation, Layer, PlannedModel
 from lowprec.debug.report import Change, Suspect
 from lowprec.debug.trace import TracedPart, logits_with
 from lowprec.evaluation.metrics import sums_of_batch
@@ -43,8 +43,8 @@ class _Choice:
 
 def best_change(
     session: Session,
-    arm: Arm,
-    planned: PlannedArm,
+    implementation: Implementation,
+    planned: PlannedModel,
     suspects: Sequence[Suspect],
     differing: Sequence[str],
     broken: Sequence[str],
@@ -61,7 +61,7 @@ def best_change(
     first = [unit for unit in first if unit in broken] or first
     if not first:
         return None
-    trial = _Trial(session.adapter, arm, planned, parts)
+    trial = _Trial(session.adapter, implementation, planned, parts)
     before = trial.kl_pct(None)
     restored = {unit: _Choice(unit, None if unit in differing else Precision.FP32) for unit in first}
     after = {unit: trial.kl_pct(choice) for unit, choice in restored.items()}
@@ -87,11 +87,13 @@ def best_change(
 
 
 class _Trial:
-    """The label-free gap of the arm on some batches with one unit changed."""
+    """The label-free gap of the implementation on some batches with one unit changed."""
 
-    def __init__(self, adapter: ModelAdapter, arm: Arm, planned: PlannedArm, parts: Sequence[TracedPart]) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, implementation: Implementation, planned: PlannedModel, parts: Sequence[TracedPart]
+    ) -> None:
         self._adapter, self._planned, self._parts = adapter, planned, parts
-        self._layers = dict(arm.layers())
+        self._layers = dict(implementation.layers())
         self.num_examples = sum(part.batch.num_rows for part in parts)
 
     def kl_pct(self, choice: _Choice | None) -> float:
@@ -132,7 +134,7 @@ class _Trial:
         }
 
 
-def _cheaper(planned: PlannedArm, unit: str) -> list[_Choice]:
+def _cheaper(planned: PlannedModel, unit: str) -> list[_Choice]:
     """More exact than the unit is now and cheaper than fp32, the cheapest first."""
     now = planned.file.plan[unit]
     if not is_layer(unit):
@@ -148,7 +150,7 @@ def _cheaper(planned: PlannedArm, unit: str) -> list[_Choice]:
     return [_Choice(unit, Precision.FP16)] if now is Precision.BF16 else found
 
 
-def _bytes(session: Session, planned: PlannedArm, choice: _Choice) -> int:
+def _bytes(session: Session, planned: PlannedModel, choice: _Choice) -> int:
     unit = next(u for u in (*session.adapter.units, *session.adapter.layers.units) if u.name == choice.unit)
     precision = choice.precision or planned.file.plan.get(unit.name, Precision.FP32)
     return session.storage.unit_bytes(unit, precision)

@@ -12,7 +12,7 @@ from lowprec.core.errors import ConfigError
 from lowprec.core.progress import Progress
 from lowprec.debug.report import DebugReport
 from lowprec.debug.run import debug_plan
-from lowprec.storage import Where
+from lowprec.storage import AnyPath
 from lowprec.traffic.files.source import find_files
 
 __all__ = ["Comparison", "compare_plans"]
@@ -55,8 +55,8 @@ class Comparison:
 
 def compare_plans(
     config: Config,
-    plan: Where,
-    against: Where | None,
+    plan: AnyPath,
+    against: AnyPath | None,
     snapshot: str | None,
     *,
     window: str = "confirm",
@@ -78,7 +78,7 @@ def compare_plans(
         other = config.with_(model={"checkpoint": snapshot})
     is_snapshot = snapshot is not None
 
-    def debugged(which: Config, where: Where, folder: str) -> DebugReport:
+    def debugged(which: Config, where: AnyPath, folder: str) -> DebugReport:
         return debug_plan(
             which,
             where,

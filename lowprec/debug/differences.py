@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowprec.core.errors import ExportError
-from lowprec.debug.arms import PlannedArm, ServedArm
+from lowprec.debug.implementations import PlannedModel, ServedModel
 from lowprec.debug.rows import SeenRows
 from lowprec.export.manifest import sha256_of
 from lowprec.models.adapter import ModelAdapter
@@ -61,7 +61,7 @@ def layer_differences(planned: Mapping[str, Tensor], found: Mapping[str, Tensor]
     return said
 
 
-def dense_differences(adapter: ModelAdapter, served: ServedArm) -> list[str]:
+def dense_differences(adapter: ModelAdapter, served: ServedModel) -> list[str]:
     """Tensors beside tables and layers that are not the checkpoint's."""
     units = {path for table in served.manifest.tables for path in table.modules}
     units |= {path for path, module in adapter.model.named_modules() if isinstance(module, nn.Linear)}
@@ -74,7 +74,7 @@ def dense_differences(adapter: ModelAdapter, served: ServedArm) -> list[str]:
     return found
 
 
-def layer_modules_differences(planned: PlannedArm, served: ServedArm, layer: str, num_modules: int) -> list[str]:
+def layer_modules_differences(planned: PlannedModel, served: ServedModel, layer: str, num_modules: int) -> list[str]:
     """The differences of all modules of a layer."""
     return [
         text
@@ -83,7 +83,7 @@ def layer_modules_differences(planned: PlannedArm, served: ServedArm, layer: str
     ]
 
 
-def changed_files(served: ServedArm) -> dict[str, str]:
+def changed_files(served: ServedModel) -> dict[str, str]:
     """Files that are not what the manifest says, and what is wrong with them."""
     found = {}
     folder = Path(served.folder)

@@ -98,7 +98,7 @@ class Change:
 
 @dataclass(frozen=True)
 class DebugReport:
-    """All of it. metrics: of the arm on the sample; suspects: the likeliest first.
+    """All of it. metrics: of the implementation on the sample; suspects: the likeliest first.
 
     num_compared: of the sample, the examples whose outputs were compared; num_traced: those of shares, changes and
     counts of inputs. differs: what is not what the plan makes of the checkpoint, and no unit's; the notes say it too.

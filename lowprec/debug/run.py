@@ -15,7 +15,6 @@ import torch
 from lowprec.config import Config
 from lowprec.core.errors import TrafficError
 from lowprec.core.progress import Progress, Silent
-from lowprec.debug.arms import Arm, PlannedArm, ServedArm, open_arm
 from lowprec.debug.arrays import write_arrays
 from lowprec.debug.changes import best_change
 from lowprec.debug.channels import WorstChannel, weight_codes, worst_channels
@@ -25,6 +24,7 @@ from lowprec.debug.differences import (
     layer_modules_differences,
     table_difference,
 )
+from lowprec.debug.implementations import Implementation, PlannedModel, ServedModel, open_implementation
 from lowprec.debug.misfits import misfits
 from lowprec.debug.report import DebugReport, UnitReport
 from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
@@ -33,11 +33,11 @@ from lowprec.debug.trace import InputCodes, Trace, trace_batches
 from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import Precision, is_layer
 from lowprec.session import Session, open_session
-from lowprec.storage import Where
+from lowprec.storage import AnyPath
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.quarantine import said_of_bad_rows
 
-__all__ = ["debug_arm", "debug_plan", "sample_of"]
+__all__ = ["debug_implementation", "debug_plan", "sample_of"]
 
 # The backward pass, and exact trials of changes, take one of so many parts of the sample.
 _NUM_PARTS = 16
@@ -46,7 +46,7 @@ _NUM_WORST = 5
 
 def debug_plan(
     config: Config,
-    plan: Where,
+    plan: AnyPath,
     *,
     window: str = "confirm",
     num_examples: int = 32_768,
@@ -65,14 +65,16 @@ def debug_plan(
     """
     began = time.monotonic()
     session = open_session(config.in_this_process())
-    session, arm = open_arm(session, plan, any_checkpoint=any_checkpoint)
-    report = debug_arm(session, arm, sample_of(session, window, num_examples), window, arrays=arrays, progress=progress)
+    session, implementation = open_implementation(session, plan, any_checkpoint=any_checkpoint)
+    report = debug_implementation(
+        session, implementation, sample_of(session, window, num_examples), window, arrays=arrays, progress=progress
+    )
     return replace(report, seconds=time.monotonic() - began)
 
 
-def debug_arm(
+def debug_implementation(
     session: Session,
-    arm: Arm,
+    implementation: Implementation,
     batches: Sequence[Callable[[], Batch]],
     window: str,
     *,
@@ -88,29 +90,35 @@ def debug_arm(
         evaluator = evaluator_of(session.spec, session.adapter)
         with evaluator.using(session.forms):
             listener.stage("look at every unit", len(batches))
-            trace = trace_batches(evaluator, arm, batches, num_parts=_NUM_PARTS, on_progress=lambda: listener.advance())
+            trace = trace_batches(
+                evaluator, implementation, batches, num_parts=_NUM_PARTS, on_progress=lambda: listener.advance()
+            )
             evaluator.outputs.check()
             if trace.exact is None or not trace.exact.num_rows:
                 raise TrafficError(
                     f"windows.{window}: the sample has no row with a usable label; choose another window"
                 )
-            planned = arm if isinstance(arm, PlannedArm) else PlannedArm(session, arm.file, arm.label)
-            looked = _Looked(session, arm, planned, trace)
+            planned = (
+                implementation
+                if isinstance(implementation, PlannedModel)
+                else PlannedModel(session, implementation.file, implementation.label)
+            )
+            looked = _Looked(session, implementation, planned, trace)
             units = tuple(looked.unit(unit) for unit in trace.units)
             suspects = suspects_among(units)
             listener.stage("try changes", 1)
             differing = [unit.unit for unit in units if unit.differs]
             broken = [unit.unit for unit in units if unit.is_broken]
-            change = best_change(session, arm, planned, suspects, differing, broken, trace.parts)
+            change = best_change(session, implementation, planned, suspects, differing, broken, trace.parts)
             listener.advance()
     finally:
         torch.set_num_threads(threads_before)
     written = write_arrays(arrays, trace.alone, trace.accumulated, looked.tables) if arrays else {}
     differs = looked.differences()
-    is_reference = set(arm.file.plan.values()) == {Precision.FP32}
+    is_reference = set(implementation.file.plan.values()) == {Precision.FP32}
     return DebugReport(
         name=session.config.name,
-        label=arm.label,
+        label=implementation.label,
         checkpoint_sha256=session.checkpoint_sha256,
         window=session.window_text(window),
         metrics=trace.exact.metrics(0, confidence=session.config.search.confidence, is_reference=is_reference),
@@ -150,8 +158,8 @@ class _Looked:
     """From sums to reports of units."""
 
     session: Session
-    arm: Arm
-    planned: PlannedArm
+    implementation: Implementation
+    planned: PlannedModel
     trace: Trace
 
     def __post_init__(self) -> None:
@@ -162,8 +170,8 @@ class _Looked:
 
     def unit(self, name: str) -> UnitReport:
         """All that is known of a unit."""
-        precision = self.arm.file.plan.get(name, Precision.FP32)
-        form = self.arm.file.layer_forms.get(name)
+        precision = self.implementation.file.plan.get(name, Precision.FP32)
+        form = self.implementation.file.layer_forms.get(name)
         counts, worst, differs, unfit = self._layer(name) if is_layer(name) else self._table(name)
         k, shares = self._row[name], self.trace.shares
         loss, entropy = float(shares.loss[0]), float(shares.entropy[0])
@@ -187,18 +195,23 @@ class _Looked:
 
     def differences(self) -> tuple[str, ...]:
         """How a folder is not what its plan makes of the checkpoint, beside the units that traffic asked."""
-        if not isinstance(self.arm, ServedArm):
+        if not isinstance(self.implementation, ServedModel):
             return ()
-        return (*dense_differences(self.session.adapter, self.arm), *changed_files(self.arm).values())
+        return (
+            *dense_differences(self.session.adapter, self.implementation),
+            *changed_files(self.implementation).values(),
+        )
 
     def notes(self) -> list[str]:
         """What is no unit's."""
-        return [f"{unit} was not called" for unit in self.arm.file.plan if unit not in self.trace.units]
+        return [f"{unit} was not called" for unit in self.implementation.file.plan if unit not in self.trace.units]
 
     def _table(self, name: str) -> _Seen:
         weight = self.session.adapter.weights[name].numpy()
-        precision = self.arm.file.plan[name]
-        rows = seen_rows(name, precision, self.trace.ids[name], weight, lambda ids: self.arm.stored(name, ids))
+        precision = self.implementation.file.plan[name]
+        rows = seen_rows(
+            name, precision, self.trace.ids[name], weight, lambda ids: self.implementation.stored(name, ids)
+        )
         self.tables.append(rows)
         counts: dict[str, Any] = {
             "values": {
@@ -208,12 +221,16 @@ class _Looked:
                 "overflowed": int((~np.isfinite(rows.restored)).sum()),
             }
         }
-        differs = table_difference(rows, self.planned.stored(name, rows.ids)) if self.arm is not self.planned else None
+        differs = (
+            table_difference(rows, self.planned.stored(name, rows.ids))
+            if self.implementation is not self.planned
+            else None
+        )
         return counts, tuple(worst_rows(rows, _NUM_WORST)), (differs,) if differs else (), ()
 
     def _layer(self, name: str) -> _Seen:
         weight = self.session.adapter.layers.weights[name]
-        stored = self.arm.stored_layer(name, 0)
+        stored = self.implementation.stored_layer(name, 0)
         codes = weight_codes(weight, stored)
         counts = {
             "weights": {
@@ -230,11 +247,11 @@ class _Looked:
                 "underflowed": seen.num_underflowed,
             }
         differs: Sequence[str] = ()
-        if isinstance(self.arm, ServedArm):
+        if isinstance(self.implementation, ServedModel):
             modules = len(self.session.adapter.layers.modules(name))
-            differs = layer_modules_differences(self.planned, self.arm, name, modules)
+            differs = layer_modules_differences(self.planned, self.implementation, name, modules)
         worst = worst_channels(self.trace.alone[name], weight, stored, _NUM_WORST, saturated_share=seen.saturated_share)
         # A form is judged by what the plan makes with it: what else is stored is a difference, and said as one.
         planned = self.planned.stored_layer(name, 0)
-        unfit = misfits(self.arm.file.layer_forms.get(name), weight, planned, seen.histogram)
+        unfit = misfits(self.implementation.file.layer_forms.get(name), weight, planned, seen.histogram)
         return counts, tuple(worst), tuple(differs), unfit

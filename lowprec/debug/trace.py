@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowprec.debug.arms import Arm, Layer
+from lowprec.debug.implementations import Implementation, Layer
 from lowprec.debug.sums import MAX_ROWS, ErrorSums
 from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.exact.assignment import check_bags
@@ -72,8 +72,8 @@ class Trace:
     """What was seen of each unit, by name in the order of the model's calls.
 
     alone: errors of its output for the inputs of the reference. accumulated: of its output where every unit is the
-    arm's. Both are of the first rows of each batch, `num_compared` in all. shares: where the change of the logits comes
-    from, on the examples of `parts`. ids: what each table was asked for, one array for each call.
+    implementation's. Both are of the first rows of each batch, `num_compared` in all. shares: where the change of the
+    logits comes from, on the examples of `parts`. ids: what each table was asked for, one array for each call.
     """
 
     units: tuple[str, ...]
@@ -94,7 +94,7 @@ class Trace:
 
 def trace_batches(
     evaluator: ExactEvaluator,
-    arm: Arm,
+    implementation: Implementation,
     batches: Sequence[Callable[[], Batch]],
     *,
     num_parts: int,
@@ -104,7 +104,7 @@ def trace_batches(
 
     They are rows of every fourth batch, four times as many of it: a pass over few rows takes as long as over more.
     """
-    layers = arm.layers()
+    layers = implementation.layers()
     num_looks = 0
     trace: Trace | None = None
     for read in batches:
@@ -118,7 +118,7 @@ def trace_batches(
         num_here = max(1, num_parts // PART_EVERY)
         part = batch.part(num_here - 1, num_here) if num_looks % PART_EVERY == 0 else batch.rows(0, 0)
         num_looks += 1
-        _Look(trace, evaluator, arm, layers, batch, part).add()
+        _Look(trace, evaluator, implementation, layers, batch, part).add()
         on_progress()
     return trace or Trace(())
 
@@ -132,7 +132,7 @@ def logits_with(
 ) -> Tensor:
     """Logits float32[B] where the calls of tables return `outputs` and layers are computed as said."""
     with replaced_forwards({module: any_shape(low) for module, low in layers.items()}):
-        return adapter.substituted(inputs, reference, outputs)
+        return adapter.run_with_outputs(inputs, reference, outputs)
 
 
 class _Look:
@@ -146,12 +146,12 @@ class _Look:
         self,
         trace: Trace,
         evaluator: ExactEvaluator,
-        arm: Arm,
+        implementation: Implementation,
         layers: Mapping[nn.Module, Layer],
         batch: Batch,
         part: Batch,
     ) -> None:
-        self._trace, self._evaluator, self._arm, self._layers = trace, evaluator, arm, layers
+        self._trace, self._evaluator, self._implementation, self._layers = trace, evaluator, implementation, layers
         self._batch, self._part = batch, part
         self._modules: dict[nn.Module, str] = {
             module: unit.name
@@ -172,7 +172,7 @@ class _Look:
         with torch.inference_mode():
             outputs = [self._table(call) for call in reference.calls]
         with replaced_forwards({module: self._accumulated(module) for module in self._modules}):
-            logits = adapter.substituted(inputs, reference, outputs)
+            logits = adapter.run_with_outputs(inputs, reference, outputs)
         z, found, labels = (v.astype(np.float64) for v in (reference.logits.numpy(), logits.numpy(), batch.labels))
         self._trace.num_compared += min(batch.num_rows, MAX_ROWS)
         exact = sums_of_batch(z, found[None], labels, batch.weights, batch.groups)
@@ -186,9 +186,11 @@ class _Look:
         row = {unit: k for k, unit in enumerate(self._trace.units)}
         changes = np.zeros((len(row), part.num_rows), np.float32)
         with torch.inference_mode():
-            low = {unit for unit, precision in self._arm.file.plan.items() if precision is not Precision.FP32}
+            low = {
+                unit for unit, precision in self._implementation.file.plan.items() if precision is not Precision.FP32
+            }
             check_bags(reference.calls, part.num_rows, low, may_be_several=True)
-            outputs = tuple(self._arm.pooled(call) for call in reference.calls)
+            outputs = tuple(self._implementation.pooled(call) for call in reference.calls)
             for call, output, slope in zip(reference.calls, outputs, gradients.tables, strict=True):
                 if len(output) % part.num_rows == 0:
                     changes[row[call.table]] += _change(output - call.output, slope, part.num_rows)
@@ -209,7 +211,7 @@ class _Look:
 
     def _table(self, call: BagCall) -> Tensor:
         """What a call of a table returns. What it is asked for depends on no unit: alone and accumulated are one."""
-        output = self._arm.pooled(call)
+        output = self._implementation.pooled(call)
         self._trace.ids[call.table].append(call.indices.numpy())
         sums = ErrorSums.of(call.output, output)
         _add(self._trace.alone, call.table, sums)
@@ -219,7 +221,7 @@ class _Look:
     def _alone(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         layer, forward = self._modules[module], module.forward
         # With one input scale for a batch a part of it is another batch; elsewhere a row's output is its own.
-        is_by_batch = self._arm.file.plan.get(layer) is Precision.INT8_DYNAMIC
+        is_by_batch = self._implementation.file.plan.get(layer) is Precision.INT8_DYNAMIC
 
         def computed(input: Tensor) -> Tensor:
             output: Tensor = forward(input)
@@ -246,7 +248,7 @@ class _Look:
         return computed
 
     def _count_codes(self, layer: str, x: Tensor, error: Tensor) -> None:
-        form = self._arm.file.layer_forms.get(layer)
+        form = self._implementation.file.layer_forms.get(layer)
         if not isinstance(form, LayerForm) or form.input_scale is None or form.input_zero_point is None:
             return
         x = x[: max(1, _MAX_INPUTS // x.shape[1])]

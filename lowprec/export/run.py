@@ -43,7 +43,7 @@ from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision, write_plan
 from lowprec.session import Session, open_session
 from lowprec.session.planned import read_planned
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 from lowprec.storage.whole_folder import abandoned, whole_folder
 from lowprec.traffic.quarantine import said_of_bad_rows
 
@@ -89,8 +89,8 @@ class Exported:
 
 def export_plan(
     config: Config,
-    plan_path: Where,
-    out: Where,
+    plan_path: AnyPath,
+    out: AnyPath,
     *,
     window: str = "confirm",
     programs: Collection[str] = (),
@@ -208,7 +208,7 @@ def _notes(session: Session, file: PlanFile) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _not_written(out: Where, error: OSError) -> str:
+def _not_written(out: AnyPath, error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"export {out}: the disk is full; make room, or choose another folder"
     return f"export {out}: cannot be written: {error.strerror or error}"

@@ -17,7 +17,7 @@ from lowprec.core.errors import CheckpointError, ExportError, WeightError
 from lowprec.core.progress import Progress, Silent
 from lowprec.models.checkpoints.tensor_files import TensorSource, open_tensors
 from lowprec.plan import Precision, RowRange
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 from lowprec.storage.whole_file import whole_file
 
 __all__ = ["StoredTable", "write_table", "write_table_tensor"]
@@ -43,7 +43,7 @@ class StoredTable:
 
 
 def write_table(
-    checkpoint: Where,
+    checkpoint: AnyPath,
     tensor: str,
     out: str | Path,
     precision: Precision | str,
@@ -78,7 +78,7 @@ def write_table(
 
 
 def write_table_tensor(
-    checkpoint: Where,
+    checkpoint: AnyPath,
     tensor: str,
     out: str | Path,
     precision: Precision,
@@ -116,7 +116,7 @@ def write_table_tensor(
 
 
 def _write(
-    checkpoint: Where,
+    checkpoint: AnyPath,
     tensor: str,
     out: str | Path,
     precision: Precision,

@@ -300,7 +300,7 @@ def _predicted(session: Session, file: PlanFile, window: str, size: int) -> dict
     for k in range(min(session.window(window).num_batches, 4)):
         batch = session.window(window).batch(k)
         num_examples += batch.num_rows
-        for call in session.adapter.asked(inputs_of(batch)) if batch.num_rows else ():
+        for call in session.adapter.trace_lookups(inputs_of(batch)) if batch.num_rows else ():
             bags[call.table] += len(call.offsets) - 1
             ids[call.table] += len(call.indices)
     use = {t: TableUse(count / max(num_examples, 1), ids[t] / count if count else 0.0) for t, count in bags.items()}

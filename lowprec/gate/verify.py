@@ -29,7 +29,7 @@ from lowprec.search.space.hand_plan import HandPlan, make_plan
 from lowprec.search.space.layer_forms import recalibrated
 from lowprec.session import Session, open_session, open_workers
 from lowprec.session.planned import read_planned
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
 __all__ = ["Snapshot", "Verification", "verify_plan"]
 
@@ -123,7 +123,7 @@ class Verification:
 
 def verify_plan(
     config: Config,
-    plan: Where | HandPlan,
+    plan: AnyPath | HandPlan,
     *,
     window: str = "confirm",
     budget_pct: float | None = None,
@@ -153,7 +153,7 @@ def verify_plan(
     if snapshot is not None:
         config = config.with_(model={"checkpoint": snapshot})
     session = open_session(config)
-    file = hand or read_planned(session, cast(Where, plan), any_checkpoint=snapshot is not None)
+    file = hand or read_planned(session, cast(AnyPath, plan), any_checkpoint=snapshot is not None)
     gate = Gate(deployed, file, is_of_snapshot=snapshot is not None, progress=listener)
     if repair:
         job_of(session).space.check(file.plan)

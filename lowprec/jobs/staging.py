@@ -18,7 +18,7 @@ from lowprec.config import Config
 from lowprec.core.errors import ConfigError, PlanError
 from lowprec.core.exit_codes import ERROR
 from lowprec.jobs.code import model_code
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
 __all__ = ["StagedJob", "local_paths", "stage_job"]
 
@@ -136,7 +136,7 @@ def _arguments(option: str, value: object, folder: Path) -> list[str]:
     return [option, _absolute(value) if isinstance(value, Location | Path) else str(value)]
 
 
-def _absolute(path: Where) -> str:
+def _absolute(path: AnyPath) -> str:
     return str(Location.of(path).absolute())
 
 

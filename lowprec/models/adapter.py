@@ -117,7 +117,7 @@ class ModelAdapter:
         """Paths of `nn.Embedding` modules: they stay fp32, and people are told."""
         return tuple(path for path, module in self.model.named_modules() if isinstance(module, nn.Embedding))
 
-    def asked(self, inputs: ModelInputs) -> tuple[BagCall, ...]:
+    def trace_lookups(self, inputs: ModelInputs) -> tuple[BagCall, ...]:
         """The calls of the tables, without looking anything up: each returns zeros, float32[B, dim].
 
         For a model whose rows are elsewhere: its weights are never read. What it makes of zeros is thrown away.
@@ -147,12 +147,12 @@ class ModelAdapter:
         """
         rows = dict.fromkeys((unit.name for unit in self.layers.units), 0.0)
         with self.layers.watched(list(rows)) as calls:
-            self.asked(inputs)
+            self.trace_lookups(inputs)
         for call in calls:
             rows[call.layer] += call.input.numel() / call.input.shape[-1] / max(len(inputs.dense), 1)
         return rows
 
-    def answered(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
+    def run_with_lookups(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
         """The pass in which `calls`, those of `asked`, return their outputs."""
         with torch.inference_mode():
             logits = self._replayed(inputs, calls, [call.output for call in calls], is_reference=True)
@@ -203,7 +203,7 @@ class ModelAdapter:
             Gradients(filled[: len(leaves)], filled[len(leaves) :]),
         )
 
-    def substituted(
+    def run_with_outputs(
         self, inputs: ModelInputs, reference: ReferencePass, outputs: Sequence[Tensor], layers: LayerAt = ()
     ) -> Tensor:
         """Logits float32[B] of the model when call k of the reference pass returns `outputs[k]` (float32[B, dim]).
@@ -273,7 +273,7 @@ class ModelAdapter:
     def as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
         """The same pass with the logits of one that records no gradients, as plans are evaluated and served."""
         outputs = [call.output for call in reference.calls]
-        return replace(reference, logits=self.substituted(inputs, reference, outputs), is_differentiated=False)
+        return replace(reference, logits=self.run_with_outputs(inputs, reference, outputs), is_differentiated=False)
 
     def called_units(self, inputs: ModelInputs) -> tuple[str, ...]:
         """Every unit whose module the model calls when it is served, in the order of first calls."""
@@ -296,14 +296,14 @@ class ModelAdapter:
             # Tables are answered for, so that their own calls do not show.
             layers = {m: unit for m, unit in units.items() if not isinstance(m, nn.EmbeddingBag)}
             with replaced_forwards({module: noting(unit, module.forward) for module, unit in layers.items()}):
-                called = {**dict.fromkeys(call.table for call in self.asked(inputs)), **called}
+                called = {**dict.fromkeys(call.table for call in self.trace_lookups(inputs)), **called}
         return tuple(called)
 
     def _again(self, inputs: ModelInputs, reference: ReferencePass) -> Tensor:
         """The logits of the same pass once more, in the same mode."""
         outputs = [call.output for call in reference.calls]
         if not reference.is_differentiated:
-            return self.substituted(inputs, reference, outputs)
+            return self.run_with_outputs(inputs, reference, outputs)
         with torch.enable_grad():
             return self._replayed(inputs, reference.calls, [_leaf(output) for output in outputs]).detach()
 

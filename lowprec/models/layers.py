@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lowprec.core.byte_lru import ByteLru
 from lowprec.core.errors import ModelError, WeightError
 from lowprec.models.table_modules import short_names
 from lowprec.ops.linear import LowLinear, low_linear
@@ -57,8 +57,7 @@ class LayerModules:
             f"layer:{name}": [module for _, module in found] for name, found in zip(names, paths.values(), strict=True)
         }
         self._paths = {name: found[0][0] for name, found in zip(self._modules, paths.values(), strict=True)}
-        self._low: OrderedDict[tuple[str, int, Precision, Form | None], tuple[LowLinear, int]] = OrderedDict()
-        self._low_bytes = 0
+        self._low = ByteLru(MAX_LOW_BYTES, keep=1)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -93,26 +92,20 @@ class LayerModules:
 
         Raises `ModelError` for one that is no plain fp32 layer.
         """
-        key = (layer, position, precision, form)
-        if key in self._low:
-            self._low.move_to_end(key)
-        else:
-            module = self._modules[layer][position]
+        module = self._modules[layer][position]
+
+        def made() -> LowLinear:
             if type(module).forward is not nn.Linear.forward or module.weight.dtype != torch.float32:
                 raise ModelError(
                     f'model: "{layer}" is a {type(module).__name__} of {module.weight.dtype} with a forward of its own '
                     "or another type of weight; fix it to fp32 in space.units"
                 )
             try:
-                low = low_linear(module.weight, module.bias, precision, form)
+                return low_linear(module.weight, module.bias, precision, form)
             except WeightError as error:
                 raise WeightError(f'"{layer}": {error}; fix it to fp32 or bf16 in space.units') from None
-            self._low[key] = low, 4 * module.weight.numel()
-            self._low_bytes += self._low[key][1]
-            while self._low_bytes > MAX_LOW_BYTES and len(self._low) > 1:
-                _, (_, dropped) = self._low.popitem(last=False)
-                self._low_bytes -= dropped
-        return self._low[key][0]
+
+        return self._low.get((layer, position, precision, form), made, lambda _: 4 * module.weight.numel())
 
     @contextmanager
     def at(self, chosen: LayerAt) -> Iterator[None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lowprec.config import Config
 from lowprec.core.errors import ConfigError
 from lowprec.plan import PlanFile, read_plan
-from lowprec.storage import Where
+from lowprec.storage import AnyPath
 
 __all__ = ["Deployment"]
 
@@ -27,7 +27,7 @@ class Deployment:
     judged_by: str
 
     @classmethod
-    def of(cls, config: Config, plan_path: Where) -> Deployment:
+    def of(cls, config: Config, plan_path: AnyPath) -> Deployment:
         """The deployment of a plan under a config; raises `PlanError` or `ConfigError`."""
         file = read_plan(plan_path, units=None, checkpoint_sha256=None)
         watch = config.monitor

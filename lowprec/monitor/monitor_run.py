@@ -14,18 +14,18 @@ from lowprec.evaluation.workers.memory import give_back_now
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.inputs.drift import drift_rule
 from lowprec.monitor.inputs.normal_drift import History
-from lowprec.monitor.judging.budget_test import Standing
-from lowprec.monitor.judging.history import Life
+from lowprec.monitor.judging.budget_test import BudgetState
+from lowprec.monitor.judging.history import BreachHistory
 from lowprec.monitor.judging.judge import Judgement, State, WindowEvidence, judge, standing_breach
 from lowprec.monitor.notify.notify import tell, tell_failed_run
 from lowprec.monitor.outcome import MonitorOutcome, window_document, worst
 from lowprec.monitor.proposal import Proposal, propose, verify_arguments
 from lowprec.monitor.record import JUDGED_COLUMNS, Alert, JudgedWindow, MonitorRecord, next_event
 from lowprec.monitor.schedule import Schedule
-from lowprec.monitor.snapshot_pool import LiveModel, LiveModels
+from lowprec.monitor.snapshot_pool import LiveSnapshot, SnapshotPool
 from lowprec.monitor.window_evidence import measure_window, standing_columns
 from lowprec.plan import write_plan
-from lowprec.storage import Where
+from lowprec.storage import AnyPath
 from lowprec.traffic import TrafficReader, TrafficWindow, Window, format_time, format_window, open_traffic
 
 __all__ = ["run_monitor"]
@@ -38,7 +38,7 @@ MANY_ROWS = 0.01
 
 def run_monitor(
     config: Config,
-    plan_path: Where,
+    plan_path: AnyPath,
     *,
     since: TimeBound = None,
     until: TimeBound = None,
@@ -73,7 +73,7 @@ class _Monitor:
     def __init__(
         self,
         config: Config,
-        plan_path: Where,
+        plan_path: AnyPath,
         deployment: Deployment,
         record: MonitorRecord,
         now: datetime,
@@ -89,11 +89,11 @@ class _Monitor:
         self._deployment, self._record = deployment, record
         self._drift_rule = drift_rule(config.monitor, traffic.schema_of_columns())
         self._schedule = Schedule.of(config, self._reader, now)
-        self._models = LiveModels(
+        self._models = SnapshotPool(
             config, plan_path, self._deployment, self._schedule, self._record.artifacts, self._progress
         )
         self._judged = self._record.judged()
-        self._life = Life(
+        self._life = BreachHistory(
             {start: judged.evidence for start, judged in self._judged.items()},
             judged_by=self._deployment.judged_by,
             budget_pct=self._deployment.budget_pct,
@@ -261,7 +261,7 @@ class _Monitor:
         known: dict[str, Any],
         evidence: WindowEvidence | None,
         proposal: Proposal | None,
-        live: LiveModel | None,
+        live: LiveSnapshot | None,
     ) -> None:
         """Commit the window's alert and then the window: who is killed between them judges it again."""
         start = window.start or 0
@@ -366,7 +366,7 @@ class _Monitor:
             windows=tuple(self._documents),
         )
 
-    def _breach_window(self, standing: Standing) -> str:
+    def _breach_window(self, standing: BudgetState) -> str:
         """The window in which the breach was found that stands."""
         at = standing.breach_at
         return "" if at is None else self._text(self._schedule.window_at(self._life.start_of(at)))
@@ -378,7 +378,9 @@ class _Monitor:
     def _text(self, window: Window) -> str:
         return format_window(window, self._schedule.unit)
 
-    def _propose(self, window: Window, live: LiveModel, traffic: TrafficWindow, standing: Standing) -> Proposal | None:
+    def _propose(
+        self, window: Window, live: LiveSnapshot, traffic: TrafficWindow, standing: BudgetState
+    ) -> Proposal | None:
         self._progress.stage("proposal", traffic.num_batches)
         return propose(
             live.session,

@@ -84,7 +84,7 @@ def propose(
     much worse than promised as the deployed one is.
     """
     prune = session.config.cost.calibration is None
-    space = at_least_as_exact(build_space(session.storage, session.config.space, prune=prune), plan)
+    space = at_least_as_exact(build_space(session.units, session.config.space, prune=prune), plan)
     choices = [(unit, p) for decision in space.decisions for unit in decision.units for p in decision.choices]
     columns = tuple((u, p) for u, p in choices if p is not Precision.FP32)
     forms = forms_beside(session.forms)

@@ -20,14 +20,14 @@ from lowprec.monitor.window_evidence import observe_window, precisions_of
 from lowprec.plan import Plan
 from lowprec.session import Session, open_session, open_workers
 from lowprec.session.planned import read_planned
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 from lowprec.traffic import Window, format_window
 
-__all__ = ["LiveModel", "LiveModels"]
+__all__ = ["LiveSnapshot", "SnapshotPool"]
 
 
 @dataclass(frozen=True)
-class LiveModel:
+class LiveSnapshot:
     """A snapshot of the model with its workers, ready for windows."""
 
     path: str
@@ -36,13 +36,13 @@ class LiveModel:
     plan: Plan
 
 
-class LiveModels:
+class SnapshotPool:
     """Opens one snapshot after the other; the workers of the last one are closed when the block is left."""
 
     def __init__(
         self,
         config: Config,
-        plan_path: Where,
+        plan_path: AnyPath,
         deployment: Deployment,
         schedule: Schedule,
         artifacts: Location,
@@ -55,17 +55,17 @@ class LiveModels:
         self._snapshots = Snapshots(config.monitor.checkpoint or config.model.checkpoint, schedule.unit)
         # How many windows are to be judged.
         self.num_due = 1
-        self._live: LiveModel | None = None
+        self._live: LiveSnapshot | None = None
         self._certified: Certified | None = None
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> LiveModels:
+    def __enter__(self) -> SnapshotPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def in_window(self, window: Window) -> LiveModel:
+    def in_window(self, window: Window) -> LiveSnapshot:
         """The snapshot that was live when a window began; raises `CheckpointError` where there is none."""
         return self._at(self._snapshots.live_at(window.start or 0), window)
 
@@ -91,7 +91,7 @@ class LiveModels:
             self.in_window(window)
         return self._certified
 
-    def grown_ranges(self, live: LiveModel) -> list[RangeGrowth]:
+    def grown_ranges(self, live: LiveSnapshot) -> list[RangeGrowth]:
         """Rows whose range grew since the certified snapshot, by table; found once for each snapshot and kept."""
         certified = self._config.model.checkpoint
         if live.session.checkpoint_sha256 == self._deployment.plan.checkpoint_sha256:
@@ -108,7 +108,7 @@ class LiveModels:
             partial.write_text(json.dumps([growth.to_dict() for growth in found]))
         return found
 
-    def _at(self, checkpoint: str, window: Window) -> LiveModel:
+    def _at(self, checkpoint: str, window: Window) -> LiveSnapshot:
         if self._live is not None and self._live.path == checkpoint:
             return self._live
         self._stack.close()
@@ -119,10 +119,10 @@ class LiveModels:
         rows = session.reader.window(window)
         work = Work(rows, MONITOR_PASSES * self.num_due * rows.num_batches)
         workers = self._stack.enter_context(open_workers(session, work, self._progress.note))
-        self._live = LiveModel(checkpoint, session, workers, file.plan)
+        self._live = LiveSnapshot(checkpoint, session, workers, file.plan)
         return self._live
 
-    def _measured(self, live: LiveModel) -> Certified:
+    def _measured(self, live: LiveSnapshot) -> Certified:
         try:
             window = live.session.reader.window(self._certified_window)
         except TrafficError as error:

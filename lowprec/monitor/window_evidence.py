@@ -20,7 +20,7 @@ from lowprec.monitor.certified import Certified
 from lowprec.monitor.inputs.counts import InputCounts, Inputs
 from lowprec.monitor.inputs.drift import DriftRule, FeatureDrift, Novelty, feature_drift
 from lowprec.monitor.inputs.normal_drift import History, InputSketch, sketches_of
-from lowprec.monitor.judging.budget_test import Evidence, Standing
+from lowprec.monitor.judging.budget_test import BudgetState, Evidence
 from lowprec.monitor.judging.judge import WindowEvidence
 from lowprec.monitor.judging.units import UnitShare, ranked, unit_shares
 from lowprec.monitor.observe import WindowObservation, low_units, observe
@@ -177,7 +177,7 @@ def measure_window(
     )
 
 
-def standing_columns(standing: Standing, confidence: float) -> dict[str, Any]:
+def standing_columns(standing: BudgetState, confidence: float) -> dict[str, Any]:
     """The columns that say how the promise stands."""
     return {
         "running_pct": _known(100 * standing.running_gap),

@@ -12,7 +12,7 @@ from lowprec.core.errors import PlanError, ResultsError
 from lowprec.plan.layer_form import Arithmetic, LayerForm
 from lowprec.plan.plan import Plan, Unit, is_layer
 from lowprec.plan.precision import LAYER_PRECISIONS, TABLE_PRECISIONS, Precision, RowRange
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
 __all__ = ["Form", "Forms", "PlanFile", "form_of", "read_plan", "write_plan"]
 
@@ -64,7 +64,7 @@ def form_of(precision: Precision, flat: Mapping[str, Any], *, where: str) -> For
     return kind.from_dict(flat, where=where)
 
 
-def write_plan(file: PlanFile, path: Where) -> None:
+def write_plan(file: PlanFile, path: AnyPath) -> None:
     """Write `plan.json`, whole or not at all; raises `ResultsError` where that is not possible."""
     document = {
         "schema_version": PLAN_SCHEMA_VERSION,
@@ -83,7 +83,7 @@ def write_plan(file: PlanFile, path: Where) -> None:
         raise ResultsError(f"plan {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_plan(path: Where, *, units: Iterable[Unit] | None, checkpoint_sha256: str | None) -> PlanFile:
+def read_plan(path: AnyPath, *, units: Iterable[Unit] | None, checkpoint_sha256: str | None) -> PlanFile:
     """Read and check a plan against a model; with `units` None against itself, before the model is loaded.
 
     Raises `PlanError` when the file is not a plan, misses or invents a unit or a key of one, or was made for another

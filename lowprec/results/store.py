@@ -20,7 +20,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from lowprec.core.errors import ResultsError, StorageError
 from lowprec.results.schema import SCHEMA_VERSION, TABLES, TableSchema, table_schema, to_arrow
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 from lowprec.storage.delta import damage_of_log, delta_address, panics_as_errors
 from lowprec.storage.object_store import bucket_of, delta_options, filesystem_of, sentence
 
@@ -46,7 +46,7 @@ class ResultsStore:
     committed: appending the same rows again is right then, because rows whose `row_key` is there are skipped.
     """
 
-    def __init__(self, root: Where) -> None:
+    def __init__(self, root: AnyPath) -> None:
         """Touch nothing yet; raises `ResultsError` for a root that Delta's client would take for another one."""
         self.root = str(root)
         self._root = Location.of(root)

@@ -102,7 +102,7 @@ def job_of(session: Session) -> SearchJob:
     """The search of a session; raises `ConfigError` where the config's space does not fit its units."""
     config, fixed = session.config, _fp32_layers(session)
     # By latency a larger precision may be the faster one, so no choice is ruled out by its bytes then.
-    space = build_space(session.storage, config.space, prune=config.cost.calibration is None, fp32=fixed)
+    space = build_space(session.units, config.space, prune=config.cost.calibration is None, fp32=fixed)
     return SearchJob(**vars(session), space=space, fp32_layers=fixed)
 
 

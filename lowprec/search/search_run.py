@@ -31,7 +31,7 @@ from lowprec.search.space.layer_forms import fitted_forms, num_passes
 from lowprec.search.surrogate.sensitivity import Sensitivity, sensitivities, single_swaps
 from lowprec.search.surrogate.surrogate import Surrogate, build_surrogate
 from lowprec.session import open_workers
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
 __all__ = ["run_search"]
 
@@ -43,7 +43,7 @@ def run_search(
     config: Config,
     *,
     resume: str | None = None,
-    profile: Where | None = None,
+    profile: AnyPath | None = None,
     start: Plan | None = None,
     progress: Progress | None = None,
 ) -> SearchOutcome:
@@ -113,18 +113,27 @@ class _Run:
 
 def _search(begun: _Run) -> SearchOutcome:
     begun.job.window("confirm")  # opened first: an empty window must not cost a search
-    kept = _kept_profile(begun)
-    run = begun if kept is None else replace(begun, job=begun.job.with_forms(kept.forms))
+    run = replace(begun, job=begun.job.with_forms(_kept_forms(begun)))
     _known_trials(run)  # a resumption on other traffic ends here, before anything is measured
-    if kept is None:
+    measured = _kept_profile(run)
+    if measured is None:
         run = replace(run, job=run.job.with_forms(_fitted_forms(run)))
-    surrogate = _solved(run, kept or _measured_profile(run))
+        measured = _measured_profile(run)
+    surrogate = _solved(run, measured)
     raced = _raced_window(run)
     _add_sensitivities(run, surrogate, raced)
     trials = _waves(run, surrogate, raced)
     num_spent = run.record.num_confirmations(run.job.window_text("confirm"))
     recommendations = _confirmed(run, surrogate, trials, num_spent)
     return _outcome(run, surrogate, trials, recommendations, num_spent)
+
+
+def _kept_forms(run: _Run) -> Forms:
+    """The forms of layers that the run's profile is of."""
+    if run.job.config.space.layers is None:
+        return {}
+    kept = _kept_profile(run)
+    return {} if kept is None else kept.forms
 
 
 def _kept_profile(run: _Run) -> MeasuredProfile | None:

@@ -6,7 +6,7 @@ from lowprec.core.errors import PlanError
 from lowprec.plan import PlanFile, read_plan
 from lowprec.plan.cost import plan_bytes
 from lowprec.session.session import Session
-from lowprec.storage import Where
+from lowprec.storage import AnyPath
 
 __all__ = ["read_planned"]
 
@@ -14,7 +14,7 @@ __all__ = ["read_planned"]
 _ALIGNMENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def read_planned(session: Session, path: Where, *, any_checkpoint: bool = False) -> PlanFile:
+def read_planned(session: Session, path: AnyPath, *, any_checkpoint: bool = False) -> PlanFile:
     """The plan file at `path`, checked against a session.
 
     any_checkpoint: the plan may have been made for another checkpoint of the model, as at the launch gate. Only the

@@ -2,6 +2,6 @@
 
 from lowprec.storage.copies import local_copy
 from lowprec.storage.digests import file_sha256
-from lowprec.storage.location import FileState, Location, OpenFile, Where
+from lowprec.storage.location import AnyPath, FileState, Location, OpenFile
 
-__all__ = ["FileState", "Location", "OpenFile", "Where", "file_sha256", "local_copy"]
+__all__ = ["AnyPath", "FileState", "Location", "OpenFile", "file_sha256", "local_copy"]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow.fs as pafs
     from numpy.typing import NDArray
 
-__all__ = ["FileState", "Location", "OpenFile", "Where"]
+__all__ = ["AnyPath", "FileState", "Location", "OpenFile"]
 
 # A request of an object store has its price, and memory is what the pieces in flight take.
 PIECE_BYTES = 8 << 20
@@ -51,7 +51,7 @@ class Location:
     text: str
 
     @classmethod
-    def of(cls, where: Where) -> Location:
+    def of(cls, where: AnyPath) -> Location:
         """The location that a path, a URL or a location means; `~` is the user's home folder.
 
         Raises `ConfigError` for a URL that became a path.
@@ -221,7 +221,7 @@ class Location:
 
 
 # What `Location.of` takes.
-Where = str | Path | Location
+AnyPath = str | Path | Location
 
 
 class OpenFile:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lowprec.core.errors import TrafficError
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 from lowprec.traffic.batch import BadRow
 
 __all__ = ["check_bad_rows", "read_quarantine", "said_of_bad_rows", "write_quarantine"]
@@ -18,7 +18,7 @@ _SCHEMA = pa.schema({"file": pa.string(), "row": pa.int64(), "reason": pa.string
 _ROWS_AT_ONCE = 10_000
 
 
-def write_quarantine(bad_rows: Iterable[BadRow], path: Where) -> int:
+def write_quarantine(bad_rows: Iterable[BadRow], path: AnyPath) -> int:
     """Write bad rows to a Parquet file (columns file, row, reason, values), whole or not at all; returns how many.
 
     Rows are taken as they come, so an iterator over many is fine. Raises `TrafficError` where it cannot be written.
@@ -39,7 +39,7 @@ def write_quarantine(bad_rows: Iterable[BadRow], path: Where) -> int:
     return count
 
 
-def read_quarantine(path: Where) -> tuple[BadRow, ...]:
+def read_quarantine(path: AnyPath) -> tuple[BadRow, ...]:
     """The bad rows that `write_quarantine` kept; raises `TrafficError` when the file is not such a file."""
     try:
         rows = pq.ParquetFile(pa.BufferReader(Location.of(path).read_bytes())).read(columns=_SCHEMA.names).to_pylist()
@@ -49,7 +49,7 @@ def read_quarantine(path: Where) -> tuple[BadRow, ...]:
 
 
 def check_bad_rows(
-    num_bad: int, num_rows: int, max_fraction: float, *, first: BadRow | None, quarantine_path: Where
+    num_bad: int, num_rows: int, max_fraction: float, *, first: BadRow | None, quarantine_path: AnyPath
 ) -> None:
     """Raise `TrafficError` when more than `max_fraction` of `num_rows` rows (bad ones included) are bad.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from lowprec.core.byte_lru import ByteLru
 from lowprec.core.errors import ConfigError, TrafficError
 from lowprec.traffic.batch import Batch
 from lowprec.traffic.decode import Decoder
@@ -195,7 +196,7 @@ class TrafficWindow:
         """
         order = np.random.default_rng(seed).permutation(self.num_batches).tolist()
         decoder = Decoder(self.schema, self._dataset.place)
-        cache = _Cache()
+        cache = ByteLru(CACHE_BYTES, keep=1)
         for k in order:
             rows = self._cached_rows(k, cache)
             yield self.batch(k) if rows is None else decoder.batch(k, rows.columns, rows.positions)
@@ -220,7 +221,7 @@ class TrafficWindow:
     def _span_of(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def _cached_rows(self, k: int, cache: _Cache) -> Rows | None:
+    def _cached_rows(self, k: int, cache: ByteLru) -> Rows | None:
         """The rows of batch k by way of whole decoded row groups; None when one of them is too large for that."""
         start, stop = k * self.batch_size, min((k + 1) * self.batch_size, self.num_rows)
         spans = range(self._span_of(start), self._span_of(stop - 1) + 1)
@@ -229,12 +230,13 @@ class TrafficWindow:
             return None
         parts = []
         for span in spans:
-            rows = cache.get(span)
-            if rows is None:
-                rows = cache.put(span, _joined(list(self._rows.of(self._spans[span]))))
+            rows = cache.get(span, partial(self._decoded, span), _size_bytes)
             begin = int(self._starts[span])
             parts.append(rows.part(max(start - begin, 0), min(stop - begin, self._spans[span].num_rows)))
         return _joined(parts)
+
+    def _decoded(self, span: int) -> Rows:
+        return _joined(list(self._rows.of(self._spans[span])))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parked": None}
@@ -289,27 +291,6 @@ class _Cursor:
             self._left = piece.part(used, count) if used < count else None
             self.row += used
         return _joined(parts)
-
-
-class _Cache:
-    """The decoded row groups used last, up to `CACHE_BYTES`."""
-
-    def __init__(self) -> None:
-        self._rows: OrderedDict[int, Rows] = OrderedDict()
-        self._size_bytes = 0
-
-    def get(self, span: int) -> Rows | None:
-        if span in self._rows:
-            self._rows.move_to_end(span)
-        return self._rows.get(span)
-
-    def put(self, span: int, rows: Rows) -> Rows:
-        self._rows[span] = rows
-        self._size_bytes += _size_bytes(rows)
-        while self._size_bytes > CACHE_BYTES and len(self._rows) > 1:
-            _, dropped = self._rows.popitem(last=False)
-            self._size_bytes -= _size_bytes(dropped)
-        return rows
 
 
 def _size_bytes(rows: Rows) -> int:

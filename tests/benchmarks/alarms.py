@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from lowprec.evaluation.stats.confidence import RatioMoments
-from lowprec.monitor.judging.budget_test import Evidence, Promise
+from lowprec.monitor.judging.budget_test import BudgetTest, Evidence
 
 Float = NDArray[np.float64]
 
@@ -127,7 +127,7 @@ def _run(rng: np.random.Generator, num_blocks: int, count: int) -> NDArray[np.in
 
 def monitor(year: Year) -> int | None:
     """The day on which the monitor's test alarms."""
-    promise = Promise(budget=BUDGET / 100, false_alarm_rate=RATE, confidence=CONFIDENCE)
+    promise = BudgetTest(budget=BUDGET / 100, false_alarm_rate=RATE, confidence=CONFIDENCE)
     for k, (n, *sums) in enumerate(year.moments):
         if promise.after(Evidence(RatioMoments(int(n), *sums))).began:
             return k

@@ -33,9 +33,9 @@ from demo_model import demo_config
 from safetensors.numpy import load_file, save_file
 
 from lowprec.config import Config
-from lowprec.debug.arms import open_arm
+from lowprec.debug.implementations import open_implementation
 from lowprec.debug.report import DebugReport
-from lowprec.debug.run import debug_arm, sample_of
+from lowprec.debug.run import debug_implementation, sample_of
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.export import export_plan
 from lowprec.models.adapter import inputs_of
@@ -181,7 +181,7 @@ class Planter:
         """How often the sample asks for each row."""
         found = {name: np.zeros(rows, np.int64) for name, (rows, _) in self.job.adapter.shapes.items()}
         for read in sample_of(self.job, "confirm", NUM_EXAMPLES):
-            for call in self.job.adapter.asked(inputs_of(read())):
+            for call in self.job.adapter.trace_lookups(inputs_of(read())):
                 found[call.table] += np.bincount(call.indices.numpy(), minlength=len(found[call.table]))
         return found
 
@@ -202,7 +202,7 @@ def debugged(trial: Trial) -> tuple[DebugReport, float]:
 
     Batches have been read before.
     """
-    job, arm = open_arm(open_job(trial.config), trial.where)
+    job, arm = open_implementation(open_job(trial.config), trial.where)
     batches = sample_of(job, "confirm", NUM_EXAMPLES)
     inputs = [inputs_of(read()) for read in batches]
     torch.set_num_threads(job.spec.threads)
@@ -214,7 +214,7 @@ def debugged(trial: Trial) -> tuple[DebugReport, float]:
             job.adapter.reference(of_batch)
         passing += time.perf_counter() - began
         began = time.perf_counter()
-        report = debug_arm(job, arm, batches, "confirm")
+        report = debug_implementation(job, arm, batches, "confirm")
         debugging += time.perf_counter() - began
     return report, debugging / passing
 

@@ -17,7 +17,7 @@ from demo_model import large_demo_config
 from numpy.typing import NDArray
 
 from lowprec.evaluation.exact.exact_evaluator import BatchLogits
-from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, ProfileTask, swaps
+from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, ProfileTask, logit_changes
 from lowprec.evaluation.workers.worker import evaluator_of, load_adapter
 from lowprec.models.adapter import Gradients
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
@@ -122,7 +122,7 @@ def read_examples(job: SearchJob, windows: Sequence[str] = WINDOWS) -> Examples:
     evaluator = evaluator_of(job.spec, load_adapter(job.spec))
     logits, changes, labels = [], [], []
     for batch in _batches(job, windows):
-        reference, s = swaps(evaluator, batch, job.columns)
+        reference, s = logit_changes(evaluator, batch, job.columns)
         logits.append(reference)
         changes.append(s)
         labels.append(batch.labels)

@@ -43,7 +43,7 @@ def dense_seconds(job: SearchJob, plans: list[Plan]) -> float:
         outputs = [[p[plan[c.table]] for p, c in zip(pooled, reference.calls, strict=True)] for plan in plans]
         began = time.perf_counter()
         for chosen in outputs:
-            job.adapter.substituted(inputs, reference, chosen)
+            job.adapter.run_with_outputs(inputs, reference, chosen)
         total += time.perf_counter() - began
     return total
 

@@ -51,7 +51,7 @@ def compared(adapter: ModelAdapter, evaluator: ExactEvaluator, inputs: ModelInpu
     passes = DensePasses(adapter)
 
     def alone() -> np.ndarray:
-        return np.stack([adapter.substituted(inputs, reference, of_plan).numpy() for of_plan in outputs])
+        return np.stack([adapter.run_with_outputs(inputs, reference, of_plan).numpy() for of_plan in outputs])
 
     def stacked() -> np.ndarray:
         return passes.logits(inputs, reference, outputs)

@@ -17,8 +17,8 @@ from lowprec import ops
 from lowprec.core.errors import ModelError, TrafficError
 from lowprec.core.progress import Silent
 from lowprec.debug import debug_plan
-from lowprec.debug.arms import open_arm
-from lowprec.debug.run import debug_arm, sample_of
+from lowprec.debug.implementations import open_implementation
+from lowprec.debug.run import debug_implementation, sample_of
 from lowprec.debug.sums import MAX_ROWS
 from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.gate.verify import verify_plan
@@ -336,14 +336,14 @@ def seen_of(model):
 @pytest.mark.parametrize("how", ["plan", "folder", "stops", "fails on a part", "fails alone", "fails together"])
 def test_nothing_in_the_model_changes(planned, served, how):
     config, _, where = (served if how == "folder" else planned)()
-    job, arm = open_arm(open_job(config), where)
+    job, implementation = open_implementation(open_job(config), where)
     model = job.adapter.model
     batches = sample_of(job, "confirm", 3000)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before, seen = layer_calls(model, PATHS, batches[0]()), seen_of(model)
     assert not any(replaced or hooks or pre for _, replaced, hooks, pre, _ in seen[0])
     if how.startswith("fails"):
-        calls, layers = [], dict(arm.layers())
+        calls, layers = [], dict(implementation.layers())
         last = model.get_submodule("top.2")
 
         def failing(x, low=layers[last]):
@@ -353,18 +353,18 @@ def test_nothing_in_the_model_changes(planned, served, how):
                 raise ValueError("no way")
             return low(x)
 
-        arm.layers = lambda: layers | {last: failing}
+        implementation.layers = lambda: layers | {last: failing}
     threads = torch.get_num_threads()
     torch.set_num_threads(job.spec.threads + 1)
     try:
         if how == "stops":
             with pytest.raises(RuntimeError, match="enough"):
-                debug_arm(job, arm, batches, "confirm", progress=Failing())
+                debug_implementation(job, implementation, batches, "confirm", progress=Failing())
         elif how.startswith("fails"):
             with pytest.raises(ModelError, match="no way"):
-                debug_arm(job, arm, batches, "confirm")
+                debug_implementation(job, implementation, batches, "confirm")
         else:
-            debug_arm(job, arm, batches, "confirm")
+            debug_implementation(job, implementation, batches, "confirm")
         assert torch.get_num_threads() == job.spec.threads + 1
     finally:
         torch.set_num_threads(threads)

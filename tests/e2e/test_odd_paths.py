@@ -79,7 +79,7 @@ def test_a_panic_of_a_library_is_an_error(small_config, tmp_path, monkeypatch, c
     def panic(*_, **__):
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("lowprec.search.job.checkpoint_sha256", panic)
+    monkeypatch.setattr("lowprec.session.session.checkpoint_sha256", panic)
     done = run("search", tmp_path / "job.yaml", "--json")
     assert done.return_value == exit_codes.ERROR
     assert "error: a library panicked: index out of bounds" in done.stderr and "Traceback" not in done.stderr

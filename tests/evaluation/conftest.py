@@ -96,13 +96,13 @@ class Toy:
     def kept(self):
         return SimpleNamespace(get=lambda key, make, size_bytes: make())
 
-    def swaps(self, batch):
+    def logit_changes(self, batch):
         return batch.dense[:, 0], np.ascontiguousarray(batch.dense[:, 1 : 1 + self.num_columns].T)
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Toy]:
     """Makes toys with K columns."""
-    for name in ("profile", "race"):
-        monkeypatch.setattr(f"lowprec.evaluation.{name}.swaps", lambda evaluator, batch, _: evaluator.swaps(batch))
+    for name in ("profile.profile", "race.race_sums"):
+        monkeypatch.setattr(f"lowprec.evaluation.{name}.logit_changes", lambda toy, batch, _: toy.logit_changes(batch))
     return Toy

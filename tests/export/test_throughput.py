@@ -77,7 +77,7 @@ def test_a_calibration_predicts_what_is_measured(served, tmp_path, capsys):
     from lowprec.models.inputs import inputs_of
 
     batch = job.window("confirm").batch(0)
-    calls = job.adapter.asked(inputs_of(batch))
+    calls = job.adapter.trace_lookups(inputs_of(batch))
     use = {c.table: TableUse(1.0, len(c.indices) / batch.num_rows) for c in calls}
     expected = job.search_costs(use).plan_latency_ns(file.plan)
     # Of another sample of the same traffic.

@@ -111,7 +111,7 @@ def test_recorded_calls_say_all_that_a_lookup_needs(model, inputs):
 def test_substituting_the_same_outputs_changes_no_bit(model, inputs):
     adapter = ModelAdapter(model)
     reference = adapter.reference(inputs)
-    same = adapter.substituted(inputs, reference, [c.output for c in reference.calls])
+    same = adapter.run_with_outputs(inputs, reference, [c.output for c in reference.calls])
     torch.testing.assert_close(same, reference.logits, rtol=0, atol=0)
 
 
@@ -121,7 +121,7 @@ def test_substituting_equals_a_model_with_other_weights(model, inputs):
     with torch.no_grad():
         model.item.weight.mul_(0.5)
     outputs = [c.output * (0.5 if c.table == "table:item" else 1) for c in reference.calls]
-    torch.testing.assert_close(adapter.substituted(inputs, reference, outputs), adapter.reference(inputs).logits)
+    torch.testing.assert_close(adapter.run_with_outputs(inputs, reference, outputs), adapter.reference(inputs).logits)
 
 
 def test_features_reach_tables_only_where_their_ids_are_unchanged(model):
@@ -215,7 +215,7 @@ def test_calls_that_depend_on_outputs_are_refused():
     inputs = ModelInputs(torch.zeros(2, 0), {"x": (torch.tensor([1]), torch.tensor([0, 1, 1]))})
     reference = adapter.reference(inputs)
     with pytest.raises(ModelError, match="out of order"):
-        adapter.substituted(inputs, reference, [torch.full((2, 4), 1e9), torch.zeros(2, 4)])
+        adapter.run_with_outputs(inputs, reference, [torch.full((2, 4), 1e9), torch.zeros(2, 4)])
 
 
 def test_gradients_are_those_of_each_row(model, inputs):
@@ -232,7 +232,7 @@ def test_gradients_are_those_of_each_row(model, inputs):
     for k, gradient in enumerate(gradients.tables):
         step = 1e-6 * torch.randn_like(outputs[k])
         moved = [o + step if j == k else o for j, o in enumerate(outputs)]
-        change = adapter.substituted(double, reference, moved) - reference.logits
+        change = adapter.run_with_outputs(double, reference, moved) - reference.logits
         torch.testing.assert_close(change, (gradient * step).sum(1), rtol=1e-3, atol=1e-12)
     assert not any("forward" in m.__dict__ for m in model.modules())
 
@@ -287,7 +287,7 @@ def test_fewer_calls_in_a_second_pass_are_refused():
     adapter = ModelAdapter(Lazy())
     inputs = ModelInputs(torch.zeros(2, 0), {"x": (torch.tensor([1]), torch.tensor([0, 1, 1]))})
     with pytest.raises(ModelError, match="2 times at first and 1 times"):
-        adapter.substituted(inputs, adapter.reference(inputs), [torch.full((2, 4), 1e9)] * 2)
+        adapter.run_with_outputs(inputs, adapter.reference(inputs), [torch.full((2, 4), 1e9)] * 2)
 
 
 def test_a_weight_that_another_module_uses_too_is_refused():

@@ -78,7 +78,7 @@ def test_a_low_layer_is_computed_wherever_its_weight_is(model, inputs):
     outputs = [call.output for call in reference.calls]
     at = (("layer:right.0", Precision.INT8_DYNAMIC, LayerForm(input_bits=safe_input_bits())),)
     before = torch.backends.quantized.engine
-    found = adapter.substituted(inputs, reference, outputs, at)
+    found = adapter.run_with_outputs(inputs, reference, outputs, at)
     assert torch.backends.quantized.engine == before
     torch.backends.quantized.engine = "fbgemm"
     try:
@@ -88,7 +88,7 @@ def test_a_low_layer_is_computed_wherever_its_weight_is(model, inputs):
         torch.backends.quantized.engine = before
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.equal(found, reference.logits)
-    assert torch.equal(adapter.substituted(inputs, reference, outputs), reference.logits)
+    assert torch.equal(adapter.run_with_outputs(inputs, reference, outputs), reference.logits)
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
@@ -108,7 +108,7 @@ def test_first_order_changes_are_nearly_what_a_low_layer_does(model, inputs, pre
             moved = low(call.input.reshape(-1, call.input.shape[-1])) - call.output.reshape(-1, 8)
             change += (moved * gradient.reshape(-1, 8)).reshape(30, -1).sum(dim=1)
     outputs = [call.output for call in reference.calls]
-    exact = adapter.substituted(inputs, reference, outputs, ((layer, precision, form),)) - reference.logits
+    exact = adapter.run_with_outputs(inputs, reference, outputs, ((layer, precision, form),)) - reference.logits
     error, size = float((exact - change).square().sum()), float(exact.square().sum())
     # Called once, the layer does what its gradient says. Where it is called on what it has changed itself, that is
     # rounded anew, so that errors are as large as they were, and others.
@@ -134,9 +134,8 @@ def test_watching_changes_no_bit_and_keeps_inputs_from_what_the_model_does_to_th
 
 
 def test_low_layers_are_kept_up_to_a_bound(model, monkeypatch):
+    monkeypatch.setattr("lowprec.models.layers.MAX_LOW_BYTES", 2 * 4 * model.again.weight.numel())
     layers = LayerModules(model)
-    size = 4 * model.again.weight.numel()
-    monkeypatch.setattr("lowprec.models.layers.MAX_LOW_BYTES", 2 * size)
     forms = [LayerForm(outliers=k, input_bits=safe_input_bits()) for k in (0, 0.1, 0.2)]
     first, second, _ = made = [layers.low("layer:right.0", 0, Precision.INT8_DYNAMIC, form) for form in forms]
     # Of three, the last two are kept; one that is asked for again is the youngest of them.

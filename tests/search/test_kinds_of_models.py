@@ -7,7 +7,7 @@ from own_model import own_job, uniform_plan
 
 from lowprec.debug import debug_plan
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
-from lowprec.evaluation.profile.profile import columns_of, swaps
+from lowprec.evaluation.profile.profile import columns_of, logit_changes
 from lowprec.export import export_plan
 from lowprec.gate import verify_plan
 from lowprec.models.adapter import inputs_of
@@ -120,7 +120,7 @@ def test_first_order_changes_are_those_of_an_exact_replacement(kind, tmp_path):
     batch = job.window("search").batch(1)
     fp32 = Plan.uniform(job.units, Precision.FP32)
     columns = [c for c in columns_of(job.units, TABLE_PRECISIONS) if c[1] is Precision.INT8]
-    reference, s = swaps(evaluator, batch, tuple(columns))
+    reference, s = logit_changes(evaluator, batch, tuple(columns))
     exact = evaluator.logits(batch, [fp32.replace({unit: p}) for unit, p in columns]).plans
     np.testing.assert_array_equal(reference, evaluator.logits(batch, []).reference)
     for predicted, found in zip(s, exact, strict=True):

@@ -8,7 +8,7 @@ from own_model import own_job, uniform_plan
 from lowprec.core.errors import ModelError
 from lowprec.debug import debug_plan
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
-from lowprec.evaluation.profile.profile import columns_of, swaps
+from lowprec.evaluation.profile.profile import columns_of, logit_changes
 from lowprec.export import export_plan, load
 from lowprec.gate import verify_plan
 from lowprec.models.training.train import train
@@ -68,8 +68,10 @@ def test_declared_probabilities_give_the_plans_and_gaps_of_their_logits(tmp_path
     job, other = open_job(config), open_job(expected)
     columns = columns_of(job.units, TABLE_PRECISIONS)
     batch = job.window("search").batch(0)
-    first = swaps(ExactEvaluator(job.adapter), batch, columns)[1]
-    np.testing.assert_allclose(first, swaps(ExactEvaluator(other.adapter), batch, columns)[1], rtol=1e-2, atol=1e-5)
+    first = logit_changes(ExactEvaluator(job.adapter), batch, columns)[1]
+    np.testing.assert_allclose(
+        first, logit_changes(ExactEvaluator(other.adapter), batch, columns)[1], rtol=1e-2, atol=1e-5
+    )
     assert run_search(config).verdict == run_search(expected).verdict
     debug_plan(config, plan)
     assert run_monitor(config, plan).state != "error"

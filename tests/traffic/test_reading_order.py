@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from lowprec.traffic import Batch, Schema, SparseFeature, TrafficWindow, Window, open_traffic
 from lowprec.traffic import reader as reader_module
-from lowprec.traffic.files.dataset import Rows
 
 SCHEMA = Schema(
     label="label",
@@ -121,16 +120,6 @@ def test_random_order_is_a_permutation_that_the_seed_decides(
     assert sorted(order) == list(range(window.num_batches)) and order != sorted(order)
     assert order == [batch.index for batch in again] != [batch.index for batch in other]
     assert all(same(batch, whole[batch.index]) for batch in once + other)
-
-
-def test_the_cache_of_row_groups_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "CACHE_BYTES", 5_000)
-    rows = Rows(pa.record_batch({"x": pa.array(np.arange(100))}), np.arange(100))  # 1600 bytes
-    cache = reader_module._Cache()
-    for span in range(10):
-        cache.put(span, rows)
-        cache.get(0)  # in use, so it stays
-    assert [span for span in range(10) if cache.get(span) is not None] == [0, 8, 9]
 
 
 def test_every_batch_is_first_in_the_random_order_equally_often(

@@ -83,7 +83,9 @@ def check_assignment(
                 for call, o, sign in zip(reference.calls, outputs, signs, strict=True)
             ]
             up, down = (
-                adapter.substituted(inputs, reference, [_moved(o, m, way) for o, m in zip(outputs, moves, strict=True)])
+                adapter.run_with_outputs(
+                    inputs, reference, [_moved(o, m, way) for o, m in zip(outputs, moves, strict=True)]
+                )
                 for way in (1, -1)
             )
             verdict = _compare(z, up.double(), down.double(), _predicted(moves, gradients))

@@ -48,7 +48,7 @@ class DensePasses:
         num_rows = len(reference.logits)
         if layers is not None and any(layers):
             pairs = zip(outputs, layers, strict=True)
-            return np.stack([self._adapter.substituted(inputs, reference, o, at).numpy() for o, at in pairs])
+            return np.stack([self._adapter.run_with_outputs(inputs, reference, o, at).numpy() for o, at in pairs])
         size = STACKED_ROWS // num_rows if num_rows <= STACKED_ROWS // MIN_PLANS else 1
         found = np.empty((len(outputs), num_rows), dtype=np.float32)
         shared: dict[int, ModelInputs] = {}
@@ -70,7 +70,7 @@ class DensePasses:
         can_share = shared is not None and self._can_share.get(shape)
         if shared is not None and can_share:
             return self._stacked(shared, reference, outputs)
-        alone = np.stack([self._adapter.substituted(inputs, reference, of_plan).numpy() for of_plan in outputs])
+        alone = np.stack([self._adapter.run_with_outputs(inputs, reference, of_plan).numpy() for of_plan in outputs])
         if shared is not None and can_share is None:
             try:
                 self._can_share[shape] = np.array_equal(self._stacked(shared, reference, outputs), alone)
@@ -82,5 +82,5 @@ class DensePasses:
         self, shared: ModelInputs, reference: ReferencePass, outputs: Sequence[Sequence[Tensor]]
     ) -> NDArray[np.float32]:
         together = [torch.cat(of_call) for of_call in zip(*outputs, strict=True)]
-        logits: NDArray[np.float32] = self._adapter.substituted(shared, reference, together).numpy()
+        logits: NDArray[np.float32] = self._adapter.run_with_outputs(shared, reference, together).numpy()
         return logits.reshape(len(outputs), -1)

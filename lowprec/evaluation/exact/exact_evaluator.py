@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowprec.core.byte_lru import Kept
+from lowprec.core.byte_lru import ByteLru
 from lowprec.core.errors import ModelError
 from lowprec.evaluation.exact.assignment import ASSIGNED_ROWS, check_assignment, check_bags
 from lowprec.evaluation.exact.dense import DensePasses
@@ -70,7 +70,7 @@ class ExactEvaluator:
         # How many outputs of the reference look like probabilities.
         self.outputs = OutputCount()
         # For tasks that come back to the same batches.
-        self.kept = Kept(kept_bytes)
+        self.kept = ByteLru(kept_bytes)
         # How layers are stored and computed at precisions that leave a choice.
         self.forms: Forms = {}
         self._passes = DensePasses(adapter)
@@ -115,9 +115,9 @@ class ExactEvaluator:
         needed: dict[str, set[Precision]] = {name: {plan[name] for plan in plans} for name in self.tables.names}
         inputs = inputs_of(batch)
         if self.tables.are_remote:
-            calls = self.adapter.asked(inputs)
+            calls = self.adapter.trace_lookups(inputs)
             pooled = self.tables.pooled(calls, [needed[call.table] | {Precision.FP32} for call in calls])
-            reference = self.adapter.answered(inputs, _with_outputs(calls, pooled))
+            reference = self.adapter.run_with_lookups(inputs, _with_outputs(calls, pooled))
             self._check(inputs, reference, needed, batch.index)
         else:
             reference = self.adapter.reference(inputs)
@@ -139,7 +139,7 @@ class ExactEvaluator:
         inputs = inputs_of(batch)
         calls = None
         if self.tables.are_remote:
-            asked = self.adapter.asked(inputs)
+            asked = self.adapter.trace_lookups(inputs)
             calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
         layers = [unit for unit in needed if is_layer(unit)]
         reference, gradients = self.adapter.differentiated(inputs, calls, layers)
@@ -153,10 +153,10 @@ class ExactEvaluator:
         inputs = inputs_of(batch)
         with self.adapter.layers.watched(layers) as calls:
             if self.tables.are_remote:
-                asked = self.adapter.asked(inputs)
+                asked = self.adapter.trace_lookups(inputs)
                 calls.clear()  # of a pass in which tables gave zeros
                 pooled = self.tables.pooled(asked, [{Precision.FP32}] * len(asked))
-                reference = self.adapter.answered(inputs, _with_outputs(asked, pooled))
+                reference = self.adapter.run_with_lookups(inputs, _with_outputs(asked, pooled))
             else:
                 reference = self.adapter.reference(inputs)
             found = tuple(calls)
@@ -195,7 +195,7 @@ class ExactEvaluator:
         needed = {name: {plan[name]} for name in self.tables.names}
         inputs = inputs_of(batch)
         if self.tables.are_remote:
-            calls = self.adapter.asked(inputs)
+            calls = self.adapter.trace_lookups(inputs)
             pooled = self.tables.pooled(calls, [needed[call.table] | {Precision.FP32} for call in calls])
             reference, gradients = self.adapter.differentiated(inputs, _with_outputs(calls, pooled), layers)
             self._check(inputs, reference, needed, batch.index)
@@ -233,7 +233,7 @@ class ExactEvaluator:
         inputs = inputs_of(part)
         calls = None
         if self.tables.are_remote:
-            asked = self.adapter.asked(inputs)
+            asked = self.adapter.trace_lookups(inputs)
             calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
         reference, gradients = self.adapter.differentiated(inputs, calls)
         check_bags(reference.calls, part.num_rows, new)
@@ -278,7 +278,7 @@ class ExactEvaluator:
             every = [unit.name for unit in self.adapter.layers.units]
             outputs = [call.output for call in reference.calls]
             with self.adapter.layers.watched(every) as calls:
-                self.adapter.substituted(inputs, reference, outputs)
+                self.adapter.run_with_outputs(inputs, reference, outputs)
             self._called_layers = frozenset(call.layer for call in calls)
         _refuse_uncalled(layers - self._called_layers, index)
 

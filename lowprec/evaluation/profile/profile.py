@@ -24,7 +24,16 @@ from lowprec.models.quality import softplus
 from lowprec.plan import Forms, Plan, Precision, Unit, is_layer
 from lowprec.traffic.batch import Batch
 
-__all__ = ["MAX_DENSE_COLUMNS", "BlockSums", "Column", "Profile", "ProfilePart", "ProfileTask", "columns_of", "swaps"]
+__all__ = [
+    "MAX_DENSE_COLUMNS",
+    "BlockSums",
+    "Column",
+    "Profile",
+    "ProfilePart",
+    "ProfileTask",
+    "columns_of",
+    "logit_changes",
+]
 
 Float = NDArray[np.float64]
 
@@ -232,7 +241,7 @@ class ProfileTask:
         zero = ProfilePart.zero(len(self.columns), self.num_blocks, by_group=by_group)
         if batch.num_rows == 0:
             return zero
-        logits, s = swaps(evaluator, batch, self.columns)
+        logits, s = logit_changes(evaluator, batch, self.columns)
         rows = np.arange(batch.num_rows) if self.label_free else np.flatnonzero(~np.isnan(batch.labels))
         if len(rows) < batch.num_rows:
             s, logits = s[:, rows], logits[rows]
@@ -269,7 +278,7 @@ class ProfileTask:
         return ProfilePart(block, _evidence(zero.evidence, directions, keys, batch, rows))
 
 
-def swaps(
+def logit_changes(
     evaluator: ExactEvaluator, batch: Batch, columns: Sequence[Column]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The reference logits float32[B] and the first-order logit changes s of every column, float32[K, B].

@@ -16,7 +16,7 @@ from lowprec.evaluation.profile.window_profile import MeasuredProfile
 from lowprec.evaluation.rows import RowAccount, TableUse
 from lowprec.evaluation.stats.second_moment import DenseMoment, SecondMoment, SketchedMoment
 from lowprec.plan import Precision, RowRange, form_of
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
 __all__ = ["ProfileOrigin", "read_profile", "write_profile"]
 
@@ -60,7 +60,7 @@ class ProfileOrigin:
         return found
 
 
-def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Where) -> None:
+def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: AnyPath) -> None:
     """Write a profile, whole or not at all; raises `ResultsError` where that is not possible."""
     profile = measured.profile
     meta = {
@@ -89,7 +89,7 @@ def write_profile(measured: MeasuredProfile, origin: ProfileOrigin, path: Where)
         raise ResultsError(f"profile {path}: cannot be written: {reason}; make room, or choose another root") from None
 
 
-def read_profile(path: Where, wanted: ProfileOrigin, *, advice: str = MEASURE_AGAIN) -> MeasuredProfile:
+def read_profile(path: AnyPath, wanted: ProfileOrigin, *, advice: str = MEASURE_AGAIN) -> MeasuredProfile:
     """Read a profile; raises `ConfigError` where the file is none, or of another checkpoint, window or space.
 
     advice: what to do then.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.metrics import Sums, sums_of_batch
-from lowprec.evaluation.profile.profile import Column, swaps
+from lowprec.evaluation.profile.profile import Column, logit_changes
 from lowprec.models.quality import softplus
 from lowprec.plan import Forms, Plan
 from lowprec.traffic.batch import Batch
@@ -119,7 +119,7 @@ class RaceTask:
         logits = evaluator.logits(batch, self.plans)
         s = evaluator.kept.get(
             (self.keep, place, self.columns, frozenset(self.forms.items())),
-            lambda: swaps(evaluator, batch, self.columns)[1],
+            lambda: logit_changes(evaluator, batch, self.columns)[1],
             _num_bytes,
         )
         exact = sums_of_batch(

@@ -47,7 +47,7 @@ def measure_loads(
             continue
         num_examples += batch.num_rows
         inputs = inputs_of(batch)
-        for call in adapter.reference(inputs).calls if adapter.has_rows else adapter.asked(inputs):
+        for call in adapter.reference(inputs).calls if adapter.has_rows else adapter.trace_lookups(inputs):
             count, num_rows = counts[call.table], units[call.table].num_rows
             count.ids += len(call.indices)
             count.bags += len(call.offsets) - 1

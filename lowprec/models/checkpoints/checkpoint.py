@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowprec.core.errors import CheckpointError, WeightError
 from lowprec.models.checkpoints.tensor_files import TensorSource, open_tensors
 from lowprec.models.checkpoints.wrapper_names import wrapper_hint
-from lowprec.storage import FileState, Location, Where, file_sha256
+from lowprec.storage import AnyPath, FileState, Location, file_sha256
 
 __all__ = [
     "LoadedCheckpoint",
@@ -49,7 +49,7 @@ class LoadedCheckpoint:
     cast: Mapping[str, str] = field(default_factory=dict)
 
 
-def load_checkpoint(model: nn.Module, path: Where, *, stamp: str | None = None) -> LoadedCheckpoint:
+def load_checkpoint(model: nn.Module, path: AnyPath, *, stamp: str | None = None) -> LoadedCheckpoint:
     """Load every parameter and buffer of `model`, memory-mapped where the format allows it.
 
     Formats: safetensors (one file, or several with or without an index), `.pt` of `torch.save` (never running pickled
@@ -67,12 +67,12 @@ def load_checkpoint(model: nn.Module, path: Where, *, stamp: str | None = None) 
     return _load(model, where, _stamped(where, open_tensors(where, expected, whole=True), stamp), with_tables=True)
 
 
-def is_mapped(path: Where) -> bool:
+def is_mapped(path: AnyPath) -> bool:
     """Whether rows of a checkpoint are mapped from files of this machine, and not read into memory."""
     return open_tensors(Location.of(path)).is_mapped
 
 
-def load_dense(model: nn.Module, path: Where, *, stamp: str | None = None) -> TableRows:
+def load_dense(model: nn.Module, path: AnyPath, *, stamp: str | None = None) -> TableRows:
     """Load all but the tables, whose weights become tensors of the same shape on the meta device; returns their rows.
 
     Formats, errors and stamp are those of `load_checkpoint`. For a model whose tables no process can hold: of a URL,
@@ -144,7 +144,7 @@ def _load(model: nn.Module, path: Location, source: TensorSource, *, with_tables
     return LoadedCheckpoint(path, len(state), cast)
 
 
-def read_rows(path: Where, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
+def read_rows(path: AnyPath, tensor_name: str, start: int, stop: int) -> NDArray[np.float32]:
     """Rows [start, stop) of one tensor, float32[stop - start, ...], without loading the tensor.
 
     Of a URL only the bytes of the rows are asked for; a `.pt` file is copied to this machine.
@@ -159,7 +159,7 @@ def read_rows(path: Where, tensor_name: str, start: int, stop: int) -> NDArray[n
     return np.array(rows.to(torch.float32).numpy())
 
 
-def save_checkpoint(model: nn.Module, path: Where, metadata: Mapping[str, str] | None = None) -> None:
+def save_checkpoint(model: nn.Module, path: AnyPath, metadata: Mapping[str, str] | None = None) -> None:
     """Write the model's state as one safetensors file, whole or not at all.
 
     `metadata` goes into the header, as one JSON entry called lowprec: several entries come in an order that changes
@@ -177,7 +177,7 @@ def save_checkpoint(model: nn.Module, path: Where, metadata: Mapping[str, str] |
         raise CheckpointError(f"checkpoint {path}: cannot be written: {reason}") from None
 
 
-def checkpoint_stamp(path: Where) -> str:
+def checkpoint_stamp(path: AnyPath) -> str:
     """A word that is another one when another checkpoint is put in the place of this one; no tensor is read for it.
 
     Sizes of the files tell, on an object store their versions, and of local ones a few blocks of each. (Times do not:
@@ -187,7 +187,7 @@ def checkpoint_stamp(path: Where) -> str:
     return _stamp(open_tensors(where))
 
 
-def checkpoint_sha256(path: Where, *, stamp: str | None = None) -> str:
+def checkpoint_sha256(path: AnyPath, *, stamp: str | None = None) -> str:
     """The identity of a checkpoint: SHA-256 of its file, the same wherever it lies.
 
     Of several files: SHA-256 over the lines "relative name, space, SHA-256 of the file", sorted by name. Raises

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments, ratio_interval
 
-__all__ = ["Evidence", "Promise", "Standing"]
+__all__ = ["BudgetState", "BudgetTest", "Evidence"]
 
 Float = NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Standing:
+class BudgetState:
     """How the promise stands after a window.
 
     epoch: counts the stretches between breaches, from 0. log_evidence: natural logarithm of the evidence against what
@@ -94,7 +94,7 @@ class Standing:
         return self.log_evidence >= self.log_threshold
 
 
-class Promise:
+class BudgetTest:
     """The promise of a deployment, told one window after the other, in time order.
 
     The chance that a promise which holds is ever called broken is at most `false_alarm_rate` over the whole life: the
@@ -109,7 +109,7 @@ class Promise:
         self._breach_at: int | None = None
         self._test = self._next_test(PRIOR_OVERDISPERSION)
 
-    def after(self, window: Evidence, *, is_known_breach: bool = False) -> Standing:
+    def after(self, window: Evidence, *, is_known_breach: bool = False) -> BudgetState:
         """How it stands after one more window.
 
         is_known_breach: a breach was found to begin here before; it did, whatever the evidence says since then.
@@ -135,13 +135,13 @@ class Promise:
             self._test = self._next_test(max(PRIOR_OVERDISPERSION, standing.overdispersion))
         return found
 
-    def _next_test(self, prior: float) -> _Test:
+    def _next_test(self, prior: float) -> _MixtureTest:
         alpha = self._rate if self._in_breach else self._rate / 2 ** (self._epoch + 1)
         sign = -1.0 if self._in_breach else 1.0
-        return _Test(self._budget, alpha, self._confidence, prior, sign=sign, begins=self._num_windows)
+        return _MixtureTest(self._budget, alpha, self._confidence, prior, sign=sign, begins=self._num_windows)
 
 
-class _Test:
+class _MixtureTest:
     """The test of one stretch: d adds up towards a breach (sign 1), or in a breach towards its end (sign -1)."""
 
     def __init__(
@@ -161,7 +161,7 @@ class _Test:
         self._total: RatioMoments | None = None
         self._plain_variance = 0.0
 
-    def after(self, window: Evidence) -> Standing:
+    def after(self, window: Evidence) -> BudgetState:
         """The standing with one more window; who asks says whether it changes the state."""
         if window.is_usable:
             self._add(window)
@@ -169,7 +169,7 @@ class _Test:
         phi = self._overdispersions()
         # That of the first start: there windows are not told apart.
         of_all = float(phi[0]) if len(phi) else self._prior
-        return Standing(
+        return BudgetState(
             in_breach=False,
             began=False,
             ended=False,
@@ -182,7 +182,7 @@ class _Test:
             overdispersion=of_all,
         )
 
-    def at_change(self, standing: Standing) -> Standing:
+    def at_change(self, standing: BudgetState) -> BudgetState:
         """A standing with the gap of the windows that show best that there is a change."""
         if self._total is None:
             return standing

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lowprec.monitor.judging.budget_test import Promise, Standing
+from lowprec.monitor.judging.budget_test import BudgetState, BudgetTest
 from lowprec.monitor.judging.judge import WindowEvidence
 
-__all__ = ["Life"]
+__all__ = ["BreachHistory"]
 
 _NOTHING = WindowEvidence(None, None, 0, 0)
 
 
-class Life:
+class BreachHistory:
     """What is known of each window, by its start, and what follows from it.
 
     The promise by labels and the one without them are told window after window; evidence that comes late for a window
@@ -35,7 +35,7 @@ class Life:
         # Windows after which a breach of the promise was found to begin.
         self.breaches: set[int] = set()
         self._told: list[int] = []
-        self._standings: list[tuple[Standing, Standing]] = []
+        self._standings: list[tuple[BudgetState, BudgetState]] = []
         self._promises = self._new_promises()
 
     def add(self, start: int, evidence: WindowEvidence | None) -> None:
@@ -44,7 +44,7 @@ class Life:
             self._told, self._standings, self._promises = [], [], self._new_promises()
         self._known[start] = evidence
 
-    def after(self, start: int) -> tuple[Standing, Standing, int]:
+    def after(self, start: int) -> tuple[BudgetState, BudgetState, int]:
         """How the promise stands after a window: by what it is judged by, and by KL; and the window's number."""
         order = [k for k in sorted(self._known) if k <= start]
         if order[: len(self._told)] != self._told[: len(order)]:
@@ -62,11 +62,11 @@ class Life:
         return *self._standings[len(order) - 1], len(order) - 1
 
     def start_of(self, number: int) -> int:
-        """The start of the window of that number, as `Standing` counts them."""
+        """The start of the window of that number, as `BudgetState` counts them."""
         return sorted(self._known)[number]
 
-    def _new_promises(self) -> tuple[Promise, Promise]:
+    def _new_promises(self) -> tuple[BudgetTest, BudgetTest]:
         first, second = (
-            Promise(budget=self._budget, false_alarm_rate=self._rate, confidence=self._confidence) for _ in range(2)
+            BudgetTest(budget=self._budget, false_alarm_rate=self._rate, confidence=self._confidence) for _ in range(2)
         )
         return first, second

@@ -11,7 +11,7 @@ from lowprec.evaluation.metrics import PlanMetrics
 from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments
 from lowprec.monitor.inputs.drift import FeatureDrift
 from lowprec.monitor.inputs.normal_drift import MIN_STEPS
-from lowprec.monitor.judging.budget_test import Evidence, Standing
+from lowprec.monitor.judging.budget_test import BudgetState, Evidence
 
 __all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge", "standing_breach"]
 
@@ -77,8 +77,8 @@ class Judgement:
 
 def judge(
     metrics: PlanMetrics | None,
-    standing: Standing,
-    kl_standing: Standing,
+    standing: BudgetState,
+    kl_standing: BudgetState,
     *,
     number: int,
     breach_window: str,
@@ -136,7 +136,7 @@ def judge(
     return Judgement("warn" if warnings else "ok", kept, warnings)
 
 
-def standing_breach(standing: Standing, gap: str, budget_pct: float, breach_window: str, number: int) -> str:
+def standing_breach(standing: BudgetState, gap: str, budget_pct: float, breach_window: str, number: int) -> str:
     """A sentence on a breach that was found before window `number`: a small gap since then does not end it."""
     since = "no evidence since then"
     if math.isfinite(standing.running_gap):
@@ -161,7 +161,7 @@ def _missing(metrics: PlanMetrics | None, num_unlabelled: int) -> str | None:
     return None
 
 
-def _evidence_needed(standing: Standing, evidence: Evidence, num_running: int, budget_pct: float) -> str:
+def _evidence_needed(standing: BudgetState, evidence: Evidence, num_running: int, budget_pct: float) -> str:
     """How much evidence was found and is needed, and after about how many more windows there is a decision."""
     moments = evidence.moments
     found = f"{moments.effective_units:,.0f} effective units found in this window (of {moments.num_units:,})"

@@ -41,7 +41,7 @@ def propose(
     *,
     enqueued: Sequence[Plan] = (),
     front: Sequence[Known] = (),
-    excess: Callable[[Sequence[Plan]], NDArray[np.float64]] | None = None,
+    distance_to_front: Callable[[Sequence[Plan]], NDArray[np.float64]] | None = None,
     is_allowed: Callable[[Plan], bool] = lambda _: True,
     count: int,
     budget_pct: float,
@@ -50,9 +50,9 @@ def propose(
     """Up to `count` plans not known yet, minimising (cost, risk) under risk <= budget; fewer when none are left.
 
     `enqueued` plans come first. The study begins with the plans that are `known` and with the points of the predicted
-    `front`, so the sampler proposes around both. Of its proposals those with the least `excess` (float64, one a plan)
-    are taken. Plans that are not `is_allowed` are left out. The same arguments give the same plans, in this process or
-    another.
+    `front`, so the sampler proposes around both. Of its proposals those with the least `distance_to_front` (float64,
+    one a plan) are taken. Plans that are not `is_allowed` are left out. The same arguments give the same plans, in this
+    process or another.
     """
     distributions: dict[str, BaseDistribution] = {
         d.name: CategoricalDistribution([str(p) for p in d.choices]) for d in space.free
@@ -69,12 +69,14 @@ def propose(
             study.enqueue_trial(_params(space, plan, distributions))
         first = _asked(study, space, distributions, set(seen), len(queue))
         wanted = count - len(first)
-        proposals = _asked(study, space, distributions, seen | set(first), wanted * (ASKED_FOR_EACH if excess else 1))
+        proposals = _asked(
+            study, space, distributions, seen | set(first), wanted * (ASKED_FOR_EACH if distance_to_front else 1)
+        )
     finally:
         optuna.logging.set_verbosity(verbosity)
     proposals = [plan for plan in proposals if is_allowed(plan)]
-    if excess is not None and len(proposals) > wanted:
-        order = np.argsort(excess(proposals), kind="stable")[:wanted]
+    if distance_to_front is not None and len(proposals) > wanted:
+        order = np.argsort(distance_to_front(proposals), kind="stable")[:wanted]
         proposals = [proposals[k] for k in sorted(order)]
     found = first + proposals
     return found + _others(space, known, seen | set(found), is_allowed, count - len(found), seed)

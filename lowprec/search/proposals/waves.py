@@ -50,7 +50,7 @@ def next_wave(
         known,
         enqueued=surrogate.candidates(count) if is_first else (),
         front=surrogate.anchor_points(),
-        excess=surrogate.excess,
+        distance_to_front=surrogate.distance_to_front,
         is_allowed=costs.keeps_limits,
         count=count,
         budget_pct=settings.all_budgets[-1],

@@ -146,7 +146,7 @@ def _try_first_batch(job: SearchJob) -> float | None:
         return None
     tables = {unit for unit, _ in job.columns if not is_layer(unit)}
     if not job.adapter.has_rows:
-        check_bags(job.adapter.asked(inputs_of(batch)), batch.num_rows, tables)
+        check_bags(job.adapter.trace_lookups(inputs_of(batch)), batch.num_rows, tables)
         # The tables are not on this machine: of the labels alone, which a model can only do better than.
         rate = float(np.nanmean(batch.labels)) if not np.isnan(batch.labels).all() else math.nan
         return -rate * math.log(rate) - (1 - rate) * math.log1p(-rate) if 0 < rate < 1 else None

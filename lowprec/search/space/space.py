@@ -147,7 +147,7 @@ def at_least_as_exact(space: SearchSpace, plan: Plan) -> SearchSpace:
 
 
 def build_space(
-    storage: ModelStorage, config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
+    units: Iterable[Unit], config: SpaceConfig, *, prune: bool = True, fp32: Collection[str] = ()
 ) -> SearchSpace:
     """The search space over the units of a model; `prune` leaves out what a more exact choice equals or beats.
 
@@ -156,10 +156,10 @@ def build_space(
     Raises `ConfigError` for patterns without units, for precisions that a unit cannot have, and for groups that
     contradict.
     """
-    units = storage.units
-    by_name = {unit.name: unit for unit in units}
+    storage = config.storage(units)
+    by_name = {unit.name: unit for unit in storage.units}
     of_layers = config.layers.precisions if config.layers else ()
-    allowed = {unit.name: of_layers if unit.is_layer else config.precisions for unit in units}
+    allowed = {unit.name: of_layers if unit.is_layer else config.precisions for unit in storage.units}
     for position, rule in enumerate(config.units):
         wanted = (rule.fixed,) if rule.fixed else rule.precisions or ()
         for name in _matching(rule.match, allowed, f"space.units[{position}].match"):

@@ -70,7 +70,7 @@ class Surrogate:
         shrunk = np.pad(self.first_order.sums, (0, z.shape[1] - len(self.first_order.sums)))
         return self.profile.gaps_pct(z, shrunk)[0]
 
-    def excess(self, plans: Sequence[Plan]) -> Float:
+    def distance_to_front(self, plans: Sequence[Plan]) -> Float:
         """By how much the risk of each plan is above the front at its cost, in percent."""
         points = self.rule_front.points
         costs = np.array([point.cost for point in points])

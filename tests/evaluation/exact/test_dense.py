@@ -25,13 +25,13 @@ def plans_of(units, count):
 
 def counted(adapter, monkeypatch):
     """The rows of every pass with replaced outputs from now on."""
-    rows, substituted = [], adapter.substituted
+    rows, run = [], adapter.run_with_outputs
 
     def count(inputs, reference, outputs):
         rows.append(len(inputs.dense))
-        return substituted(inputs, reference, outputs)
+        return run(inputs, reference, outputs)
 
-    monkeypatch.setattr(adapter, "substituted", count)
+    monkeypatch.setattr(adapter, "run_with_outputs", count)
     return rows
 
 
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_share_them_does_not(how, num_passes, monkeypatch):
     tables = LocalTables(adapter.weights, {})
     (pooled,) = tables.pooled(reference.calls, [list(TABLE_PRECISIONS)])
     outputs = [[pooled[precision]] for precision in (*TABLE_PRECISIONS, Precision.INT8)]
-    alone = [adapter.substituted(inputs, reference, of_plan).numpy() for of_plan in outputs]
+    alone = [adapter.run_with_outputs(inputs, reference, of_plan).numpy() for of_plan in outputs]
     passes = DensePasses(adapter)
     np.testing.assert_array_equal(passes.logits(inputs, reference, outputs), alone)
     rows = counted(adapter, monkeypatch)

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from lowprec.core.errors import ModelError
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.exact.layer_inputs import BINS, FormTask, InputHistogram, LayerInputs, LayerInputsTask
-from lowprec.evaluation.profile.profile import swaps
+from lowprec.evaluation.profile.profile import logit_changes
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Plan, Precision
 from lowprec.plan.layer_form import ClipRange, LayerForm, WeightScale
@@ -111,7 +111,7 @@ def test_first_order_changes_of_layers_join_those_of_tables(job):
     forms = {(u.name, Precision.INT8_DYNAMIC): LayerForm(input_bits=safe_input_bits()) for u in job.units if u.is_layer}
     columns = tuple((u.name, Precision.INT8_DYNAMIC if u.is_layer else Precision.INT4) for u in job.units)
     with evaluator.using(forms):
-        logits, s = swaps(evaluator, batch, columns)
+        logits, s = logit_changes(evaluator, batch, columns)
         for k, (unit, precision) in enumerate(columns):
             plan = Plan.uniform(job.units, Precision.FP32).replace({unit: precision})
             exact = evaluator.logits(batch, [plan]).plans[0] - logits

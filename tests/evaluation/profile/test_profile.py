@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.profile.profile import Profile, ProfilePart, ProfileTask, columns_of, swaps
+from lowprec.evaluation.profile.profile import Profile, ProfilePart, ProfileTask, columns_of, logit_changes
 from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import open_job
@@ -40,7 +40,7 @@ def profile_of(columns, parts):
 
 def directions(evaluator, batch, columns):
     """s with the directions of calibration below it, float64[D, B], and the reference's probabilities."""
-    logits, s = swaps(evaluator, batch, columns)
+    logits, s = logit_changes(evaluator, batch, columns)
     logits = logits.astype(float)
     return np.concatenate([s.astype(float), np.ones((1, len(logits))), logits[None]]), 1 / (1 + np.exp(-logits))
 
@@ -86,7 +86,7 @@ def test_gaps_of_random_plans_are_predicted(job, evaluator, columns, cheapest, c
 def test_first_order_changes_are_those_of_a_small_step(job, evaluator, columns):
     """fp16 moves logits by some 1e-4: there a single swap's exact change is its first-order change but for rounding."""
     batch = job.window("search").batch(0)
-    reference, s = swaps(evaluator, batch, columns)
+    reference, s = logit_changes(evaluator, batch, columns)
     for k, (unit, precision) in enumerate(columns):
         if precision is Precision.FP16:
             plan = Plan.uniform(job.units, Precision.FP32).replace({unit: precision})
@@ -214,7 +214,7 @@ def test_a_batch_whose_rows_were_all_bad_adds_nothing(job, evaluator, columns):
     assert empty.num_rows == 0
     part = part_of(evaluator, columns, empty)
     assert part.block.num_rows == 0 and not part.block.first.any()
-    logits, s = swaps(evaluator, empty, columns)
+    logits, s = logit_changes(evaluator, empty, columns)
     assert logits.shape == (0,) and s.shape == (len(columns), 0)
 
 
@@ -236,7 +236,7 @@ def test_where_labels_are_drawn_from_the_model_the_noise_is_the_curvature(job, e
     columns = columns_of(job.units, [Precision.INT2])
     parts = []
     for batch in job.window("search").batches():
-        p = 1 / (1 + np.exp(-swaps(evaluator, batch, columns)[0].astype(float)))
+        p = 1 / (1 + np.exp(-logit_changes(evaluator, batch, columns)[0].astype(float)))
         parts.append(part_of(evaluator, columns, replace(batch, labels=(rng.random(len(p)) < p).astype(np.float32))))
     profile = profile_of(columns, parts)
     noise = profile.evidence.diagonal[:-1]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lowprec.evaluation.profile.profile import ProfileTask, swaps
+from lowprec.evaluation.profile.profile import ProfileTask, logit_changes
 from lowprec.evaluation.profile.window_profile import NUM_BLOCKS, measure_profile
 from lowprec.evaluation.workers.worker import LocalWorkers, Worker, evaluator_of
 from lowprec.plan import TABLE_PRECISIONS, Plan
@@ -182,7 +182,7 @@ def test_with_a_group_key_the_evidence_is_of_groups(job, grouped):
     exact = {}
     evaluator, window = evaluator_of(grouped.spec, grouped.adapter), grouped.window("search")
     for batch in window.batches():
-        logits, s = swaps(evaluator, batch, grouped.columns)
+        logits, s = logit_changes(evaluator, batch, grouped.columns)
         terms = (z[:, :-2] @ s) * (1 / (1 + np.exp(-logits.astype(float))) - batch.labels)
         for user, column in zip(batch.groups, terms.T, strict=True):
             exact[user] = exact.get(user, 0) + column

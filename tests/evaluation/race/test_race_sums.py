@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowprec.core.byte_lru import Kept
-from lowprec.evaluation.profile.profile import swaps
+from lowprec.core.byte_lru import ByteLru
+from lowprec.evaluation.profile.profile import logit_changes
 from lowprec.evaluation.race.race_sums import RaceTask, Residuals
 from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision
@@ -50,7 +50,7 @@ def test_sums_are_those_of_their_definitions(job):
     )
     logits = evaluator.logits(batch, plans)
     z, changed = logits.reference.astype(float), logits.plans.astype(float)
-    s = swaps(evaluator, batch, job.columns)[1].astype(float)
+    s = logit_changes(evaluator, batch, job.columns)[1].astype(float)
     chosen = np.array([[plan[unit] is p for unit, p in job.columns] for plan in plans], dtype=float)
     y, p, moved = batch.labels.astype(float), 1 / (1 + np.exp(-z)), chosen @ s
     loss, change = losses(z, y), losses(changed, y) - losses(z, y)
@@ -210,7 +210,7 @@ def test_kept_values_stay_under_their_bound_and_those_used_last_stay():
     def get(kept, key, size=10):
         return kept.get(key, lambda: made.append(key) or f"value of {key}", lambda _: size)
 
-    kept = Kept(30)
+    kept = ByteLru(30)
     for key in "abc":
         assert get(kept, key) == f"value of {key}"
     get(kept, "a")

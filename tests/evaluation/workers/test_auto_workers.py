@@ -64,7 +64,7 @@ class Notes:
         """Ignored."""
 
     def note(self, text):
-        """Kept."""
+        """ByteLru."""
         self.notes.append(text)
 
 
@@ -98,7 +98,7 @@ def test_much_work_starts_workers(small_config, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("lowprec.evaluation.workers.ray.RayWorkers", Workers)
-    monkeypatch.setattr("lowprec.search.job.work_seconds", lambda *_: 1e6)
+    monkeypatch.setattr("lowprec.session.workers.work_seconds", lambda *_: 1e6)
     monkeypatch.setattr("lowprec.evaluation.workers.auto_workers._num_cpus", lambda: 2)
     with pytest.raises(KeyboardInterrupt):
         run_search(small_config("evaluation.num_workers=auto"))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from lowprec.evaluation.stats.confidence import RatioMoments
-from lowprec.monitor.judging.budget_test import Evidence, Promise
+from lowprec.monitor.judging.budget_test import BudgetTest, Evidence
 
 BUDGET, LOSS = 5e-4, 0.45
 NOTHING = Evidence(RatioMoments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def promise(rate=0.05):
-    return Promise(budget=BUDGET, false_alarm_rate=rate, confidence=0.95)
+    return BudgetTest(budget=BUDGET, false_alarm_rate=rate, confidence=0.95)
 
 
 def window(gap, noise=0.0, *, num_units=200_000, power=6.0, carried_by=1.0):

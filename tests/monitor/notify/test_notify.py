@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lowprec.config import WebhookConfig, WindowConfig
 from lowprec.core.errors import ConfigError, ResultsError, TrafficError
 from lowprec.gate import verify_plan
-from lowprec.monitor.judging.history import Life
+from lowprec.monitor.judging.history import BreachHistory
 from lowprec.monitor.notify.webhook import due_alerts, webhook_url
 from lowprec.plan import Precision
 from lowprec.results import ResultsStore
@@ -203,7 +203,7 @@ def test_a_textfile_that_cannot_be_written_changes_no_verdict(deployed, monitore
 def test_a_breach_that_has_passed_when_the_run_is_over_is_told_with_its_plan(deployed, monitored, hook, monkeypatch):
     """Two days that break the promise and one that does not, judged by one run."""
     config, plan = broken(deployed, f"monitor.webhook={{url: '{hook.url}'}}")
-    real, days = Life.after, []
+    real, days = BreachHistory.after, []
 
     def passing(self, start):
         standing, kl, number = real(self, start)
@@ -211,7 +211,7 @@ def test_a_breach_that_has_passed_when_the_run_is_over_is_told_with_its_plan(dep
         is_over = len(set(days)) > 4
         return replace(standing, in_breach=standing.in_breach and not is_over, ended=is_over), kl, number
 
-    monkeypatch.setattr(Life, "after", passing)
+    monkeypatch.setattr(BreachHistory, "after", passing)
     outcome = monitored(config, plan)
     assert outcome.state == "breach" != outcome.current_state
     told = hook.seen[0]

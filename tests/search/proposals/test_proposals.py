@@ -99,13 +99,13 @@ def test_proposals_lie_around_the_front_that_the_study_begins_with():
     assert np.mean([p in (Precision.FP32, Precision.FP16) for p in fragile]) > 0.7
 
 
-def test_of_the_proposals_those_with_the_least_excess_are_kept():
+def test_of_the_proposals_those_with_the_least_distance_are_kept():
     found = known(seeds())
 
-    def excess(plans):
+    def distance(plans):
         return np.array([true_gap(plan) for plan in plans])
 
-    chosen = propose(SPACE, found, excess=excess, count=10, budget_pct=0.1, seed=1)
+    chosen = propose(SPACE, found, distance_to_front=distance, count=10, budget_pct=0.1, seed=1)
     anyhow = propose(SPACE, found, count=20, budget_pct=0.1, seed=1)
     assert set(chosen) <= set(anyhow)
     assert max(map(true_gap, chosen)) <= min(true_gap(p) for p in set(anyhow) - set(chosen)) + 1e-12

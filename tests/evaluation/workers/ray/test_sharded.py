@@ -14,7 +14,7 @@ from torch import nn
 
 from lowprec.core.errors import CheckpointError, ModelError, WeightError
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
-from lowprec.evaluation.profile.profile import swaps
+from lowprec.evaluation.profile.profile import logit_changes
 from lowprec.evaluation.workers.ray import RayWorkers
 from lowprec.evaluation.workers.worker import ExactTask, LocalWorkers, ShardLoader, Worker, evaluator_of
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, RowRange
@@ -62,13 +62,13 @@ def some_plans(job):
 def test_whole_tables_give_the_same_bits(job):
     local, batch, plans = evaluator_of(job.spec, job.adapter), job.window("search").batch(1), some_plans(job)
     exact = local.logits(batch, plans)
-    reference, changes = swaps(local, batch, job.columns)
+    reference, changes = logit_changes(local, batch, job.columns)
     for evaluator in sharded(job, placed(job)):
         assert not evaluator.adapter.has_rows
         found = evaluator.logits(batch, plans)
         np.testing.assert_array_equal(found.reference, exact.reference)
         np.testing.assert_array_equal(found.plans, exact.plans)
-        found_reference, found_changes = swaps(evaluator, batch, job.columns)
+        found_reference, found_changes = logit_changes(evaluator, batch, job.columns)
         np.testing.assert_array_equal(found_reference, reference)
         np.testing.assert_array_equal(found_changes, changes)
         assert evaluator.lookups == local.lookups
@@ -77,17 +77,17 @@ def test_whole_tables_give_the_same_bits(job):
 def test_a_table_over_three_workers_changes_the_last_bits_alone(job):
     local, batch, plans = evaluator_of(job.spec, job.adapter), job.window("search").batch(0), some_plans(job)
     exact = local.logits(batch, plans)
-    _, changes = swaps(local, batch, job.columns)
+    _, changes = logit_changes(local, batch, job.columns)
     first, *others = sharded(job, placed(job, cuts=(10, 500)))
     found = first.logits(batch, plans)
     np.testing.assert_allclose(found.reference, exact.reference, atol=1e-5)
     np.testing.assert_allclose(found.plans, exact.plans, atol=1e-5)
-    _, found_changes = swaps(first, batch, job.columns)
+    _, found_changes = logit_changes(first, batch, job.columns)
     # Of a hot table in one process: 16 bits of the largest change in a row.
     np.testing.assert_allclose(found_changes, changes, atol=1e-4 * np.abs(changes).max())
     for other in others:
         np.testing.assert_array_equal(other.logits(batch, plans).plans, found.plans)
-        np.testing.assert_array_equal(swaps(other, batch, job.columns)[1], found_changes)
+        np.testing.assert_array_equal(logit_changes(other, batch, job.columns)[1], found_changes)
 
 
 def more_workers_than_tables(tables):
@@ -114,7 +114,9 @@ def test_the_same_cuts_give_the_same_bits_on_however_many_workers(job, num_worke
     first, *_ = sharded(job, before)
     last, *_ = sharded(job, place_tables(before.tables, [10**6] * num_workers, before.cuts))
     np.testing.assert_array_equal(last.logits(batch, plans).plans, first.logits(batch, plans).plans)
-    for found, expected in zip(swaps(last, batch, job.columns), swaps(first, batch, job.columns), strict=True):
+    for found, expected in zip(
+        logit_changes(last, batch, job.columns), logit_changes(first, batch, job.columns), strict=True
+    ):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -25,16 +25,16 @@ from lowprec.ops.linear import stored_linear
 from lowprec.plan import PlanFile, Precision
 from lowprec.session import Session
 from lowprec.session.planned import read_planned
-from lowprec.storage import Location, Where
+from lowprec.storage import AnyPath, Location
 
-__all__ = ["Arm", "PlannedArm", "ServedArm", "open_arm"]
+__all__ = ["Implementation", "PlannedModel", "ServedModel", "open_implementation"]
 
 Ids = NDArray[np.int64]
 # Inputs float32[n, in] to outputs float32[n, out].
 Layer = Callable[[Tensor], Tensor]
 
 
-class Arm(Protocol):
+class Implementation(Protocol):
     """Another way to compute the units of a model."""
 
     label: str
@@ -53,7 +53,9 @@ class Arm(Protocol):
         """What is stored of a module of a layer, as `stored_linear` has it."""
 
 
-def open_arm(session: Session, where: Where, *, any_checkpoint: bool = False) -> tuple[Session, Arm]:
+def open_implementation(
+    session: Session, where: AnyPath, *, any_checkpoint: bool = False
+) -> tuple[Session, Implementation]:
     """The plan of a `plan.json`, or the exported folder, that `where` is; and the session with its ranges and forms.
 
     any_checkpoint: a plan may have been made for another one. Raises `PlanError` or `ExportError` where it does not fit
@@ -73,13 +75,13 @@ def open_arm(session: Session, where: Where, *, any_checkpoint: bool = False) ->
                 f"{session.checkpoint_sha256[:12]}; point model.checkpoint at the file that it was made of"
             )
         planned = session.as_planned(file)
-        return planned, ServedArm(planned, folder, manifest, file)
+        return planned, ServedModel(planned, folder, manifest, file)
     file = read_planned(session, where, any_checkpoint=any_checkpoint)
     planned = session.as_planned(file)
-    return planned, PlannedArm(planned, file, str(where))
+    return planned, PlannedModel(planned, file, str(where))
 
 
-class PlannedArm:
+class PlannedModel:
     """A plan, by the kernels of the evaluation."""
 
     def __init__(self, session: Session, file: PlanFile, label: str) -> None:
@@ -90,7 +92,7 @@ class PlannedArm:
         self._weights = session.adapter.weights
         self._stored_layers: dict[tuple[str, int, Precision], Mapping[str, Tensor]] = {}
 
-    def with_precision(self, unit: str, precision: Precision | None) -> PlannedArm:
+    def with_precision(self, unit: str, precision: Precision | None) -> PlannedModel:
         """The same with one unit at another precision; None for the same."""
         if precision is None:
             return self
@@ -143,7 +145,7 @@ class PlannedArm:
         return [(layer, tuple(self._adapter.layers.modules(layer))) for layer in low]
 
 
-class ServedArm:
+class ServedModel:
     """An exported folder, by the modules that serve it."""
 
     def __init__(self, session: Session, folder: Path, manifest: Manifest, file: PlanFile) -> None:
