@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from lowprec import __version__
 from lowprec.monitor.deployment import Deployment
-from lowprec.monitor.judging.judge import SEVERITY, State, WindowEvidence
+from lowprec.monitor.judging.evidence import WindowEvidence
+from lowprec.monitor.judging.judge import SEVERITY, State
+from lowprec.monitor.window_result import WindowResult
 from lowprec.results import ResultsStore
-from lowprec.results.schema import table_schema
 from lowprec.storage import Location
 from lowprec.traffic import Window
 
-__all__ = ["JUDGED_COLUMNS", "Alert", "JudgedWindow", "MonitorRecord", "alert_of", "next_event"]
-
-# What `MonitorRecord` fills in itself, and the other columns of a window.
-_KEYS = {"row_key", "deployment", "name", "window_key", "version", "window_start", "window_end"}
-_KEYS |= {"budget_pct", "judged_by", "lowprec_version", "committed_at"}
-JUDGED_COLUMNS = [name for name in table_schema("monitor_windows").arrow.names if name not in _KEYS]
+__all__ = ["Alert", "JudgedWindow", "MonitorRecord", "alert_of", "next_event"]
 
 
 @dataclass(frozen=True)
@@ -89,21 +85,22 @@ class MonitorRecord:
         """The row of the newest window."""
         return max(self._windows(), key=lambda row: row["window_start"], default=None)
 
-    def add_window(self, window: Window, version: int, row: Mapping[str, Any]) -> bool:
+    def add_window(self, result: WindowResult) -> bool:
         """Commit a judged window; False where somebody else did at the same time, whose row then counts."""
-        key = f"{self._deployment.key}/{window.start}"
+        window, key = result.window, f"{self._deployment.key}/{result.window.start}"
         row = {
-            "row_key": f"{key}/{version}",
+            "row_key": f"{key}/{result.version}",
             "deployment": self._deployment.key,
             "name": self._deployment.name,
             "window_key": key,
-            "version": version,
+            "version": result.version,
             "window_start": window.start,
             "window_end": window.end,
             "budget_pct": self._deployment.budget_pct,
             "judged_by": self._deployment.judged_by,
             "lowprec_version": __version__,
-            **row,
+            "judged_at": datetime.now(UTC),
+            **result.to_row(),
         }
         return self._store.append("monitor_windows", [row], exclusive=f"lowprec-{key}") > 0
 

@@ -93,6 +93,22 @@ class Schedule:
             raise ConfigError(f"--until {until}: must lie after --since {since}")
         return start, end
 
+    def notes(self, now: datetime) -> list[str]:
+        """What is odd about the windows, at that moment."""
+        found = []
+        if self.skew_s:
+            found.append(
+                f"the newest row is {self.skew_s:.0f} s ahead of this machine's clock ({now:%Y-%m-%dT%H:%M:%SZ}): one "
+                "of the two clocks is wrong, and windows may be judged before all of their rows are there"
+            )
+        if self.first > self.asked_first:
+            asked, first = (format_time(t, self.unit) for t in (self.asked_first, self.first))
+            found.append(
+                f"{asked} lies within a window; the first whole one begins at {first}, and what lies before it is not "
+                "watched"
+            )
+        return found
+
     def complete_windows(self, since: int | None = None, until: int | None = None) -> Iterator[Window]:
         """The complete windows, in order: those that begin at `since` or later and end by `until`."""
         start = self.first if since is None else max(self.first, self.length.start_of(since, self.unit))

@@ -47,14 +47,18 @@ class SnapshotPool:
         schedule: Schedule,
         artifacts: Location,
         progress: Progress,
+        *,
+        num_due: int,
     ) -> None:
-        """Open nothing yet; raises `ConfigError` where the config's windows or snapshots make no sense."""
+        """Open nothing yet; raises `ConfigError` where the config's windows or snapshots make no sense.
+
+        num_due: how many windows are to be judged.
+        """
         self._config, self._plan_path, self._deployment = config, plan_path, deployment
         self._schedule, self._artifacts, self._progress = schedule, artifacts, progress
         self._certified_window = certified_window(config, schedule)
         self._snapshots = Snapshots(config.monitor.checkpoint or config.model.checkpoint, schedule.unit)
-        # How many windows are to be judged.
-        self.num_due = 1
+        self._num_due = num_due
         self._live: LiveSnapshot | None = None
         self._certified: Certified | None = None
         self._stack = contextlib.ExitStack()
@@ -117,7 +121,7 @@ class SnapshotPool:
         file = read_planned(session, self._plan_path, any_checkpoint=self._config.monitor.checkpoint is not None)
         session = session.as_planned(file)
         rows = session.reader.window(window)
-        work = Work(rows, MONITOR_PASSES * self.num_due * rows.num_batches)
+        work = Work(rows, MONITOR_PASSES * self._num_due * rows.num_batches)
         workers = self._stack.enter_context(open_workers(session, work, self._progress.note))
         self._live = LiveSnapshot(checkpoint, session, workers, file.plan)
         return self._live

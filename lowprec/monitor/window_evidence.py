@@ -20,8 +20,8 @@ from lowprec.monitor.certified import Certified
 from lowprec.monitor.inputs.counts import InputCounts, Inputs
 from lowprec.monitor.inputs.drift import DriftRule, FeatureDrift, Novelty, feature_drift
 from lowprec.monitor.inputs.normal_drift import History, InputSketch, sketches_of
-from lowprec.monitor.judging.budget_test import BudgetState, Evidence
-from lowprec.monitor.judging.judge import WindowEvidence
+from lowprec.monitor.judging.budget_test import Evidence
+from lowprec.monitor.judging.evidence import WindowEvidence
 from lowprec.monitor.judging.units import UnitShare, ranked, unit_shares
 from lowprec.monitor.observe import WindowObservation, low_units, observe
 from lowprec.plan import Plan, Precision
@@ -29,7 +29,7 @@ from lowprec.session import Session
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow
 
-__all__ = ["MeasuredWindow", "measure_window", "observe_window", "precisions_of", "standing_columns"]
+__all__ = ["MeasuredWindow", "measure_window", "observe_window", "precisions_of"]
 
 
 @dataclass(frozen=True)
@@ -175,20 +175,6 @@ def measure_window(
         untouched=novelty.untouched(),
         rows=observation.rows,
     )
-
-
-def standing_columns(standing: BudgetState, confidence: float) -> dict[str, Any]:
-    """The columns that say how the promise stands."""
-    return {
-        "running_pct": _known(100 * standing.running_gap),
-        "running_lower_pct": _known(100 * standing.running.lower),
-        "running_upper_pct": _known(100 * standing.running.upper),
-        "confidence": confidence,
-        "log_evidence": standing.log_evidence,
-        "log_threshold": standing.log_threshold,
-        "overdispersion": standing.overdispersion,
-        "epoch": standing.epoch,
-    }
 
 
 def _labelled(observation: WindowObservation, confidence: float, is_reference: bool) -> PlanMetrics | None:

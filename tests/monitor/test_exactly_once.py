@@ -135,7 +135,7 @@ def test_what_a_process_that_was_killed_did_not_tell_the_next_one_tells(deployed
     def killed(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowprec.monitor.monitor_run.tell", killed)
+    monkeypatch.setattr("lowprec.monitor.monitor_run.notify", killed)
     with pytest.raises(KeyboardInterrupt):
         monitored(config, plan)
     monkeypatch.undo()

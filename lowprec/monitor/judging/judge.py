@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lowprec.evaluation.metrics import PlanMetrics
-from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments
+from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval
+from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.inputs.drift import FeatureDrift
 from lowprec.monitor.inputs.normal_drift import MIN_STEPS
 from lowprec.monitor.judging.budget_test import BudgetState, Evidence
+from lowprec.monitor.judging.history import HistoryAt
+from lowprec.monitor.window_evidence import MeasuredWindow
 
-__all__ = ["SEVERITY", "Judgement", "State", "WindowEvidence", "judge", "standing_breach"]
+__all__ = ["SEVERITY", "Judgement", "State", "judge", "standing_breach"]
 
 State = Literal["ok", "warn", "breach", "insufficient_data", "error"]
 
@@ -25,40 +28,6 @@ MAX_WINDOWS = 10_000
 # Beyond such a change of the reference's own calibration its gap without labels is no longer the expected one.
 CALIBRATION_CHANGE = 0.1
 _NO_BREACH = "by itself that breaks no promise"
-
-
-@dataclass(frozen=True)
-class WindowEvidence:
-    """What is kept of a window for the tests over the whole life, by labels and without them, and what was there.
-
-    num_rows, num_labels: rows as they are logged, and those with a label: if they change, the window is judged again.
-    """
-
-    labels: Evidence | None
-    kl: Evidence | None
-    num_rows: int
-    num_labels: int
-
-    def of(self, judged_by: str) -> Evidence:
-        """The evidence that the promise is judged by; nothing where there is none."""
-        found = self.labels if judged_by == "labels" else self.kl
-        return found or Evidence(RatioMoments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers that come back the same to the bit."""
-        return {
-            "labels": _evidence_dict(self.labels),
-            "kl": _evidence_dict(self.kl),
-            "num_rows": self.num_rows,
-            "num_labels": self.num_labels,
-        }
-
-    @classmethod
-    def from_dict(cls, flat: Mapping[str, Any]) -> WindowEvidence:
-        """The inverse of `to_dict`."""
-        return cls(
-            _evidence_of(flat["labels"]), _evidence_of(flat["kl"]), int(flat["num_rows"]), int(flat["num_labels"])
-        )
 
 
 @dataclass(frozen=True)
@@ -76,64 +45,64 @@ class Judgement:
 
 
 def judge(
-    metrics: PlanMetrics | None,
-    standing: BudgetState,
-    kl_standing: BudgetState,
+    measured: MeasuredWindow,
+    history: HistoryAt,
+    deployment: Deployment,
     *,
-    number: int,
     breach_window: str,
-    evidence: Evidence,
-    budget_pct: float,
-    judged_by: str,
-    num_unlabelled: int,
-    drift: Sequence[FeatureDrift],
     certified_calibration: float | None,
     notes: Sequence[str],
 ) -> Judgement:
     """The state of a window that has rows.
 
-    metrics: None where no row has a label. number: of the window, as `standing` counts them. breach_window: in which
-    the breach that stands was found.
+    history: after the window. breach_window: in which the breach that stands was found. certified_calibration: of the
+    reference in the certified window.
     """
-    budget = f"{budget_pct:g} %"
-    running = _interval_text(standing.running_gap, standing.running)
-    num_running = number - standing.since + 1
-    windows = _windows_text(num_running)
-    other = "label-free " if judged_by == "kl" else ""
-    worse: list[str] = []
-    if kl_standing.in_breach and judged_by == "labels":
-        kl_running = _interval_text(kl_standing.running_gap, kl_standing.running)
-        above = f"is above {budget} ({kl_running})"
-        if not kl_standing.began:
-            above = f"was found to be above {budget}, and not to be below it again (since then {kl_running})"
-        worse.append(f"the label-free gap {above}: quantization got worse, though labels do not prove it yet")
-    if metrics is not None and judged_by == "labels" and metrics.gap_interval_pct.lower > budget_pct:
-        worse.append(
-            f"the gap of this window alone is above {budget} "
-            f"({_interval_text(metrics.gap_pct / 100, _fraction(metrics.gap_interval_pct))}, one-sided bounds)"
-        )
-    moved = _input_warnings(drift, metrics, certified_calibration)
-    warnings = (*moved, *notes)
-    if standing.in_breach:
-        if standing.began:
-            reason = f"the {other}gap is found to be above {budget}: {running} over {windows}"
-        else:
-            reason = standing_breach(standing, f"the {other}gap", budget_pct, breach_window, number)
+    is_by_labels = deployment.judged_by == "labels"
+    warnings = (*_input_warnings(measured.drift, measured.metrics, certified_calibration), *notes)
+    worse = _worse(measured, history, deployment)
+    state, gap = history.state, "the gap" if is_by_labels else "the label-free gap"
+    budget, over = f"{deployment.budget_pct:g} %", f"{_running_text(state)} over {_windows_text(history.num_running)}"
+    if state.in_breach:
+        reason = f"{gap} is found to be above {budget}: {over}"
+        if not state.began:
+            reason = standing_breach(state, gap, deployment.budget_pct, breach_window, history.number)
         return Judgement("breach", (reason, *worse), warnings)
-    if standing.running.lower * 100 > budget_pct:
-        worse.append(f"the {other}gap over {windows} seems to be above {budget}: {running}")
-    ended = [f"the {other}gap is no longer above {budget}"] if standing.ended else []
-    missing = _missing(metrics, num_unlabelled) if judged_by == "labels" else None
+    if state.running.lower * 100 > deployment.budget_pct:
+        worse.append(
+            f"{gap} over {_windows_text(history.num_running)} seems to be above {budget}: {_running_text(state)}"
+        )
+    missing = _missing(measured.metrics, measured.rows.num_unlabelled) if is_by_labels else None
     if worse:
         return Judgement("warn", (*worse, *([missing] if missing else [])), warnings)
+    ended = [f"{gap} is no longer above {budget}"] if state.ended else []
+    if missing is None and not state.running.upper * 100 <= deployment.budget_pct:
+        evidence = measured.evidence.of(deployment.judged_by)
+        missing = (
+            f"not enough evidence yet: {gap} over {_windows_text(history.num_running)} is {_running_text(state)}, the "
+            f"budget {budget}; {_evidence_needed(state, evidence, history.num_running, deployment.budget_pct)}"
+        )
     if missing:
         return Judgement("insufficient_data", (*ended, missing), warnings)
-    if not standing.running.upper * 100 <= budget_pct:
-        reason = f"not enough evidence yet: the {other}gap over {windows} is {running}, the budget {budget}"
-        more = _evidence_needed(standing, evidence, num_running, budget_pct)
-        return Judgement("insufficient_data", (*ended, f"{reason}; {more}"), warnings)
-    kept = (*ended, f"the {other}gap over {windows} is {running}, within {budget}")
+    kept = (*ended, f"{gap} over {_windows_text(history.num_running)} is {_running_text(state)}, within {budget}")
     return Judgement("warn" if warnings else "ok", kept, warnings)
+
+
+def _worse(measured: MeasuredWindow, history: HistoryAt, deployment: Deployment) -> list[str]:
+    """What is above the budget beside the gap over the whole life, where that is judged by labels."""
+    if deployment.judged_by != "labels":
+        return []
+    found, budget, kl = [], f"{deployment.budget_pct:g} %", history.kl_state
+    if kl.in_breach:
+        above = f"is above {budget} ({_running_text(kl)})"
+        if not kl.began:
+            above = f"was found to be above {budget}, and not to be below it again (since then {_running_text(kl)})"
+        found.append(f"the label-free gap {above}: quantization got worse, though labels do not prove it yet")
+    metrics = measured.metrics
+    if metrics is not None and metrics.gap_interval_pct.lower > deployment.budget_pct:
+        alone = _interval_text(metrics.gap_pct / 100, _fraction(metrics.gap_interval_pct))
+        found.append(f"the gap of this window alone is above {budget} ({alone}, one-sided bounds)")
+    return found
 
 
 def standing_breach(standing: BudgetState, gap: str, budget_pct: float, breach_window: str, number: int) -> str:
@@ -141,11 +110,15 @@ def standing_breach(standing: BudgetState, gap: str, budget_pct: float, breach_w
     since = "no evidence since then"
     if math.isfinite(standing.running_gap):
         windows = _windows_text(number - standing.since + 1)
-        since = f"{_interval_text(standing.running_gap, standing.running)} over {windows} since then"
+        since = f"{_running_text(standing)} over {windows} since then"
     return (
         f"{gap} was found to be above {budget_pct:g} % in window {breach_window}: the breach stands until the test "
         f"finds the gap to be below the budget again ({since})"
     )
+
+
+def _running_text(state: BudgetState) -> str:
+    return _interval_text(state.running_gap, state.running)
 
 
 def _windows_text(number: int) -> str:
@@ -221,14 +194,3 @@ def _interval_text(gap: float, interval: Interval) -> str:
 
 def _fraction(interval: Interval) -> Interval:
     return Interval(interval.lower / 100, interval.upper / 100)
-
-
-def _evidence_dict(evidence: Evidence | None) -> dict[str, Any] | None:
-    return None if evidence is None else {**vars(evidence.moments), "design_effect": evidence.design_effect}
-
-
-def _evidence_of(flat: Mapping[str, Any] | None) -> Evidence | None:
-    if flat is None:
-        return None
-    moments = {k: v for k, v in flat.items() if k != "design_effect"}
-    return Evidence(RatioMoments(**moments), float(flat["design_effect"]))

@@ -1,4 +1,4 @@
-"""Who is told: a webhook and a file for Prometheus. What fails there is said and changes no verdict."""
+"""Notifications: a webhook and a file for Prometheus. What fails there is reported and changes no verdict."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lowprec.traffic.length import WindowLength
 from lowprec.traffic.schema import TimeUnit
 from lowprec.traffic.window import UNITS_PER_SECOND
 
-__all__ = ["tell", "tell_failed_run"]
+__all__ = ["notify", "notify_failed_run"]
 
 
-def tell(
+def notify(
     config: Config,
     record: MonitorRecord,
     outcome: MonitorOutcome,
@@ -40,7 +40,7 @@ def tell(
     return (*textfile, *_webhook(config, record, unit, note))
 
 
-def tell_failed_run(config: Config, record: MonitorRecord, budget_pct: float, *, note: Callable[[str], None]) -> None:
+def notify_failed_run(config: Config, record: MonitorRecord, budget_pct: float, *, note: Callable[[str], None]) -> None:
     """Tell that a run could not even begin, with what is known from earlier ones."""
     _textfile(config, record, "error", budget_pct, None, note)
     _webhook(config, record, None, note)

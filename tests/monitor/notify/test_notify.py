@@ -206,10 +206,10 @@ def test_a_breach_that_has_passed_when_the_run_is_over_is_told_with_its_plan(dep
     real, days = BreachHistory.after, []
 
     def passing(self, start):
-        standing, kl, number = real(self, start)
+        found = real(self, start)
         days.append(start)
         is_over = len(set(days)) > 4
-        return replace(standing, in_breach=standing.in_breach and not is_over, ended=is_over), kl, number
+        return replace(found, state=replace(found.state, in_breach=found.state.in_breach and not is_over, ended=is_over))
 
     monkeypatch.setattr(BreachHistory, "after", passing)
     outcome = monitored(config, plan)
