@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,3 +27,9 @@ def row() -> Callable[..., dict[str, Any]]:
         return {**sample, "row_key": key, **values}
 
     return make
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A root of either kind."""
+    return f"{request.getfixturevalue('bucket')}/runs" if request.param == "s3" else str(tmp_path / "runs")

@@ -209,7 +209,8 @@ def test_a_breach_that_has_passed_when_the_run_is_over_is_told_with_its_plan(dep
         found = real(self, start)
         days.append(start)
         is_over = len(set(days)) > 4
-        return replace(found, state=replace(found.state, in_breach=found.state.in_breach and not is_over, ended=is_over))
+        state = replace(found.state, in_breach=found.state.in_breach and not is_over, ended=is_over)
+        return replace(found, state=state)
 
     monkeypatch.setattr(BreachHistory, "after", passing)
     outcome = monitored(config, plan)
