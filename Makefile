@@ -23,7 +23,7 @@ TEST_PROCESSES ?= 3
 # Most of the time is that of processes which begin: they find lowprec compiled, also where Python was told to keep nothing.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --durations=20 -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo lint test test-all test-asan bench clean
+.PHONY: help setup demo lint check test test-all test-asan bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,10 +53,19 @@ demo: setup  ## Make traffic, train a small model, search, confirm, report: ever
 	$(BIN)/lowprec demo
 
 lint: setup
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -n 2
 
-test: lint  ## What CI checks: ruff, mypy and all tests but the slow ones
+# Unit tests that need no model, no Ray and no simulation: what to run after every edit.
+FAST_TESTS := $(addprefix tests/,project core plan config storage traffic/test_decode.py traffic/test_window.py \
+  traffic/test_batch.py ops/test_reference.py ops/test_bounds.py search/space/test_space.py \
+  search/confirm/test_alpha_spending.py latency cli/render results/test_query.py)
+
+check: lint  ## The inner loop: format, lint, types and the fast unit tests
+	$(PYTEST) -m 'not slow' $(FAST_TESTS)
+
+test: lint  ## What CI checks: format, ruff, mypy and all tests but the slow ones
 	$(PYTEST) -m 'not slow'
 
 test-all: lint  ## The slow tests too

@@ -89,6 +89,43 @@ def read_plan(path: AnyPath, *, units: Iterable[Unit] | None, checkpoint_sha256:
     Raises `PlanError` when the file is not a plan, misses or invents a unit or a key of one, or was made for another
     checkpoint (`checkpoint_sha256=None` accepts any: for a new snapshot of the same model).
     """
+    document = _read_document(path)
+    made_for = document["checkpoint_sha256"]
+    if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
+        raise PlanError(
+            f"plan {path}: was made for checkpoint {made_for[:12]}, the model's is {checkpoint_sha256[:12]}; "
+            "search again, or point model.checkpoint at the file that the plan was made for; to judge the plan on a "
+            "newer checkpoint of the same model: lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"
+        )
+    precisions: dict[str, Precision] = {}
+    row_ranges: dict[str, RowRange] = {}
+    layer_forms: dict[str, Form] = {}
+    for name, entry in document["units"].items():
+        where = f'plan {path}: unit "{name}"'
+        precisions[name] = precision = _unit_precision(name, entry, where)
+        if precision.is_rowwise:
+            row_ranges[name] = RowRange.parse(str(entry["range"]), where=where)
+        elif precision in _FORM_OF:
+            flat = {k: v for k, v in entry.items() if k != "precision"}
+            layer_forms[name] = form_of(precision, flat, where=where)
+    try:
+        plan = Plan(precisions) if units is None else Plan.of(units, precisions)
+    except PlanError as error:
+        raise PlanError(f"plan {path}: {error}") from None
+    return PlanFile(
+        plan=plan,
+        model=document["model"],
+        checkpoint_sha256=made_for,
+        size_bytes=document["bytes"],
+        row_alignment=document["row_alignment"],
+        row_ranges=row_ranges,
+        layer_forms=layer_forms,
+        evidence=document["evidence"],
+    )
+
+
+def _read_document(path: AnyPath) -> dict[str, Any]:
+    """The keys of a plan file, each of its type; raises `PlanError` where one is missing, wrong or unknown."""
     try:
         document = json.loads(Location.of(path).read_bytes())
     except OSError as error:
@@ -126,38 +163,7 @@ def read_plan(path: AnyPath, *, units: Iterable[Unit] | None, checkpoint_sha256:
         raise PlanError(
             f"plan {path}: evidence.budget_pct must be a positive number, in percent; got {json.dumps(budget)}"
         )
-    made_for = document["checkpoint_sha256"]
-    if checkpoint_sha256 is not None and made_for != checkpoint_sha256:
-        raise PlanError(
-            f"plan {path}: was made for checkpoint {made_for[:12]}, the model's is {checkpoint_sha256[:12]}; "
-            "search again, or point model.checkpoint at the file that the plan was made for; to judge the plan on a "
-            "newer checkpoint of the same model: lowprec verify CONFIG --plan PLAN --snapshot CHECKPOINT"
-        )
-    precisions: dict[str, Precision] = {}
-    row_ranges: dict[str, RowRange] = {}
-    layer_forms: dict[str, Form] = {}
-    for name, entry in document["units"].items():
-        where = f'plan {path}: unit "{name}"'
-        precisions[name] = precision = _unit_precision(name, entry, where)
-        if precision.is_rowwise:
-            row_ranges[name] = RowRange.parse(str(entry["range"]), where=where)
-        elif precision in _FORM_OF:
-            flat = {k: v for k, v in entry.items() if k != "precision"}
-            layer_forms[name] = form_of(precision, flat, where=where)
-    try:
-        plan = Plan(precisions) if units is None else Plan.of(units, precisions)
-    except PlanError as error:
-        raise PlanError(f"plan {path}: {error}") from None
-    return PlanFile(
-        plan=plan,
-        model=document["model"],
-        checkpoint_sha256=made_for,
-        size_bytes=document["bytes"],
-        row_alignment=document["row_alignment"],
-        row_ranges=row_ranges,
-        layer_forms=layer_forms,
-        evidence=document["evidence"],
-    )
+    return document
 
 
 def _details(file: PlanFile, unit: str, precision: Precision) -> dict[str, Any]:
