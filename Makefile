@@ -58,9 +58,9 @@ lint: setup
 	$(BIN)/mypy -n 2
 
 # Unit tests that need no model, no Ray and no simulation: what to run after every edit.
-FAST_TESTS := $(addprefix tests/,project core plan config storage traffic/test_decode.py traffic/test_window.py \
-  traffic/test_batch.py ops/test_reference.py ops/test_bounds.py search/space/test_space.py \
-  search/confirm/test_alpha_spending.py latency cli/render results/test_query.py)
+FAST_TESTS := $(addprefix tests/,project/test_imports.py project/test_layout.py core plan config cli/render latency \
+  traffic/test_decode.py traffic/test_window.py traffic/test_batch.py ops/test_reference.py ops/test_bounds.py \
+  search/space/test_space.py monitor/judging)
 
 check: lint  ## The inner loop: format, lint, types and the fast unit tests
 	$(PYTEST) -m 'not slow' $(FAST_TESTS)

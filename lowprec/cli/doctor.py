@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lowprec import __version__, ops
+from lowprec import ops
+from lowprec._version import __version__
 from lowprec.core.errors import LowprecError
 from lowprec.core.progress import Progress, Silent
 from lowprec.ops import reference

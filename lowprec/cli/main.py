@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lowprec import __version__
+from lowprec._version import __version__
 from lowprec.cli.command import DURATION, LOCAL_PATH, PLACE, POSITIVE, command, show
 from lowprec.cli.jobs import as_job, submit
 from lowprec.cli.machine import machine

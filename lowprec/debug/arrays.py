@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lowprec.core.errors import ExportError
-from lowprec.debug.rows import SeenRows
+from lowprec.debug.causes.rows import SeenRows
 from lowprec.debug.sums import ErrorSums
 from lowprec.storage.whole_file import whole_file
 

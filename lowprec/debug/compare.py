@@ -10,8 +10,8 @@ from typing import Any
 from lowprec.config import Config
 from lowprec.core.errors import ConfigError
 from lowprec.core.progress import Progress
+from lowprec.debug.debug_run import debug_plan
 from lowprec.debug.report import DebugReport
-from lowprec.debug.run import debug_plan
 from lowprec.storage import AnyPath
 from lowprec.traffic.files.source import find_files
 

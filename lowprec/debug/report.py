@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowprec.debug.channels import WorstChannel
-from lowprec.debug.rows import WorstRow
+from lowprec.debug.causes.channels import WorstChannel
+from lowprec.debug.causes.rows import WorstRow
 from lowprec.debug.sums import ErrorSums
 from lowprec.evaluation.metrics import PlanMetrics
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowprec import __version__
+from lowprec._version import __version__
 from lowprec.config import Config, load_config
 from lowprec.core.errors import ConfigError, ExportError
 from lowprec.plan import PlanFile, Precision, is_layer, read_plan

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from lowprec import ops
 from lowprec.core.errors import CheckpointError, ExportError, WeightError
 from lowprec.core.progress import Progress, Silent
-from lowprec.models.checkpoints.tensor_files import TensorSource, open_tensors
+from lowprec.models.checkpoints.tensor_files import open_tensors
+from lowprec.models.checkpoints.tensor_source import TensorSource
 from lowprec.plan import Precision, RowRange
 from lowprec.storage import AnyPath, Location
 from lowprec.storage.whole_file import whole_file

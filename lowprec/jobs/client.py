@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from lowprec import __version__
+from lowprec._version import __version__
 from lowprec.core.errors import ConfigError, JobError, LowprecError
 from lowprec.jobs.job import SIGNALS, SubmittedJob
 from lowprec.jobs.staging import StagedJob

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lowprec import __version__
+from lowprec._version import __version__
 from lowprec.monitor.deployment import Deployment
 from lowprec.monitor.judging.evidence import WindowEvidence
 from lowprec.monitor.judging.judge import SEVERITY, State

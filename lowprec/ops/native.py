@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import lowprec
 from lowprec.core.errors import ConfigError, KernelError
 
 _import_error: ImportError | None = None
@@ -25,6 +24,7 @@ __all__ = ["CPU_PATH_VARIABLE", "check_kernels", "cpu_path", "cpu_paths", "kerne
 CPU_PATH_VARIABLE = "LOWPREC_CPU_PATH"
 """The environment variable that asks for a CPU path; unset, the best one of this CPU is taken."""
 
+_PACKAGE = Path(__file__).parents[1]
 _HOW_TO_BUILD = "build it with `make setup` (or `pip install .`), which needs a C++17 compiler"
 
 
@@ -58,7 +58,7 @@ def kernels() -> ModuleType:
     """
     if _import_error is not None:
         raise KernelError(_why_not_there(_import_error)) from _import_error
-    sources = Path(lowprec.__file__).parent.parent / "kernels"
+    sources = _PACKAGE.parent / "kernels"
     if (sources / "CMakeLists.txt").is_file() and _source_digest(sources) != _native.SOURCE_DIGEST:
         raise KernelError(f"{_native.__file__} was built from other sources than those in {sources}; {_HOW_TO_BUILD}")
     if asked := os.environ.get(CPU_PATH_VARIABLE):
@@ -72,16 +72,15 @@ def check_kernels() -> None:
 
 
 def _why_not_there(error: ImportError) -> str:
-    package = Path(lowprec.__file__).parent
     others = (Path(folder or os.curdir, "lowprec") for folder in sys.path)
-    hidden = next((o for o in others if any(o.glob("_native.*")) and not o.samefile(package)), None)
-    is_submitted = _is_submitted(package)
+    hidden = next((o for o in others if any(o.glob("_native.*")) and not o.samefile(_PACKAGE)), None)
+    is_submitted = _is_submitted(_PACKAGE)
     if hidden is None and not is_submitted:
         return f"the native module lowprec._native does not load ({error}); {_HOW_TO_BUILD}"
     submitted = ", submitted as the working dir of this Ray job" if is_submitted else ""
     hiding = f"they hide the lowprec installed in {hidden.parent}" if hidden else "lowprec has to be installed instead"
     return (
-        f"lowprec was imported from {package}, sources without their native module{submitted}: {hiding}; keep the "
+        f"lowprec was imported from {_PACKAGE}, sources without their native module{submitted}: {hiding}; keep the "
         "source tree out of a Ray job's working dir and off the path: submit with `lowprec submit`, or with "
         "--working-dir jobs"
     )

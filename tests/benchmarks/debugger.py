@@ -33,9 +33,9 @@ from demo_model import demo_config
 from safetensors.numpy import load_file, save_file
 
 from lowprec.config import Config
+from lowprec.debug.debug_run import debug_implementation, sample_of
 from lowprec.debug.implementations import open_implementation
 from lowprec.debug.report import DebugReport
-from lowprec.debug.run import debug_implementation, sample_of
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.export import export_plan
 from lowprec.models.adapter import inputs_of

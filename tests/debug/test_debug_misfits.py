@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowprec.debug.misfits import misfits
+from lowprec.debug.causes.misfits import misfits
 from lowprec.evaluation.exact.layer_inputs import InputHistogram
 from lowprec.ops.clip import input_bounds, input_code
 from lowprec.plan.layer_form import ClipRange, LayerForm

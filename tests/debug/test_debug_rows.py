@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lowprec import ops
-from lowprec.debug.differences import table_difference
-from lowprec.debug.rows import seen_rows, worst_rows
+from lowprec.debug.causes.differences import table_difference
+from lowprec.debug.causes.rows import seen_rows, worst_rows
 from lowprec.plan import Precision, RowRange
 
 DIM = 8

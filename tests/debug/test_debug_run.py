@@ -17,8 +17,8 @@ from lowprec import ops
 from lowprec.core.errors import ModelError, TrafficError
 from lowprec.core.progress import Silent
 from lowprec.debug import debug_plan
+from lowprec.debug.debug_run import debug_implementation, sample_of
 from lowprec.debug.implementations import open_implementation
-from lowprec.debug.run import debug_implementation, sample_of
 from lowprec.debug.sums import MAX_ROWS
 from lowprec.evaluation.workers.worker import evaluator_of
 from lowprec.gate.verify import verify_plan

@@ -186,7 +186,7 @@ def test_what_does_not_fit_the_disk_is_said_at_once(small_config, tmp_path, monk
 
 KILLED = """
 import os, signal, sys
-import lowprec.export.run as run
+import lowprec.export.export_run as run
 from lowprec.config import load_config
 written = run.write_table_tensor
 def kill_at_third(*args, **kwargs):

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -25,6 +26,8 @@ LAYERS = (
     {"gate", "monitor", "debug", "export", "jobs"},
     {"cli"},
 )
+# The package itself, and the command that `python -m lowprec` is.
+TOP = {"__init__", "__main__"}
 LAYER_OF = {part: index for index, layer in enumerate(LAYERS) for part in layer}
 
 # Who alone may import these, as paths below lowprec/.
@@ -44,12 +47,18 @@ HEAVY = ("torch", "ray", "optuna", "fbgemm_gpu", "pyarrow", "pandas", "deltalake
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 
-def python_files() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+@cache
+def python_files() -> tuple[Path, ...]:
+    return tuple(sorted(PACKAGE.rglob("*.py")))
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
     """Every module that a file imports, at its top or inside functions; names from lowprec may be modules."""
+    return frozenset(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -79,21 +88,34 @@ def parts_imported(path: Path) -> set[str]:
     return {part for part in parts if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file()}
 
 
-def test_every_part_has_a_layer() -> None:
-    unplaced = {part_of(path) for path in python_files()} - LAYER_OF.keys() - {"__init__", "__main__"}
-    assert not unplaced, f"give these a place in LAYERS: {sorted(unplaced)}"
+def test_every_part_has_a_layer_and_every_layer_has_its_parts() -> None:
+    parts = {part_of(path) for path in python_files()} - TOP
+    assert parts == LAYER_OF.keys(), f"give these a place in LAYERS, or take it: {sorted(parts ^ LAYER_OF.keys())}"
 
 
 def test_arrows_go_one_way() -> None:
     arrows: dict[str, set[str]] = {}
     for path in python_files():
         part = part_of(path)
-        if part in ("__init__", "__main__"):
-            continue
-        for target in parts_imported(path) - {part}:
-            assert LAYER_OF[target] <= LAYER_OF[part], f"{below_package(path)} imports lowprec.{target} from above"
+        for target in parts_imported(path) - {part, *TOP}:
+            # The package itself imports what it exports when it is asked for it.
+            assert part in TOP or LAYER_OF[target] <= LAYER_OF[part], f"{path} imports {target} from above"
             arrows.setdefault(part, set()).add(target)
     TopologicalSorter(arrows).prepare()  # raises CycleError: two parts of one layer must not import each other
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_is_imported_by_what_it_imports() -> None:
+    modules = {module_of(path): path for path in python_files()}
+    arrows = {module: (imported_modules(path) & modules.keys()) - {module} for module, path in modules.items()}
+    for module, targets in arrows.items():
+        # `from lowprec.plan import cost` names the package too; what is meant is the module, or a name of the package.
+        named = {t for t in targets if any(other.startswith(f"{t}.") for other in targets)}
+        arrows[module] = targets - named - {"lowprec"}
+    TopologicalSorter(arrows).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize(("module", "owners"), OWNERS.items())

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowprec.core.errors import CheckpointError, WeightError
-from lowprec.models.checkpoints.tensor_files import TensorSource, open_tensors
+from lowprec.models.checkpoints.tensor_files import open_tensors
+from lowprec.models.checkpoints.tensor_source import TensorSource
 from lowprec.models.checkpoints.wrapper_names import wrapper_hint
 from lowprec.storage import AnyPath, FileState, Location, file_sha256
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from lowprec.core.errors import CheckpointError, first_line
 from lowprec.models.checkpoints.saved_tensor import SavedTensor, find_tensor
-from lowprec.models.checkpoints.tensor_files import METADATA_FILE
+from lowprec.models.checkpoints.tensor_source import METADATA_FILE
 from lowprec.storage import FileState, Location, OpenFile, local_copy
 
 __all__ = ["DistributedFolder"]

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Collection
 
 from lowprec.core.errors import CheckpointError
 from lowprec.models.checkpoints.safetensors_files import Safetensors, read_headers, read_index
+from lowprec.models.checkpoints.tensor_source import METADATA_FILE, TensorSource
 from lowprec.models.checkpoints.torch_file import NESTING_KEYS, TorchFile
-from lowprec.storage import FileState, Location
+from lowprec.storage import Location
 
-__all__ = ["METADATA_FILE", "TensorSource", "open_tensors"]
-
-# What makes a folder one of torch.distributed.checkpoint.
-METADATA_FILE = ".metadata"
+__all__ = ["open_tensors"]
 
 _SUFFIXES = (
     ".safetensors, .safetensors.index.json, .pt, .pth, or a folder of safetensors or torch.distributed.checkpoint files"
 )
-
-
-class TensorSource(Protocol):
-    """Named tensors of a checkpoint. `files` are the files that hold them, all below `root`.
-
-    is_mapped: tensors and rows are mapped from files of this machine, which commits no memory. states: how those of the
-    files were when they were opened that tell this checkpoint from one that is saved in its place.
-    """
-
-    is_mapped: bool
-    root: Location
-    files: tuple[Location, ...]
-    states: Mapping[Location, FileState]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor, memory-mapped where the format allows it (then writes stay private to the process)."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, without reading the others."""
 
 
 def open_tensors(path: Location, wanted: Collection[str] = (), *, whole: bool = False) -> TensorSource:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import lowprec
+from lowprec._version import __version__
 from lowprec.config import Config, WindowConfig
 from lowprec.core.errors import TrafficError
 from lowprec.core.progress import Progress, Silent
@@ -90,7 +90,7 @@ def train(config: Config, *, progress: Progress | None = None) -> TrainReport:
         model,
         config.model.checkpoint,
         {
-            "lowprec_version": lowprec.__version__,
+            "lowprec_version": __version__,
             "config": config.model_dump_json(include=_SAVED_SECTIONS),
             "train_ne": repr(train_quality.ne),
             "validation_ne": repr(fitted.validation.ne),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from lowprec import __version__
+from lowprec._version import __version__
 from lowprec.config import Config
 from lowprec.core.errors import ConfigError, LowprecError, PoisonedWorkError, TrafficError, WorkerError
 from lowprec.evaluation.profile.profile_file import ProfileOrigin, write_profile

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowprec.core.errors import ExportError
+from lowprec.debug.causes.rows import SeenRows
 from lowprec.debug.implementations import PlannedModel, ServedModel
-from lowprec.debug.rows import SeenRows
 from lowprec.export.manifest import sha256_of
 from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import Precision

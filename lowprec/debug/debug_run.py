@@ -16,18 +16,18 @@ from lowprec.config import Config
 from lowprec.core.errors import TrafficError
 from lowprec.core.progress import Progress, Silent
 from lowprec.debug.arrays import write_arrays
-from lowprec.debug.changes import best_change
-from lowprec.debug.channels import WorstChannel, weight_codes, worst_channels
-from lowprec.debug.differences import (
+from lowprec.debug.causes.channels import WorstChannel, weight_codes, worst_channels
+from lowprec.debug.causes.differences import (
     changed_files,
     dense_differences,
     layer_modules_differences,
     table_difference,
 )
+from lowprec.debug.causes.misfits import misfits
+from lowprec.debug.causes.rows import SeenRows, WorstRow, seen_rows, worst_rows
+from lowprec.debug.changes import best_change
 from lowprec.debug.implementations import Implementation, PlannedModel, ServedModel, open_implementation
-from lowprec.debug.misfits import misfits
 from lowprec.debug.report import DebugReport, UnitReport
-from lowprec.debug.rows import SeenRows, WorstRow, seen_rows, worst_rows
 from lowprec.debug.suspects import suspects_among
 from lowprec.debug.trace import InputCodes, Trace, trace_batches
 from lowprec.evaluation.workers.worker import evaluator_of
