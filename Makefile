@@ -56,6 +56,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -n 2
+	MYPYPATH=tests/benchmarks:tests/support $(BIN)/mypy --cache-dir .mypy_cache/benchmarks --allow-untyped-calls --no-warn-return-any tests/benchmarks
 
 # Unit tests that need no model, no Ray and no simulation: what to run after every edit.
 FAST_TESTS := $(addprefix tests/,project/test_imports.py project/test_layout.py core plan config cli/render latency \

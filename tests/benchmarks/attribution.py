@@ -95,7 +95,8 @@ def main() -> None:
     times = whole["ts"].to_numpy()
     inside = np.flatnonzero((times >= bounds.start) & (times < bounds.end))
     rng = np.random.default_rng(0)
-    ranks, planted, again = [], [], 0
+    ranks: list[int] = []
+    planted, again = [], 0
     with tempfile.TemporaryDirectory() as folder:
         while len(ranks) < NUM_REPLAYS:
             assert again < 20 * NUM_REPLAYS, "hardly any drift hurts"

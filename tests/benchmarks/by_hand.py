@@ -96,7 +96,7 @@ class HandModel:
         self.units, self.size_bytes = job.units, job.space.size_bytes
         assert [f"table:{table}" for table in model.feature_tables.values()] == [u.name for u in job.units]
         assert all(table.mode == "sum" for table in model.tables.values())
-        assert job.space.row_alignment == 1 and len({unit.dim for unit in job.units}) == 1
+        assert job.storage.row_alignment == 1 and len({unit.dim for unit in job.units}) == 1
 
         # All tables in all precisions lie in one buffer, and a plan is a list of places in it.
         stored = {

@@ -22,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -143,7 +146,7 @@ class Machines:
         ray.shutdown()
         self._cluster.shutdown()
 
-    def _add(self, **options):
+    def _add(self, **options: Any) -> Any:
         return self._cluster.add_node(num_cpus=2, include_dashboard=False, **options)
 
 
@@ -195,7 +198,7 @@ class Run:
         assert len(set(found)) <= 1, "a resumed run must not begin another one"
         return str(found.iloc[0]) if len(found) else None
 
-    def wait(self) -> dict:
+    def wait(self) -> dict[str, Any]:
         """The document of the driver when it ends by itself."""
         assert self.process is not None
         out, _ = self.process.communicate(timeout=TIMEOUT_S)
@@ -224,7 +227,7 @@ class Run:
         return sum(max(0, len(log) - 1) for log in logs)
 
 
-def disturbed(run: Run, machines: Machines, seed: int, num_commits: int) -> dict:
+def disturbed(run: Run, machines: Machines, seed: int, num_commits: int) -> dict[str, Any]:
     """The document of a run to which all events happen, long before the last of its `num_commits`.
 
     A piece of work that is lost with three workers ends a run. So there are two commits between a worker's loss and
@@ -237,9 +240,9 @@ def disturbed(run: Run, machines: Machines, seed: int, num_commits: int) -> dict
     for event in rng.sample(EVENTS, len(EVENTS)):
         if event != "driver" and len(losses) > 1:
             due = losses[-2] + 2 + rng.randrange(spread - 1)
-        wait_for(lambda due=due: ended(run) or (run.num_commits() >= due and workers_of(run, machines)))
+        wait_for(partial(_is_ready, run, machines, due))
         time.sleep(rng.uniform(0, JITTER_S))
-        wait_for(lambda event=event: ended(run) or happens(event, run, machines, rng))
+        wait_for(partial(_ended_or_happens, event, run, machines, rng))
         if event != "driver":
             losses.append(run.num_commits())
     return run.wait()
@@ -249,6 +252,7 @@ def happens(event: str, run: Run, machines: Machines, rng: random.Random) -> boo
     """Let it happen; False where there is nobody for it to happen to just now."""
     workers = workers_of(run, machines)
     if event == "driver":
+        assert run.process is not None
         run.process.send_signal(signal.SIGKILL)
         run.process.communicate()
         run.orphans += workers
@@ -272,7 +276,15 @@ def ended(run: Run) -> bool:
     return run.process is not None and run.process.poll() is not None
 
 
-def wait_for(condition) -> None:
+def _is_ready(run: Run, machines: Machines, due: int) -> bool:
+    return ended(run) or bool(run.num_commits() >= due and workers_of(run, machines))
+
+
+def _ended_or_happens(event: str, run: Run, machines: Machines, rng: random.Random) -> bool:
+    return ended(run) or happens(event, run, machines, rng)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, "nothing happens any more"
@@ -289,7 +301,7 @@ def compare(found: Rows, expected: Rows) -> dict[str, int]:
 DOCUMENT = ("plan", "bytes", "search", "confirm", "front", "verdict", "num_trials")
 
 
-def play(folder: Path, seeds: range) -> dict:
+def play(folder: Path, seeds: range) -> dict[str, Any]:
     """All seeds; the JSON object of this benchmark."""
     config = make_job(folder)
     machines = Machines()

@@ -29,8 +29,10 @@ from lowprec.evaluation.profile.window_profile import MeasuredProfile
 from lowprec.evaluation.race.estimate import estimates, residual_radius
 from lowprec.evaluation.race.race_sums import RaceSums, RaceTask
 from lowprec.evaluation.rows import RowAccount
+from lowprec.evaluation.stats.bounds import normal_quantile
 from lowprec.plan import Plan
 from lowprec.search import SearchJob, open_job
+from lowprec.search.rule import Forecast
 from lowprec.search.surrogate.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
@@ -49,14 +51,15 @@ def plans_of_front(job: SearchJob, profile: Profile, *, level: float, count: int
     """Plans of the front of promised gaps, spread over those with a KL gap between a third and three times `level`."""
     measured = MeasuredProfile(profile, use={}, rows=RowAccount(profile.num_rows, 0, 0, {}))
     costs = job.search_costs({})
-    surrogate = build_surrogate(measured, job.space, costs, budgets=[level], confidence=1 - ALPHA)
+    forecast = Forecast(normal_quantile(1 - ALPHA), 1.0)
+    surrogate = build_surrogate(measured, job.space, costs, budgets=[level], forecast=forecast)
     plans = [point.plan for point in surrogate.front.points]
     _, kl = profile.gaps_pct(profile.selected(plans))
     near = np.flatnonzero((kl >= level / 3) & (kl <= 3 * level))
     return [plans[k] for k in near[np.linspace(0, len(near) - 1, count).astype(int)]]
 
 
-def raced(examples: Examples, replay: Replay, plans: Sequence[Plan], *, predicted: bool) -> list[RaceSums]:
+def raced(examples: Examples, replay: Any, plans: Sequence[Plan], *, predicted: bool) -> list[RaceSums]:
     """What a race sums up on every slice of the window; without predictions the residual is the change itself."""
     columns = examples.columns if predicted else ()
     slices = []

@@ -119,7 +119,8 @@ class Drawn:
     def profile(self) -> Profile:
         """The profile of the window."""
         columns = self._pool.examples.columns
-        return measure_profile(self, self, columns, by_group=False, batches_per_task=64).profile
+        drawn: Any = self
+        return measure_profile(drawn, drawn, columns, by_group=False, batches_per_task=64).profile
 
     def lap(self, plans: Sequence[Plan], slices: Sequence[int]) -> RaceSums:
         """Plans on some of the window's slices."""
@@ -147,7 +148,8 @@ def make_pool(examples: Examples, logits: Mapping[Plan, NDArray[np.float32]], ga
         found = gap_pct(examples, scaled_logits[plan].astype(float) - examples.reference)
         assert abs(found - gap) < 1e-5, f"the gap is {found} percent, not {gap}"
     by_plan = replace(by_plan, changes=scaled_changes)
-    replay, slices = Replay(by_plan, scaled_logits), []
+    replay: Any = Replay(by_plan, scaled_logits)
+    slices = []
     rng = np.random.default_rng(2)
     for _ in range(NUM_CUTS):
         for rows in np.split(rng.permutation(len(examples)), len(examples) // SLICE):
@@ -202,7 +204,8 @@ def search(pool: Pool, rng: np.random.Generator, num_slices: int = SEARCH_SLICES
 
     def confirmed(chosen: Sequence[Trial], confidence: float, attempt: int) -> list[Trial]:
         plans = [trial.plan for trial in chosen]
-        found = evaluate_plans(later, later, plans, confidence=confidence, batches_per_task=BATCH_SLICES)
+        drawn: Any = later
+        found = evaluate_plans(drawn, drawn, plans, confidence=confidence, batches_per_task=BATCH_SLICES)
         return [replace(t, metrics=m, wave=attempt) for t, m in zip(chosen, found.metrics, strict=True)]
 
     tries = Tries(confirmed, confidence=CONFIDENCE)

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ class Planter:
     def wrong_zero_point(self, k: int) -> Trial:
         layer = self._layer(lambda _: True)
         path = self.folder / f"plan-{k}.json"
-        form = self.forms[layer, Precision.INT8_STATIC]
+        form = self._int8_form(layer, Precision.INT8_STATIC)
         self.plan(path, self.job, **{layer: (Precision.INT8_STATIC, form)})
         export_plan(self.config, path, self.folder / f"served-{k}")
         faults.wrong_zero_point(self.folder / f"served-{k}", layer, 2**form.input_bits // 4)
@@ -148,7 +149,7 @@ class Planter:
         weights[f"{path}.weight"][channel] *= factor
         weights[f"{path}.bias"][channel] *= factor
         weights[f"{FOLLOWED_BY[path]}.weight"][:, channel] /= factor
-        form = replace(self.forms[layer, Precision.INT8_DYNAMIC], weights=WeightScale.TENSOR, outliers=0.0)
+        form = replace(self._int8_form(layer, Precision.INT8_DYNAMIC), weights=WeightScale.TENSOR, outliers=0.0)
         return self._changed(k, weights, layer, {layer: (Precision.INT8_DYNAMIC, form)})
 
     def overflowing_row(self, k: int) -> Trial:
@@ -159,7 +160,12 @@ class Planter:
         weights[self.job.adapter.weight_names[table]][row, 0] = 1e8
         return self._changed(k, weights, table, {})
 
-    def _changed(self, k: int, weights: dict, culprit: str, fixed: dict) -> Trial:
+    def _int8_form(self, layer: str, precision: Precision) -> LayerForm:
+        form = self.forms[layer, precision]
+        assert isinstance(form, LayerForm)
+        return form
+
+    def _changed(self, k: int, weights: dict[str, Any], culprit: str, fixed: dict[str, Any]) -> Trial:
         path = self.folder / f"model-{k}.safetensors"
         save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, path)
         config = self.config.with_(model={"checkpoint": str(path)})

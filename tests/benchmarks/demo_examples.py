@@ -51,7 +51,8 @@ class Examples:
 
     def profile(self, rows: NDArray[np.int64], *, num_blocks: int = 20) -> Profile:
         """The profile of a window that holds these rows, in equal blocks."""
-        replay, parts = Replay(self, {}), []
+        replay: Any = Replay(self, {})
+        parts = []
         for b, block in enumerate(np.array_split(rows, num_blocks)):
             task, part = ProfileTask(self.columns, num_blocks, ()), None
             for k in range(0, len(block), 4096):

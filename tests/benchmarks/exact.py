@@ -9,11 +9,12 @@ dense passes). Everything is timed in turn, round by round; ratios are medians o
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 from demo_model import demo_config
 
-from lowprec.evaluation.evaluate import evaluate_plans
+from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
 from lowprec.models.adapter import inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Plan
@@ -22,11 +23,11 @@ from lowprec.search import SearchJob, open_job
 NUM_PLANS, REPEATS = 32, 3
 
 
-def evaluate(job: SearchJob, workers: LocalWorkers, plans: list[Plan]):
+def evaluate(job: SearchJob, workers: LocalWorkers, plans: list[Plan]) -> Evaluation:
     return evaluate_plans(workers, job.window("search"), plans, confidence=0.95, batches_per_task=4)
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

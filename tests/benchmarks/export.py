@@ -19,6 +19,7 @@ import tempfile
 import time
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from large_model import DIM, GB, Peaks, drop_from_page_cache, make_config, rows_of_tables, write_model, write_traffic
@@ -57,7 +58,7 @@ def plan_of(config: Config, path: Path) -> None:
     )
 
 
-def exported(config: Config, folder: Path) -> tuple[dict, float, float]:
+def exported(config: Config, folder: Path) -> tuple[dict[str, Any], float, float]:
     """The document of the command, the seconds of its process, and its largest memory without files, in GB."""
     (folder / "config.json").write_text(config.to_json())
     drop_from_page_cache(Path(config.model.checkpoint))

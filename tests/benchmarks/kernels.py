@@ -23,6 +23,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def quantizers(threads: int) -> dict[str, ByDim]:
             assert np.array_equal(out, theirs), f"{precision} dim {dim}: other bytes than FBGEMM's"
             seconds = timed(
                 {
-                    "ours": lambda p=precision, t=table, o=out: ops.quantize(t, p, num_threads=threads, out=o),
-                    "fbgemm": lambda b=precision.bits, r=rows: fbgemm(r, b),
+                    "ours": partial(ops.quantize, table, precision, num_threads=threads, out=out),
+                    "fbgemm": partial(fbgemm, rows, precision.bits),
                 },
                 threads,
             )
@@ -157,7 +158,7 @@ def mse(threads: int) -> ByDim:
         some = range(0, MSE_ROWS, MSE_ROWS // 6)
         bounds = [reference.least_squared_error(table[i], 4, reached=float(least[i])) for i in some]
         seconds = timed(
-            {"ours": lambda o=ours: o(RowRange.MSE), "pytorch": lambda r=rows: prepack(r, optimized_qparams=True)},
+            {"ours": partial(ours, RowRange.MSE), "pytorch": partial(prepack, rows, optimized_qparams=True)},
             threads,
         )
         cell = {

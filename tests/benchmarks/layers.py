@@ -27,6 +27,7 @@ from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import SearchJob, open_job, run_search
 from lowprec.search.record.describe import what_to_time
 from lowprec.search.space.layer_forms import fitted_forms
+from lowprec.storage import Location
 
 NOT_TRAINED_ON = (
     "windows.search={start: 2026-01-06T12:00, end: 2026-01-10T23:00}",
@@ -63,7 +64,7 @@ def agreement() -> dict[str, float]:
         # A calibration keeps all choices: by bytes some would be ruled out.
         config = large_demo_config(LAYERS, *NOT_TRAINED_ON)
         job, workers = fitted(with_calibration(config, Path(folder), minimize="bytes"))
-        profile = job.measure_profile(workers, "search", job.window("search"), quarantine=Path(folder)).profile
+        profile = job.measure_profile(workers, "search", job.window("search"), quarantine=Location.of(folder)).profile
         plans = random_plans(job)
         exact = evaluate_plans(
             workers, job.window("search"), plans, forms=job.forms, confidence=0.95, batches_per_task=4

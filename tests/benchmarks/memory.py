@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from large_model import (
@@ -36,9 +38,11 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 import ray
 from ray.cluster_utils import Cluster
 
+from lowprec.evaluation.workers.ray import RayWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search.job import open_job
 from lowprec.session import open_workers
+from lowprec.storage import Location
 
 NUM_WORKERS, WORKER_BYTES, NUM_PLANS = 4, 2_500_000_000, 32
 
@@ -94,7 +98,7 @@ class Caps:
                             (folder / "cgroup.procs").write_text(pid)
 
 
-def run(folder: Path, cap_bytes: int) -> dict:
+def run(folder: Path, cap_bytes: int) -> dict[str, Any]:
     config = make_config(folder, num_workers=NUM_WORKERS, worker_memory=WORKER_BYTES, batches_per_task=2)
     write_traffic(folder / "traffic.parquet")
     write_model(config)
@@ -106,8 +110,9 @@ def run(folder: Path, cap_bytes: int) -> dict:
     nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(NUM_WORKERS)]
     caps = Caps([node.all_processes["raylet"][0].process.pid for node in nodes], cap_bytes)
     try:
-        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         with open_workers(job, job.search_work(), notes.append) as workers:
+            assert isinstance(workers, RayWorkers)
             pids = workers.process_ids()
             notes.clear()  # that they took a while to start
             assert len(set(workers.node_ids())) == NUM_WORKERS
@@ -116,7 +121,7 @@ def run(folder: Path, cap_bytes: int) -> dict:
             times = {}
             began = time.monotonic()
             window = job.window("search")
-            profile = job.measure_profile(workers, "search", window, quarantine=folder).profile
+            profile = job.measure_profile(workers, "search", window, quarantine=Location.of(folder)).profile
             times["profile_s"] = time.monotonic() - began
             assert profile.num_rows == NUM_EXAMPLES // 2
             rng = np.random.default_rng(0)
@@ -130,7 +135,7 @@ def run(folder: Path, cap_bytes: int) -> dict:
                 for _ in range(NUM_PLANS)
             ]
             began = time.monotonic()
-            evaluation = job.evaluate(workers, "confirm", job.window("confirm"), plans, quarantine=folder)
+            evaluation = job.evaluate(workers, "confirm", job.window("confirm"), plans, quarantine=Location.of(folder))
             times["exact_s"] = time.monotonic() - began
             assert len(evaluation.metrics) == NUM_PLANS and evaluation.rows.num_bad == 0
             peaks.close()

@@ -9,6 +9,7 @@ one JSON object as its last line: `predicted_over_measured` of both together.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import time
@@ -27,6 +28,7 @@ from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.shards.estimate import network_load
 from lowprec.shards.planner import Placement, Shard, place_tables
+from lowprec.storage import Location
 
 NUM_WORKERS, REPEATS, IDLE_S = 3, 5, 10.0
 # Of the bytes of all tables, at each worker.
@@ -68,15 +70,15 @@ def main() -> None:
     try:
         for _ in range(NUM_WORKERS):
             cluster.add_node(num_cpus=1, include_dashboard=False)
-        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         workers = RayWorkers(job.spec, num_workers=NUM_WORKERS, address=None, placement=placement)
         assert len(set(workers.node_ids())) == NUM_WORKERS
 
         def profile() -> None:
-            job.measure_profile(workers, "search", window, quarantine=Path("unused"))
+            job.measure_profile(workers, "search", window, quarantine=Location.of("unused"))
 
         def exact() -> None:
-            job.evaluate(workers, "search", window, plans, quarantine=Path("unused"))
+            job.evaluate(workers, "search", window, plans, quarantine=Location.of("unused"))
 
         for work in (profile, exact):  # what is loaded and sent once
             work()

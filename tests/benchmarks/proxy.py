@@ -15,6 +15,7 @@ from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
 
 from lowprec.evaluation.evaluate import evaluate_plans
+from lowprec.evaluation.profile.profile import Profile
 from lowprec.evaluation.profile.window_profile import measure_profile
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.plan import TABLE_PRECISIONS, Plan
@@ -30,7 +31,7 @@ def main() -> None:
     window = job.window("search")
     torch.set_num_threads(1)
 
-    def profile():
+    def profile() -> Profile:
         return measure_profile(workers, window, job.columns, by_group=False, batches_per_task=4).profile
 
     measured = profile()  # every touched row is quantized now, as it is for the exact evaluations

@@ -7,6 +7,7 @@ as its last line: `ray_overhead` (Ray / in process, median of pairs), and the se
 import json
 import statistics
 import time
+from typing import Any
 
 from demo_model import demo_config
 
@@ -26,7 +27,7 @@ def main() -> None:
     plans = [Plan.uniform(job.units, p) for p in TABLE_PRECISIONS]
     window = job.window("search")
 
-    def evaluate(workers: Workers):
+    def evaluate(workers: Workers) -> Any:
         began = time.perf_counter()
         result = evaluate_plans(workers, window, plans, confidence=0.95, batches_per_task=4)
         return time.perf_counter() - began, result.metrics

@@ -30,6 +30,7 @@ from lowprec.config import Config, load_config
 from lowprec.core.progress import Silent
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.metrics import PlanMetrics
+from lowprec.evaluation.rows import RowAccount
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.models.dlrm import build
 from lowprec.models.inputs import inputs_of
@@ -41,6 +42,7 @@ from lowprec.search.record.record import RunRecord
 from lowprec.search.record.trial import Trial
 from lowprec.search.rule import Forecast
 from lowprec.search.surrogate.surrogate import build_surrogate
+from lowprec.storage import Location
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)
 ROOT = Path("runs/rule")
@@ -176,13 +178,13 @@ def forecast_of(job: SearchJob) -> Forecast:
 def risks_of(job: SearchJob, plans: list[Plan], metrics: list[PlanMetrics]) -> np.ndarray:
     """The risk of every plan by its full evaluation, float64[P]."""
     forecast, workers = forecast_of(job), LocalWorkers(job.spec, job.adapter)
-    measured = job.measure_profile(workers, "search", job.window("search"), quarantine=None)
+    measured = job.measure_profile(workers, "search", job.window("search"), quarantine=Location.of("unused"))
     costs = job.search_costs(measured.use)
     surrogate = build_surrogate(measured, job.space, costs, budgets=job.config.search.all_budgets, forecast=forecast)
     expected = [m.gap_pct + c for m, c in zip(metrics, surrogate.corrections_pct(plans), strict=True)]
     return np.array(
         [
-            forecast.risk_pct(Trial("", 0, 0, "", plan, 0, None, 0.0, None, m, None, None, e))
+            forecast.risk_pct(Trial("", 0, 0, "", plan, 0, None, 0.0, None, m, None, RowAccount(0, 0, 0, {}), e))
             for plan, m, e in zip(plans, metrics, expected, strict=True)
         ]
     )

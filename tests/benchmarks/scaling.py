@@ -12,12 +12,12 @@ once; cores of one machine share caches, memory and their host), medians over ro
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import numpy as np
@@ -32,6 +32,7 @@ from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import SearchJob, open_job
 from lowprec.shards.planner import place_tables
+from lowprec.storage import Location
 
 NUM_PLANS, REPEATS = 32, 5
 
@@ -49,9 +50,9 @@ def work(job: SearchJob, workers: Workers) -> tuple[float, float, tuple[bytes, b
     ]
     window = job.window("search")
     began = time.perf_counter()
-    profile = job.measure_profile(workers, "search", window, quarantine=Path("unused")).profile
+    profile = job.measure_profile(workers, "search", window, quarantine=Location.of("unused")).profile
     middle = time.perf_counter()
-    evaluation = job.evaluate(workers, "search", window, plans, quarantine=Path("unused"))
+    evaluation = job.evaluate(workers, "search", window, plans, quarantine=Location.of("unused"))
     bits = profile.first.tobytes(), evaluation.sums.moments.tobytes()
     return middle - began, time.perf_counter() - middle, bits
 
@@ -68,10 +69,12 @@ def alone() -> None:
 
 def seconds_of(processes: list[subprocess.Popen[str]]) -> float:
     """The longest of processes that begin at once."""
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return max(float(process.stdout.readline()) for process in processes)
+    ends = [(p.stdin, p.stdout) for p in processes]
+    for stdin, _ in ends:
+        assert stdin is not None
+        stdin.write("go\n")
+        stdin.flush()
+    return max(float(stdout.readline()) for _, stdout in ends if stdout is not None)
 
 
 def main() -> None:
@@ -87,7 +90,7 @@ def main() -> None:
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=3, include_dashboard=False)
-        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         sides = {
             "one": RayWorkers(job.spec, num_workers=1, address=None),
             "two": RayWorkers(job.spec, num_workers=2, address=None),

@@ -57,7 +57,8 @@ class Judge:
         for plan in plans:
             if plan not in self._known:
                 self._known[plan] = self.model.gap_pct(plan), self.model.kl_pct(plan)
-        return tuple(np.array([self._known[plan][k] for plan in plans]) for k in (0, 1))
+        gaps, divergences = (np.array([self._known[plan][k] for plan in plans]) for k in (0, 1))
+        return gaps, divergences
 
 
 def measure(config: Config) -> dict[str, Any]:

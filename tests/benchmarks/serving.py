@@ -34,6 +34,7 @@ from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job, run_search
 from lowprec.search.record.describe import what_to_time
 from lowprec.search.space.layer_forms import fitted_forms
+from lowprec.storage import AnyPath
 
 SETTINGS = ("space.layers=[fp32, bf16, int8_dynamic, int8_static]", "evaluation.num_workers=0", "search.budget=0.02")
 BATCH_SIZE, NUM_ROUNDS, SECONDS = 1024, 9, 1.0
@@ -74,7 +75,7 @@ def demo(folder: Path) -> dict[str, Any]:
     outcome = run_search(config)
     assert outcome.verdict == "certified"
     write_uniform(config, Precision.INT8, folder / "int8.json")
-    plans = {"certified": outcome.plan_paths[0], "int8": folder / "int8.json"}
+    plans: dict[str, AnyPath] = {"certified": outcome.plan_paths[0], "int8": folder / "int8.json"}
     exported = {name: export_plan(config, plan, folder / name) for name, plan in plans.items()}
     rounds: dict[tuple[str, str], list[float]] = defaultdict(list)
     dims, layers = what_to_time(config, BATCH_SIZE)
@@ -86,14 +87,14 @@ def demo(folder: Path) -> dict[str, Any]:
                 model = name if speed["model"] == "served" else "fp32"
                 for key in ("requests_per_s", "p50_ms", "p99_ms"):
                     rounds[model, key].append(speed[key])
-                for key, of in (("units_ns", "measured"), ("predicted_ns", "predicted")):
-                    rounds[model, key].append(found["units"][f"{of}_ns_per_example"][speed["model"]])
+                for key, source in (("units_ns", "measured"), ("predicted_ns", "predicted")):
+                    rounds[model, key].append(found["units"][f"{source}_ns_per_example"][speed["model"]])
         print(f"round {k + 1} of {NUM_ROUNDS}", flush=True)
     models: dict[str, dict[str, float]] = defaultdict(dict)
     for (model, key), values in rounds.items():
         models[model][key] = round(statistics.median(values), 3)
-    for name, of in exported.items():
-        models[name]["bytes"], models["fp32"]["bytes"] = of.plan_bytes, of.fp32_bytes
+    for name, done in exported.items():
+        models[name]["bytes"], models["fp32"]["bytes"] = done.plan_bytes, done.fp32_bytes
     errors = {name: round(of["predicted_ns"] / of["units_ns"] - 1, 3) for name, of in models.items()}
     return {
         "latency_error": max(abs(error) for error in errors.values()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def main() -> None:
     print(json.dumps({"batches": found, "stacked_rows": STACKED_ROWS, "num_plans": NUM_PLANS, "repeats": REPEATS}))
 
 
-def compared(adapter: ModelAdapter, evaluator: ExactEvaluator, inputs: ModelInputs) -> dict:
+def compared(adapter: ModelAdapter, evaluator: ExactEvaluator, inputs: ModelInputs) -> dict[str, Any]:
     """Both ways on one batch, in turn."""
     reference = adapter.reference(inputs)
     num_rows = len(reference.logits)
