@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 __all__ = [
     "MIN_EFFECTIVE_UNITS",
@@ -126,9 +127,7 @@ def design_effect(moments: RatioMoments, blocks: Blocks) -> float:
     deviations = (blocks.x - ratio * blocks.y)[seen]
     of_blocks = float(np.square(deviations - deviations.mean()).sum()) * num_blocks / (num_blocks - 1)
     factor = of_blocks / of_units if of_units > 0 else 1.0
-    # The 95 percent point of chi-squared over its degrees of freedom (Wilson and Hilferty, 1931).
-    spread = 2 / (9 * (num_blocks - 1))
-    return factor if factor > (1 - spread + 1.645 * math.sqrt(spread)) ** 3 else 1.0
+    return factor if factor > special.chdtri(num_blocks - 1, 0.05) / (num_blocks - 1) else 1.0
 
 
 def ratio_interval(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from lowprec.config import MonitorConfig
 from lowprec.core.errors import ConfigError
@@ -257,13 +258,7 @@ def _contrasts(num_before: int, num_after: int) -> Float:
 
 def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:
     """Which hypotheses are rejected at that false discovery rate (Benjamini and Hochberg)."""
-    order = np.argsort(p_values, kind="stable")
-    ranked = np.asarray(p_values)[order]
-    below = np.flatnonzero(ranked <= rate * np.arange(1, len(ranked) + 1) / max(len(ranked), 1))
-    rejected = np.zeros(len(ranked), np.bool_)
-    if len(below):
-        rejected[order[: below[-1] + 1]] = True
-    return [bool(r) for r in rejected]
+    return [bool(p <= rate) for p in stats.false_discovery_control(p_values)] if p_values else []
 
 
 def _full(blocks: Int) -> Int:
@@ -274,20 +269,12 @@ def _full(blocks: Int) -> Int:
 
 
 def _gamma_tail(statistic: float, drawn: Float) -> float:
-    """The tail beyond a statistic of the gamma law with mean, variance and skewness of those drawn.
-
-    By the cube root of Wilson and Hilferty (1931), which is close to normal.
-    """
+    """The tail beyond a statistic of the gamma law (Pearson's type III) with the moments of those drawn."""
     mean, deviation = float(drawn.mean()), float(drawn.std())
-    skewness = float(((drawn - mean) ** 3).mean()) / deviation**3 if deviation > 0 else 0.0
-    if skewness <= 0.01:
-        return 0.5 * math.erfc((statistic - mean) / deviation / math.sqrt(2)) if deviation > 0 else 1.0
-    shape = 4 / skewness**2
-    x = (statistic - mean) * 2 / (deviation * skewness) + shape
-    if x <= 0:
+    if deviation == 0:
         return 1.0
-    z = ((x / shape) ** (1 / 3) - (1 - 1 / (9 * shape))) * 3 * math.sqrt(shape)
-    return 0.5 * math.erfc(z / math.sqrt(2))
+    skewness = max(0.0, float(((drawn - mean) ** 3).mean()) / deviation**3)
+    return float(stats.pearson3.sf(statistic, skewness, loc=mean, scale=deviation))
 
 
 def _churn(before: Int, after: Int) -> float:

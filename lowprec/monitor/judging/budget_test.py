@@ -24,10 +24,10 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments, ratio_interval
+from lowprec.evaluation.stats.mixture import log_one_sided_mixture
 
 __all__ = ["BudgetState", "BudgetTest", "Evidence"]
 
@@ -232,13 +232,7 @@ class _MixtureTest:
         if of_unit > 0 and wanted > 0:
             scaled = []
             for times in CHANGES:
-                rho = (phi * of_unit / (times * wanted)) ** 2
-                z = d / np.sqrt(v + rho)
-                scaled.append(
-                    0.5 * np.log(4 * rho / (v + rho))
-                    + 0.5 * z * z
-                    + torch.special.log_ndtr(torch.from_numpy(z)).numpy()
-                )
+                scaled.append(log_one_sided_mixture(d, v, (phi * of_unit / (times * wanted)) ** 2))
             log_e = np.logaddexp.reduce(scaled, axis=0) - math.log(len(CHANGES))
         # Sums of few units, or of few that carry the change, are not normal: they may speak for the promise only.
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from lowprec.plan import Plan
 from lowprec.search.record.trial import Trial
@@ -77,4 +78,4 @@ def _chance(risk: Float, budget: float, correction: _Correction) -> Float:
     """The probability that plans of these predicted risks meet the budget."""
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (math.log(budget) - np.log(np.maximum(risk, 0.0)) - correction.shift) / correction.spread
-    return np.array([0.5 * math.erfc(-float(v) / math.sqrt(2)) for v in z])
+    return np.asarray(special.ndtr(z))
