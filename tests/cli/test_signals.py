@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -39,11 +38,9 @@ main(["doctor"])
 def test_an_interrupt_that_a_library_swallowed_comes_again_and_leaves_cleaning_up_alone(number, code, said):
     process = subprocess.Popen([sys.executable, "-c", COMMAND], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None and process.stderr.readline() == "ready\n"
-    began = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=50)  # left alone, the command sleeps for longer
     assert process.returncode == code and err.split() == ["clean", said], err
-    assert time.monotonic() - began < 20
 
 
 # A command that uses Ray, whose threads crash the process when Python is taken down, and that loses the first interrupt

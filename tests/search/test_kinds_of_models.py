@@ -90,7 +90,7 @@ def job_of(kind, folder, **sections):
 def test_every_command_takes_the_model(kind, tmp_path):
     config = job_of(kind, tmp_path, space={"layers": ["fp32", "bf16", "int8_dynamic"]})
     describe_job(open_job(config))
-    assert run_search(config).verdict in ("certified", "inconclusive", "rejected")
+    assert run_search(config).verdict == "certified"
     plan = uniform_plan(config, tmp_path, Precision.INT4, "bf16")
     verified = verify_plan(config, plan)
     assert verified.metrics.kl_pct > 0

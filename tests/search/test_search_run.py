@@ -170,7 +170,7 @@ def test_precisions_that_give_the_same_bits(small_folder, small_config, tmp_path
     outcome = run_search(config)
     gaps = trials_of(config, outcome)["gap_pct"]
     assert (gaps.abs() < 1e-9).all()
-    assert outcome.verdict in ("certified", "inconclusive")
+    assert outcome.verdict == "inconclusive"
 
 
 def rewritten(small_folder, tmp_path, change):

@@ -100,10 +100,9 @@ def test_what_is_not_told_is_said_and_told_by_the_next_run(deployed, monitored, 
 def test_a_webhook_that_hangs_is_given_up(deployed, monitored, hook):
     hook.delay = 3.0
     config, plan = broken(deployed, f"monitor.webhook={{url: '{hook.url}', retries: 1, timeout_s: 0.2}}")
-    began = time.monotonic()
     outcome = monitored(config, plan)
-    assert outcome.state == "breach" and "tries" in outcome.told[0]["failed"]
-    assert time.monotonic() - began < 60
+    failed = outcome.told[0]["failed"]
+    assert outcome.state == "breach" and "2 tries" in failed and "time" in failed, failed
 
 
 def test_a_webhook_that_refuses_is_said_without_its_url(deployed, monitored, hook):
@@ -300,7 +299,7 @@ def test_the_proposed_plan_is_tried_on_the_window_that_asked_for_it(deployed, mo
     arguments = shlex.split(proposal["verify"])
     override = arguments[arguments.index("--set") + 1]
     changed = config.with_(windows=confirm_of(override))
-    assert verify_plan(changed, proposal["plan"], budget_pct=0.3).verdict in ("certified", "inconclusive")
+    assert verify_plan(changed, proposal["plan"], budget_pct=0.3).verdict == "inconclusive"
 
 
 def confirm_of(override):
