@@ -68,7 +68,6 @@ def test_the_readmes_model_and_config(lowprec, folder):
     assert confirm["num_units"] < confirm["num_examples"]  # users, not rows
 
 
-
 def test_every_command_is_in_the_readme_and_exists(lowprec):
     names = set(re.findall(r"^\| `lowprec ([\w-]+)", README, re.MULTILINE))
     assert names == set(cli.commands)
