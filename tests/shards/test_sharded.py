@@ -1,64 +1,22 @@
 """Tables at several workers give what one process with all rows gives."""
 
-import pickle
-from collections.abc import Mapping
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
+from shard_network import ROWS, Network, fp32, placed
 
-from lowprec.core.errors import WeightError
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, RowRange
-from lowprec.shards import LocalTables, TableShard
+from lowprec.shards import LocalTables
 from lowprec.shards.estimate import network_load
-from lowprec.shards.planner import Placement, Shard, TableLoad
-from lowprec.shards.server import ShardServer
-from lowprec.shards.sharded import ShardedTables
-from lowprec.shards.wire import Request
 
 LOW = [Precision.FP16, Precision.INT8, Precision.INT4, Precision.INT2]
-ROWS = {"table:whole": 400, "table:cut": 900, "table:copy": 50}
-CUTS = (0, 100, 350, 900)
-
-
-class Network:
-    """Workers in this process, whose requests and answers are pickled and counted."""
-
-    def __init__(self, placement: Placement, weights: Mapping[str, torch.Tensor], row_range: RowRange) -> None:
-        self.placement, self.num_bytes = placement, 0
-        self.servers, self.tables = [], []
-        for worker in range(placement.num_workers):
-            held = {}
-            for name in placement.replicated:
-                held[name, 0] = TableShard(name, weights[name], row_range=row_range)
-            for s in placement.shards:
-                if s.worker == worker:
-                    rows = weights[s.table][s.first_row : s.end_row]
-                    held[s.table, s.first_row] = TableShard(s.table, rows, row_range=row_range, first_row=s.first_row)
-            self.servers.append(ShardServer(held.values()))
-            self.tables.append(ShardedTables(placement, held, self.exchange))
-
-    def exchange(self, requests: Mapping[int, Request]):
-        answers = {}
-        for worker, request in requests.items():
-            received = pickle.loads(pickle.dumps(request))
-            answers[worker] = self.servers[worker].answer(received)
-            self.num_bytes += request.num_bytes + answers[worker].nbytes
-        return lambda: answers
 
 
 @pytest.fixture
 def weights():
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(rows, 16, generator=generator) for name, rows in ROWS.items()}
-
-
-def placed(ids=3.0, bags=1.0) -> Placement:
-    tables = tuple(TableLoad(name, rows, 16, ids=ids, bags=bags) for name, rows in ROWS.items())
-    cut = [Shard("table:cut", first, end, w) for w, (first, end) in enumerate(pairwise(CUTS))]
-    return Placement(tables, (10**6,) * 4, ("table:copy",), (*cut, Shard("table:whole", 0, 400, 1)))
 
 
 def some_calls(rng, mode="sum", weighted=False, num_bags=40):
@@ -71,12 +29,6 @@ def some_calls(rng, mode="sum", weighted=False, num_bags=40):
         w = torch.rand(len(ids)) if weighted else None
         calls.append(BagCall(name, ids, offsets, w, mode, torch.zeros(num_bags, 16)))
     return calls
-
-
-def fp32(call, weight):
-    return torch.nn.functional.embedding_bag(
-        *(call.indices, weight, call.offsets[:-1]), mode=call.mode, per_sample_weights=call.weights
-    )
 
 
 @pytest.mark.parametrize(("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False)])
@@ -148,34 +100,3 @@ def test_what_is_sent_is_what_the_estimate_says(weights):
     num_examples = num_bags * network.placement.num_workers
     assert load.exact_bytes == pytest.approx(exact / num_examples, rel=0.02)
     assert load.profile_bytes == pytest.approx(profile / num_examples, rel=0.02)
-
-
-@pytest.mark.parametrize("row_range", list(RowRange))
-def test_a_bad_row_of_another_worker_is_named_as_it_stands_in_the_table(weights, row_range):
-    weights["table:cut"][357, 2] = float("nan")
-    tables = Network(placed(), weights, row_range).tables[0]
-    ids = torch.tensor([5, 356, 358])
-    fine = BagCall("table:cut", ids, torch.tensor([0, 3]), None, "sum", torch.zeros(1, 16))
-    tables.pooled([fine], [LOW])
-    tables.check_finite([fine])
-    touched = BagCall("table:cut", torch.tensor([5, 357]), torch.tensor([0, 2]), None, "sum", torch.zeros(1, 16))
-    for ask in (
-        lambda: tables.pooled([touched], [LOW]),
-        lambda: tables.scores([touched], [LOW], [torch.ones(1, 16)]),
-        lambda: tables.check_finite([touched]),
-    ):
-        with pytest.raises(WeightError, match='"table:cut": row 357 holds nan in column 2'):
-            ask()
-
-
-def test_bags_without_ids_and_batches_without_bags(weights):
-    tables = Network(placed(), weights, RowRange.MINMAX).tables[3]
-    none = torch.zeros(0, dtype=torch.int64)
-    for num_bags in (0, 4):
-        offsets = torch.zeros(num_bags + 1, dtype=torch.int64)
-        calls = [BagCall(name, none, offsets, None, "mean", torch.zeros(num_bags, 16)) for name in ROWS]
-        for found in tables.pooled(calls, [[Precision.FP32, Precision.INT2]] * 3):
-            assert all(values.shape == (num_bags, 16) and not values.any() for values in found.values())
-        for scores in tables.scores(calls, [LOW] * 3, [torch.ones(num_bags, 16)] * 3):
-            assert all(values.shape == (num_bags,) and not values.any() for values in scores.values())
-    assert tables.pooled([], []) == [] and tables.scores([], [], []) == []
