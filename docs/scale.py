@@ -48,7 +48,8 @@ def spec() -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """Rates of one thread of this machine: lookups, dense passes, decoding of traffic."""
     from lowprec.core.progress import Silent
-    from lowprec.latency.calibration import calibrate, write_calibration
+    from lowprec.latency.calibration_file import write_calibration
+    from lowprec.latency.measure import calibrate
     from lowprec.ops.timing import default_grid
 
     grid = default_grid(quick=False, dims=(DIM,), memory_limit_bytes=2 << 30)

@@ -56,8 +56,8 @@ def calibrate(
 ) -> None:
     """Measure lookups on this machine, by precision, dim, rows and ids in a bag; with --config, layers by shape."""
     from lowprec.cli import console, render
-    from lowprec.latency.calibration import calibrate as measure
-    from lowprec.latency.calibration import calibration_document, check_writable, write_calibration
+    from lowprec.latency.calibration_file import calibration_document, check_writable, write_calibration
+    from lowprec.latency.measure import calibrate as measure
     from lowprec.ops.timing import default_grid
 
     check_writable(out)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lowprec.config import CostConfig
 from lowprec.core.errors import ConfigError
 from lowprec.evaluation.rows import TableUse
-from lowprec.latency.calibration import Calibration, layer_latency_ns, read_calibration, unit_latency_ns
+from lowprec.latency.calibration import Calibration, layer_latency_ns, unit_latency_ns
+from lowprec.latency.calibration_file import read_calibration
 from lowprec.plan import LAYER_PRECISIONS, Plan, Precision, Unit
 from lowprec.plan.cost import ModelStorage
 

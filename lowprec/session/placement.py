@@ -10,7 +10,8 @@ from typing import Any
 from lowprec.core.errors import ConfigError
 from lowprec.core.sizes import bytes_text, bytes_text_above
 from lowprec.evaluation.workers.loads import measure_loads, row_overhead
-from lowprec.latency.calibration import Calibration, read_calibration
+from lowprec.latency.calibration import Calibration
+from lowprec.latency.calibration_file import read_calibration
 from lowprec.models.adapter import ModelAdapter
 from lowprec.plan import TABLE_PRECISIONS, Precision, RowRange
 from lowprec.shards import hot_bytes

@@ -21,7 +21,8 @@ from demo_model import large_demo_config
 from lowprec.config import Config
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers, Workers
-from lowprec.latency.calibration import calibrate, write_calibration
+from lowprec.latency.calibration_file import write_calibration
+from lowprec.latency.measure import calibrate
 from lowprec.ops.timing import default_grid
 from lowprec.plan import LAYER_PRECISIONS, TABLE_PRECISIONS, Plan, Precision
 from lowprec.search import SearchJob, open_job, run_search

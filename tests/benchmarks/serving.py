@@ -28,7 +28,8 @@ from large_model import make_config, write_model, write_traffic
 from lowprec.config import Config
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.export import export_plan, measure_serving
-from lowprec.latency.calibration import calibrate, write_calibration
+from lowprec.latency.calibration_file import write_calibration
+from lowprec.latency.measure import calibrate
 from lowprec.ops.timing import default_grid
 from lowprec.plan import Plan, PlanFile, Precision, RowRange, write_plan
 from lowprec.search import open_job, run_search

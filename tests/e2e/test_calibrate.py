@@ -2,7 +2,7 @@
 
 import json
 
-from lowprec.latency.calibration import read_calibration
+from lowprec.latency.calibration_file import read_calibration
 from lowprec.plan import TABLE_PRECISIONS
 
 

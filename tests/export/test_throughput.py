@@ -11,7 +11,8 @@ from torch import nn
 from lowprec.cli.render import render_serving
 from lowprec.core.errors import ExportError, PlanError
 from lowprec.export import export_plan, measure_serving
-from lowprec.latency.calibration import calibrate, write_calibration
+from lowprec.latency.calibration_file import write_calibration
+from lowprec.latency.measure import calibrate
 from lowprec.ops.timing import default_grid
 from lowprec.search import open_job
 from lowprec.search.record.describe import what_to_time

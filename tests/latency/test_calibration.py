@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowprec.core.errors import ConfigError, ResultsError
-from lowprec.latency.calibration import (
-    Calibration,
-    LatencyPoint,
-    calibrate,
-    calibration_document,
-    check_writable,
-    read_calibration,
-    unit_latency_ns,
-    write_calibration,
-)
+from lowprec.latency.calibration import Calibration, LatencyPoint, unit_latency_ns
+from lowprec.latency.calibration_file import calibration_document, check_writable, read_calibration, write_calibration
+from lowprec.latency.measure import calibrate
 from lowprec.ops.timing import Grid
 from lowprec.plan import TABLE_PRECISIONS, Precision, Unit
 

@@ -12,7 +12,8 @@ import lowprec
 from lowprec.core.errors import ConfigError, ResultsError, TrafficError, WorkerError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers
-from lowprec.latency.calibration import Calibration, LatencyPoint, write_calibration
+from lowprec.latency.calibration import Calibration, LatencyPoint
+from lowprec.latency.calibration_file import write_calibration
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, read_plan
 from lowprec.search import open_job, run_search
 from lowprec.search.confirm.alpha_spending import confidence_of_attempt

@@ -13,7 +13,7 @@ from lowprec.core.errors import TrafficError
 from lowprec.evaluation.exact.assignment import check_bags
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.power import certifiable_kl_pct
-from lowprec.latency.calibration import LayerGrid
+from lowprec.latency.measure import LayerGrid
 from lowprec.models.adapter import inputs_of
 from lowprec.models.uncovered import note_on_uncovered, uncovered_parameters
 from lowprec.plan import is_layer

@@ -13,14 +13,9 @@ from lowprec.core.errors import ConfigError, PlanError
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.gate import verify_plan
-from lowprec.latency.calibration import (
-    Calibration,
-    LatencyPoint,
-    LayerPoint,
-    calibrate,
-    read_calibration,
-    write_calibration,
-)
+from lowprec.latency.calibration import Calibration, LatencyPoint, LayerPoint
+from lowprec.latency.calibration_file import read_calibration, write_calibration
+from lowprec.latency.measure import calibrate
 from lowprec.models.adapter import inputs_of
 from lowprec.monitor import run_monitor
 from lowprec.ops.timing import default_grid
