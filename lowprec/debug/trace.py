@@ -19,6 +19,7 @@ from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.exact.layer_inputs import InputHistogram
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.models.called import called_units
 from lowprec.models.layers import any_shape, in_fp32, replaced_forwards
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Precision, is_layer
@@ -113,7 +114,7 @@ def trace_batches(
             continue
         if trace is None:
             few = batch.part(0, max(1, batch.num_rows // _FEW_ROWS))
-            units = evaluator.adapter.called_units(inputs_of(few))
+            units = called_units(evaluator.adapter, inputs_of(few))
             trace = Trace(units, shares=UnitSums.zero(len(units)))
         num_here = max(1, num_parts // PART_EVERY)
         part = batch.part(num_here - 1, num_here) if num_looks % PART_EVERY == 0 else batch.rows(0, 0)

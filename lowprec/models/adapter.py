@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.core.errors import LowprecError, ModelError
-from lowprec.models.inputs import ModelInputs, SparseInput, arguments_of, ids_of, inputs_of
+from lowprec.models.inputs import ModelInputs, arguments_of, inputs_of
 from lowprec.models.layers import LayerAt, LayerModules, replaced_forwards
 from lowprec.models.outputs import Outputs, as_logits, check_probabilities
 from lowprec.models.passes import Gradients, ReferencePass
@@ -32,9 +32,8 @@ from lowprec.models.table_modules import (
 )
 from lowprec.ops.bags import BagCall
 from lowprec.plan import Unit
-from lowprec.traffic.schema import Schema
 
-__all__ = ["Gradients", "ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of"]
+__all__ = ["Gradients", "ModelAdapter", "ModelInputs", "ReferencePass", "inputs_of", "leaf_of"]
 
 # Their kernels for inference give other last bits than those that record gradients.
 _WITH_TWO_KERNELS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
@@ -136,32 +135,20 @@ class ModelAdapter:
 
             return asked
 
-        with torch.inference_mode(), self._forwards(ask):
+        with torch.inference_mode(), self.wrapped_forwards(ask):
             self._logits(inputs)
         return tuple(calls)
 
-    def layer_rows(self, inputs: ModelInputs) -> dict[str, float]:
-        """Rows that an example gives to each layer, by unit name; of layers that are not called none.
-
-        Nothing is looked up: shapes do not depend on what tables return.
-        """
-        rows = dict.fromkeys((unit.name for unit in self.layers.units), 0.0)
-        with self.layers.watched(list(rows)) as calls:
-            self.trace_lookups(inputs)
-        for call in calls:
-            rows[call.layer] += call.input.numel() / call.input.shape[-1] / max(len(inputs.dense), 1)
-        return rows
-
     def run_with_lookups(self, inputs: ModelInputs, calls: Sequence[BagCall]) -> ReferencePass:
-        """The pass in which `calls`, those of `asked`, return their outputs."""
+        """The pass in which `calls`, those of `trace_lookups`, return their outputs."""
         with torch.inference_mode():
-            logits = self._replayed(inputs, calls, [call.output for call in calls], is_reference=True)
+            logits = self.replayed(inputs, calls, [call.output for call in calls], is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
     def reference(self, inputs: ModelInputs) -> ReferencePass:
         """Run the model as it is and record the calls of its tables."""
         calls: list[BagCall] = []
-        with torch.inference_mode(), self._forwards(_recorder(calls, lambda output: output)):
+        with torch.inference_mode(), self.wrapped_forwards(_recorder(calls, lambda output: output)):
             logits = self._logits(inputs, is_reference=True)
         return ReferencePass(logits, tuple(calls))
 
@@ -170,24 +157,24 @@ class ModelAdapter:
     ) -> tuple[ReferencePass, Gradients]:
         """The reference pass with the calls of `layers`, and d logit / d output of every call.
 
-        calls: what `asked` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each other
+        calls: what `trace_lookups` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each other
         inside the model, which holds for anything that serves one example at a time. A call that the logits do not
         depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch cannot differentiate.
         """
         recorded: list[BagCall] = list(calls or ())
-        leaves: list[Tensor] = [_leaf(call.output) for call in recorded]
+        leaves: list[Tensor] = [leaf_of(call.output) for call in recorded]
 
         def watched(output: Tensor) -> Tensor:
-            leaves.append(_leaf(output))
+            leaves.append(leaf_of(output))
             return leaves[-1]
 
         with torch.enable_grad():
             with self.layers.watched(layers, for_gradients=True) as layer_calls:
                 if calls is None:
-                    with self._forwards(_recorder(recorded, watched)):
+                    with self.wrapped_forwards(_recorder(recorded, watched)):
                         logits = self._logits(inputs, is_reference=True)
                 else:
-                    logits = self._replayed(inputs, calls, leaves, is_reference=True)
+                    logits = self.replayed(inputs, calls, leaves, is_reference=True)
             outputs = [*leaves, *(call.output for call in layer_calls)]
             try:
                 gradients = torch.autograd.grad(logits.sum(), outputs, allow_unused=True)
@@ -211,11 +198,12 @@ class ModelAdapter:
         layers: those that are not fp32.
         """
         with torch.inference_mode(), self.layers.at(layers):
-            return self._replayed(inputs, reference.calls, outputs)
+            return self.replayed(inputs, reference.calls, outputs)
 
-    def _replayed(
+    def replayed(
         self, inputs: ModelInputs, calls: Sequence[BagCall], outputs: Sequence[Tensor], *, is_reference: bool = False
     ) -> Tensor:
+        """Logits of a pass in which `calls` return `outputs`; raises `ModelError` where they come in another order."""
         position = 0
 
         def replay(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -231,7 +219,7 @@ class ModelAdapter:
 
             return replayed
 
-        with self._forwards(replay):
+        with self.wrapped_forwards(replay):
             logits = self._logits(inputs, is_reference=is_reference)
         if position != len(outputs):
             raise ModelError(
@@ -240,103 +228,10 @@ class ModelAdapter:
             )
         return logits
 
-    def check(self, inputs: ModelInputs, reference: ReferencePass) -> None:
-        """Raise `ModelError` unless replaced outputs give what a low-precision model would.
-
-        That needs two things: every call of a table returns the plain embedding bag of its weight (what is answered for
-        a model without rows does), and the model run again on the same batch with the same outputs gives the same bits.
-        Passes that record gradients are compared with their like, because kernels may differ.
-        """
-        for call in reference.calls if self.has_rows else ():
-            plain = nn.functional.embedding_bag(
-                call.indices,
-                self.weights[call.table],
-                call.offsets,
-                mode=call.mode,
-                per_sample_weights=call.weights,
-                include_last_offset=True,
-            )
-            if plain.shape != call.output.shape or not torch.allclose(plain, call.output, rtol=1e-4, atol=1e-6):
-                raise ModelError(
-                    f'"{call.table}": its module returns something else than the embedding bag of its weight (a '
-                    "forward of its own, or a wrapper); do that outside of the table"
-                )
-        for _ in range(2):  # what changes its input once and for all shows in the first, what goes on changing in both
-            if not torch.equal(self._again(inputs, reference), reference.logits):
-                raise ModelError(
-                    f"model {type(self.model).__name__}: gives other logits when it runs again on the same batch: it "
-                    "changes its inputs in place, or draws random numbers; plans could not be compared with it"
-                )
-        if reference.is_differentiated and not self.has_two_modes:
-            self.has_two_modes = not torch.equal(self.as_served(inputs, reference).logits, reference.logits)
-
     def as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
         """The same pass with the logits of one that records no gradients, as plans are evaluated and served."""
         outputs = [call.output for call in reference.calls]
         return replace(reference, logits=self.run_with_outputs(inputs, reference, outputs), is_differentiated=False)
-
-    def called_units(self, inputs: ModelInputs) -> tuple[str, ...]:
-        """Every unit whose module the model calls when it is served, in the order of first calls."""
-        called: dict[str, None] = {}
-
-        def noting(unit: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def noted(*args: Any, **kwargs: Any) -> Tensor:
-                called.setdefault(unit)
-                return forward(*args, **kwargs)
-
-            return noted
-
-        # No hooks: with some, PyTorch's encoder layers take another path, on which they call more modules.
-        units: dict[nn.Module, str] = {bag: unit for unit, bags in self.bags.items() for bag in bags}
-        units |= {m: unit.name for unit in self.layers.units for m in self.layers.modules(unit.name)}
-        if self.has_rows:
-            with replaced_forwards({module: noting(unit, module.forward) for module, unit in units.items()}):
-                self.reference(inputs)
-        else:
-            # Tables are answered for, so that their own calls do not show.
-            layers = {m: unit for m, unit in units.items() if not isinstance(m, nn.EmbeddingBag)}
-            with replaced_forwards({module: noting(unit, module.forward) for module, unit in layers.items()}):
-                called = {**dict.fromkeys(call.table for call in self.trace_lookups(inputs)), **called}
-        return tuple(called)
-
-    def _again(self, inputs: ModelInputs, reference: ReferencePass) -> Tensor:
-        """The logits of the same pass once more, in the same mode."""
-        outputs = [call.output for call in reference.calls]
-        if not reference.is_differentiated:
-            return self.run_with_outputs(inputs, reference, outputs)
-        with torch.enable_grad():
-            return self._replayed(inputs, reference.calls, [_leaf(output) for output in outputs]).detach()
-
-    def tables_of_features(self, schema: Schema) -> dict[str, str]:
-        """Which table (unit name) each feature's ids reach unchanged; features where none is seen to are left out.
-
-        Found by one call with two made-up rows of one id: the call of a table that receives the very tensor of a
-        feature. Nothing is looked up: each table returns zeros.
-        """
-        features: dict[str, SparseInput] = {}
-        for feature in schema.sparse:
-            ids, offsets = torch.zeros(2, dtype=torch.int64), torch.arange(3)
-            features[feature.name] = (ids, offsets, torch.ones(2)) if feature.weights else (ids, offsets)
-        arguments = arguments_of(self.model, ModelInputs(torch.zeros(2, len(schema.dense)), features))
-        given = ids_of(arguments)
-        reached: dict[int, str] = {}
-
-        def watch(name: str, bag: nn.EmbeddingBag, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def watched(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                reached.setdefault(input.data_ptr(), f"table:{name}")
-                return torch.zeros(2, bag.embedding_dim)
-
-            return watched
-
-        try:
-            with torch.inference_mode(), self._forwards(watch):
-                self.model(*arguments)
-        except (
-            Exception,
-            SystemExit,
-        ):  # a model may refuse made-up rows; what it was seen to do until then is true all the same
-            pass
-        return {name: reached[ids.data_ptr()] for name, ids in given.items() if ids.data_ptr() in reached}
 
     def _logits(self, inputs: ModelInputs, *, is_reference: bool = False) -> Tensor:
         """Logits of the model. is_reference: outputs that are declared probabilities have to be some."""
@@ -352,7 +247,7 @@ class ModelAdapter:
         return as_logits(returned, inputs.dense.shape[0], self.outputs, model=model)
 
     @contextmanager
-    def _forwards(
+    def wrapped_forwards(
         self, wrap: Callable[[str, nn.EmbeddingBag, Callable[..., Tensor]], Callable[..., Tensor]]
     ) -> Iterator[None]:
         """Every bag's `forward` wrapped while the context lasts."""
@@ -379,7 +274,8 @@ def _recorder(
     return record
 
 
-def _leaf(output: Tensor) -> Tensor:
+def leaf_of(output: Tensor) -> Tensor:
+    """The output of a call as a tensor of its own that gradients lead to."""
     return output.detach().clone().requires_grad_() if output.is_inference() else output.detach().requires_grad_()
 
 

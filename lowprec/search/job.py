@@ -15,6 +15,7 @@ from lowprec.evaluation.rows import TableUse
 from lowprec.evaluation.workers.auto_workers import SEARCH_PASSES, Work
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.models.adapter import inputs_of
+from lowprec.models.called import called_units
 from lowprec.plan import Precision
 from lowprec.search.space.space import SearchSpace, build_space
 from lowprec.session import Session, open_session
@@ -118,7 +119,7 @@ def _fp32_layers(session: Session) -> dict[str, str]:
     window = session.find_window("search")
     batch = window.batch(0) if window is not None else None
     if batch is not None and batch.num_rows:
-        called = session.adapter.called_units(inputs_of(batch))
+        called = called_units(session.adapter, inputs_of(batch))
         uncalled = [unit.name for unit in layers.units if unit.name not in called]
         found |= {name: "is not called through its module" for name in uncalled}
     return found

@@ -24,6 +24,7 @@ from lowprec.evaluation.workers.worker import (
     load_adapter_without_rows,
 )
 from lowprec.models.adapter import ModelAdapter, inputs_of
+from lowprec.models.called import layer_rows, tables_of_features
 from lowprec.models.checkpoints.checkpoint import checkpoint_sha256, checkpoint_stamp
 from lowprec.models.checkpoints.tensor_files import open_tensors
 from lowprec.plan import Forms, Plan, PlanFile, Precision, RowRange, Unit
@@ -164,7 +165,7 @@ class Session:
         """
         rows: dict[str, float] = {}
         if self.config.cost.calibration is not None and any(unit.is_layer for unit in self.units):
-            rows = self.adapter.layer_rows(inputs_of(self.window(self.typical_window).batch(0)))
+            rows = layer_rows(self.adapter, inputs_of(self.window(self.typical_window).batch(0)))
         return open_costs(self.config.cost, self.storage, choices, use, rows)
 
     def rows_without_form(self, workers: Workers, plan: Plan) -> list[str]:
@@ -270,7 +271,7 @@ def open_session(config: Config, *, is_placed: bool = True) -> Session:
     layers = adapter.layers.units if config.space.layers else ()
     if config.space.layers and not layers:
         raise ConfigError("space.layers: the model has no nn.Linear, so there is nothing to choose for; leave it out")
-    features = adapter.tables_of_features(columns)
+    features = tables_of_features(adapter, columns)
     rows = {unit.name: unit.num_rows for unit in adapter.units}
     schema = columns.with_num_embeddings({name: rows[table] for name, table in features.items()})
     session = Session(

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lowprec.core.errors import ModelError
 from lowprec.models.adapter import ModelAdapter, ModelInputs
+from lowprec.models.called import layer_rows
 from lowprec.models.layers import LayerModules
 from lowprec.ops.linear import safe_input_bits
 from lowprec.plan import Precision, Unit
@@ -161,4 +162,4 @@ def test_rows_of_an_example_are_counted_without_looking_anything_up(model, input
     adapter = ModelAdapter(model)
     with torch.no_grad():
         model.table.weight.fill_(torch.nan)
-    assert adapter.layer_rows(inputs) == {"layer:left.0": 1.0, "layer:right.0": 1.0 + 3.0, "layer:over": 3.0}
+    assert layer_rows(adapter, inputs) == {"layer:left.0": 1.0, "layer:right.0": 1.0 + 3.0, "layer:over": 3.0}

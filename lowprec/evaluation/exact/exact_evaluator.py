@@ -18,6 +18,7 @@ from lowprec.evaluation.exact.assignment import ASSIGNED_ROWS, check_assignment,
 from lowprec.evaluation.exact.dense import DensePasses
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.models.adapter import Gradients, ModelAdapter, ModelInputs, ReferencePass, inputs_of
+from lowprec.models.checks import check_passes
 from lowprec.models.layers import LayerAt
 from lowprec.models.outputs import OutputCount
 from lowprec.ops.bags import BagCall
@@ -255,7 +256,7 @@ class ExactEvaluator:
                 "is not, or its inputs are too large for it"
             )
         if not self._is_checked:
-            self.adapter.check(inputs, reference)
+            check_passes(self.adapter, inputs, reference)
             self._is_checked = True
         called = {call.table for call in reference.calls}
         for name in set(self.tables.names) - called:

@@ -17,6 +17,7 @@ from lowprec.latency.calibration import Calibration, LatencyPoint, LayerPoint
 from lowprec.latency.calibration_file import read_calibration, write_calibration
 from lowprec.latency.measure import calibrate
 from lowprec.models.adapter import inputs_of
+from lowprec.models.called import layer_rows
 from lowprec.monitor import run_monitor
 from lowprec.ops.timing import default_grid
 from lowprec.plan import TABLE_PRECISIONS, Plan, Precision, read_plan
@@ -278,7 +279,7 @@ def test_a_layer_that_was_not_measured_says_how_to_measure_it(small_config, tmp_
 def test_every_layer_of_a_dlrm_gets_a_row_for_each_example(small_config):
     job = open_job(small_config(LAYERS))
     inputs = inputs_of(job.window("search").batch(0))
-    assert job.adapter.layer_rows(inputs) == dict.fromkeys(NAMES, 1.0)
+    assert layer_rows(job.adapter, inputs) == dict.fromkeys(NAMES, 1.0)
 
 
 def test_the_layers_of_a_config_are_measured_and_read_back(small_config, tmp_path):
