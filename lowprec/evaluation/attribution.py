@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.models.quality import softplus
 
 __all__ = ["UnitSums", "unit_sums"]
@@ -37,7 +38,7 @@ class UnitSums:
         return cls(*(np.zeros(size) for size in [num_units] * 4 + [1, 1]))
 
     def __add__(self, other: UnitSums) -> UnitSums:
-        return UnitSums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return add_fields(self, other)
 
 
 def unit_sums(changes: NDArray[np.float32], reference: Float, labels: Float, weights: Float) -> UnitSums:

@@ -15,7 +15,7 @@ from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["Evaluation", "evaluate_plans", "pieces_of"]
 
-# Time blocks over which sums are compared, at most; fewer where the window is split into fewer tasks.
+# Time blocks over which sums are compared, and of a profile; a window of fewer batches leaves some of them empty.
 NUM_BLOCKS = 20
 
 

@@ -157,9 +157,9 @@ class ModelAdapter:
     ) -> tuple[ReferencePass, Gradients]:
         """The reference pass with the calls of `layers`, and d logit / d output of every call.
 
-        calls: what `trace_lookups` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each other
-        inside the model, which holds for anything that serves one example at a time. A call that the logits do not
-        depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch cannot differentiate.
+        calls: what `trace_lookups` found, with outputs, for a model whose rows are elsewhere. Rows must not touch each
+        other inside the model, which holds for anything that serves one example at a time. A call that the logits do
+        not depend on has a gradient of zero. Raises `ModelError` for a model that PyTorch cannot differentiate.
         """
         recorded: list[BagCall] = list(calls or ())
         leaves: list[Tensor] = [leaf_of(call.output) for call in recorded]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.core.errors import ModelError
+from lowprec.core.sums import add_fields
 
 __all__ = ["MIN_OUTPUTS", "OutputCount", "Outputs", "as_logits", "check_probabilities", "returning_logits"]
 
@@ -89,7 +90,7 @@ class OutputCount:
         return cls(len(logits), int(((logits < 0) | (logits > 1)).sum()))
 
     def __add__(self, other: OutputCount) -> OutputCount:
-        return OutputCount(self.num_outputs + other.num_outputs, self.num_outside + other.num_outside)
+        return add_fields(self, other)
 
     def __sub__(self, other: OutputCount) -> OutputCount:
         return OutputCount(self.num_outputs - other.num_outputs, self.num_outside - other.num_outside)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.attribution import UnitSums, unit_sums
 from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
@@ -71,12 +72,7 @@ class ObservationPart:
     inputs: tuple[InputCounts, ...]
 
     def __add__(self, other: ObservationPart) -> ObservationPart:
-        return ObservationPart(
-            self.exact + other.exact,
-            self.label_free + other.label_free,
-            self.units + other.units,
-            (*self.inputs, *other.inputs),
-        )
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)

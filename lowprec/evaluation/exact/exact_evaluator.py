@@ -138,12 +138,8 @@ class ExactEvaluator:
         `needed` says which precisions of which units the caller is going to ask for.
         """
         inputs = inputs_of(batch)
-        calls = None
-        if self.tables.are_remote:
-            asked = self.adapter.trace_lookups(inputs)
-            calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
         layers = [unit for unit in needed if is_layer(unit)]
-        reference, gradients = self.adapter.differentiated(inputs, calls, layers)
+        reference, gradients = self.adapter.differentiated(inputs, self._fp32_calls(inputs), layers)
         self._check(inputs, reference, needed, batch.index)
         check_bags(reference.calls, batch.num_rows, _below_fp32(needed))
         _refuse_uncalled(set(layers) - {call.layer for call in reference.layer_calls}, batch.index)
@@ -153,13 +149,12 @@ class ExactEvaluator:
         """The reference pass with its calls of layers, checked as `logits` checks it."""
         inputs = inputs_of(batch)
         with self.adapter.layers.watched(layers) as calls:
-            if self.tables.are_remote:
-                asked = self.adapter.trace_lookups(inputs)
-                calls.clear()  # of a pass in which tables gave zeros
-                pooled = self.tables.pooled(asked, [{Precision.FP32}] * len(asked))
-                reference = self.adapter.run_with_lookups(inputs, _with_outputs(asked, pooled))
-            else:
+            fp32_calls = self._fp32_calls(inputs)
+            if fp32_calls is None:
                 reference = self.adapter.reference(inputs)
+            else:
+                calls.clear()  # of a pass in which tables gave zeros
+                reference = self.adapter.run_with_lookups(inputs, fp32_calls)
             found = tuple(calls)
         self._check(inputs, reference, {}, batch.index)
         return replace(reference, layer_calls=found)
@@ -232,14 +227,17 @@ class ExactEvaluator:
         if not new or not part.num_rows:
             return
         inputs = inputs_of(part)
-        calls = None
-        if self.tables.are_remote:
-            asked = self.adapter.trace_lookups(inputs)
-            calls = _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
-        reference, gradients = self.adapter.differentiated(inputs, calls)
+        reference, gradients = self.adapter.differentiated(inputs, self._fp32_calls(inputs))
         check_bags(reference.calls, part.num_rows, new)
         check_assignment(self.adapter, inputs, reference, gradients, new)
         self._assigned |= new
+
+    def _fp32_calls(self, inputs: ModelInputs) -> tuple[BagCall, ...] | None:
+        """The calls of a model whose rows are elsewhere, with what they return; None for one that has its rows."""
+        if not self.tables.are_remote:
+            return None
+        asked = self.adapter.trace_lookups(inputs)
+        return _with_outputs(asked, self.tables.pooled(asked, [{Precision.FP32}] * len(asked)))
 
     def _as_served(self, inputs: ModelInputs, reference: ReferencePass) -> ReferencePass:
         """The pass with the logits that plans are compared with, where kernels for gradients give others."""

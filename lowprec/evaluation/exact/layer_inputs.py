@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lowprec.core.errors import ModelError
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.plan import Forms, Precision
 from lowprec.plan.layer_form import LayerForm
@@ -120,7 +121,7 @@ class FormSums:
     squares: NDArray[np.float64]
 
     def __add__(self, other: FormSums) -> FormSums:
-        return FormSums(self.squares + other.squares)
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)

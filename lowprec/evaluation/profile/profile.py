@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.stats.confidence import Blocks, Interval, RatioMoments, ratio_interval
 from lowprec.evaluation.stats.second_moment import DenseMoment, SecondMoment, SketchedMoment
@@ -76,17 +77,7 @@ class BlockSums:
     second: SecondMoment
 
     def __add__(self, other: BlockSums) -> BlockSums:
-        return BlockSums(
-            self.num_rows + other.num_rows,
-            self.num_unlabelled + other.num_unlabelled,
-            self.weight + other.weight,
-            self.label + other.label,
-            self.prediction + other.prediction,
-            self.loss + other.loss,
-            self.entropy + other.entropy,
-            self.first + other.first,
-            self.second + other.second,
-        )
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class ProfilePart:
     evidence: SecondMoment
 
     def __add__(self, other: ProfilePart) -> ProfilePart:
-        return ProfilePart(self.block + other.block, self.evidence + other.evidence)
+        return add_fields(self, other)
 
     @classmethod
     def zero(cls, num_columns: int, num_blocks: int, *, by_group: bool) -> ProfilePart:

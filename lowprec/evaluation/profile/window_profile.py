@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lowprec.evaluation.evaluate import pieces_of
+from lowprec.evaluation.evaluate import NUM_BLOCKS, pieces_of
 from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, ProfileTask
 from lowprec.evaluation.rows import RowAccount, RowCounter, TableUse
 from lowprec.evaluation.workers.worker import Workers
@@ -13,9 +13,6 @@ from lowprec.plan import Forms
 from lowprec.traffic import BadRow, TrafficWindow
 
 __all__ = ["NUM_BLOCKS", "MeasuredProfile", "measure_profile"]
-
-# Time blocks of a profile; a window with fewer batches leaves some of them empty.
-NUM_BLOCKS = 20
 
 
 @dataclass(frozen=True)

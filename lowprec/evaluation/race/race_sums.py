@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
 from lowprec.evaluation.metrics import Sums, sums_of_batch
 from lowprec.evaluation.profile.profile import Column, logit_changes
@@ -55,7 +56,7 @@ class Residuals:
         return replace(self, **{name: getattr(self, name)[list(plans)] for name in of_plans})
 
     def __add__(self, other: Residuals) -> Residuals:
-        return Residuals(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class RaceSums:
         )
 
     def __add__(self, other: RaceSums) -> RaceSums:
-        return RaceSums(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)

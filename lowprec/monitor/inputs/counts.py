@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.stats.second_moment import mixed
 from lowprec.traffic import Schema
 from lowprec.traffic.batch import Bags, Batch
@@ -93,7 +94,7 @@ class DenseCounts:
     counts: Int
 
     def __add__(self, other: DenseCounts) -> DenseCounts:
-        return DenseCounts(self.counts + other.counts)
+        return add_fields(self, other)
 
 
 @dataclass(frozen=True)

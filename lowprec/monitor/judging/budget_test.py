@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lowprec.core.sums import add_fields
 from lowprec.evaluation.stats.confidence import MIN_EFFECTIVE_UNITS, MIN_UNITS, Interval, RatioMoments, ratio_interval
 from lowprec.evaluation.stats.mixture import log_one_sided_mixture
 
@@ -210,7 +211,7 @@ class _MixtureTest:
         age = len(self._history) - self._starts
         kept = (age <= RECENT_STARTS) | (self._starts % THINNED == 0)
         self._starts, self._sums = self._starts[kept], self._sums[:, kept]
-        self._total = m if self._total is None else _added(self._total, m)
+        self._total = m if self._total is None else add_fields(self._total, m)
         self._plain_variance += variance / window.design_effect
 
     def _log_evidence(self, phi: Float) -> float:
@@ -278,7 +279,3 @@ class _MixtureTest:
         # Of all windows: by how much their time blocks vary more, on average.
         design = float(self._sums[1, 0]) / self._plain_variance if self._plain_variance > 0 else 1.0
         return ratio_interval(moments, 1 - self._confidence, tuned_for=planned, inflation=phi * max(design, 1.0))
-
-
-def _added(a: RatioMoments, b: RatioMoments) -> RatioMoments:
-    return RatioMoments(**{name: getattr(a, name) + getattr(b, name) for name in vars(a)})
