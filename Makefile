@@ -86,7 +86,7 @@ test-asan: setup  ## The tests of the kernels on a build that stops at accesses 
 
 bench: setup  ## Run one benchmark: make bench NAME=exact (a file in tests/benchmarks)
 	@test -f "tests/benchmarks/$(NAME).py" || { echo "make bench NAME=...: one of" \
-	  $(filter-out demo_model by_hand hypervolume passes demo_examples large_model,$(basename $(notdir $(wildcard tests/benchmarks/*.py)))) >&2; exit 1; }
+	  $(filter-out demo_model by_hand hypervolume passes demo_examples large_model sizes,$(basename $(notdir $(wildcard tests/benchmarks/*.py)))) >&2; exit 1; }
 	@$(BIN)/python tests/benchmarks/$(NAME).py
 
 clean:  ## Remove the environment and everything that was built

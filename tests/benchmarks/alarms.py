@@ -28,6 +28,7 @@ import torch
 from demo_examples import one_mixed_plan
 from numpy.typing import NDArray
 from scipy.optimize import brentq
+from sizes import sized
 
 from lowprec.evaluation.stats.confidence import RatioMoments
 from lowprec.monitor.judging.budget_test import BudgetTest, Evidence
@@ -35,7 +36,7 @@ from lowprec.monitor.judging.budget_test import BudgetTest, Evidence
 Float = NDArray[np.float64]
 
 BUDGET, RATE, CONFIDENCE = 0.05, 0.05, 0.95
-NUM_DEPLOYMENTS, NUM_DAYS = 2000, 365
+NUM_DEPLOYMENTS, NUM_DAYS = sized((2000, 365), (4, 12))
 BLOCK, BLOCKS_A_DAY, RUN_LENGTH, SHARED = 2500, 80, 4, 0.25
 NUM_BINS, PSI_LIMIT, NUM_REFERENCE = 10, 0.2, 10
 

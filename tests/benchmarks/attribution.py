@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from demo_model import large_demo_config
 from numpy.typing import NDArray
+from sizes import sized
 
 from lowprec.evaluation.workers.worker import LocalWorkers
 from lowprec.monitor.certified import Certified, CertifiedCounts
@@ -31,8 +32,8 @@ from lowprec.search import SearchJob, open_job
 from lowprec.storage import Location
 from lowprec.traffic import Window, open_traffic
 
-NUM_REPLAYS, NUM_ROWS, SHARE, NUM_WORST, MIN_LOOKUPS = 100, 20_000, 0.9, 20, 5
-HURTS = 1.1
+NUM_REPLAYS, NUM_ROWS, SHARE, NUM_WORST, MIN_LOOKUPS = sized((100, 20_000, 0.9, 20, 5), (2, 2_000, 0.9, 20, 5))
+HURTS = sized(1.1, 0.0)
 
 
 def row_effects(job: SearchJob, workers: LocalWorkers, plan: Plan) -> dict[str, NDArray[np.int64]]:

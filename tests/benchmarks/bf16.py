@@ -11,11 +11,12 @@ import statistics
 import time
 
 import torch
+from sizes import sized
 from torch.nn.functional import linear
 
 from lowprec.ops.linear import _Plain, _WidenedBf16, has_bf16_instructions
 
-NUM_ROWS, REPEATS = 4096, 9
+NUM_ROWS, REPEATS = sized((4096, 9), (64, 1))
 SHAPES = ((64, 13), (16, 64), (128, 367), (64, 128))  # out, in
 
 

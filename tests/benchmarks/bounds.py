@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from sizes import sized
 
 # What benchmarks and tests have in common.
 sys.path.append(str(Path(__file__).parents[1] / "support"))
@@ -30,13 +31,13 @@ from at_the_budget import SCENARIOS, Draw, rare_beside_noise
 
 Float = NDArray[np.float64]
 
-RUNS = 4000
+RUNS = sized(4000, 50)
 CONFIDENCE = 0.95
 FEWEST_UNITS = (0, 5, 10, 20, 30)
 NUM_BLOCKS = 20
 # (factor of variance of a block's mean, autocorrelation between blocks)
 CORRELATIONS = (*((factor, 0.0) for factor in (1.0, 1.1, 1.3, 1.6, 2.0, 4.0)), (2.0, 0.3), (2.0, 0.6))
-MOST_BLOCK_WINDOWS = 100_000
+MOST_BLOCK_WINDOWS = sized(100_000, 500)
 
 
 def hall(quantile: float, skewness: float) -> float:

@@ -19,6 +19,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
+from sizes import sized
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
@@ -33,7 +34,7 @@ from lowprec.traffic.batch import Batch
 
 Float = NDArray[np.float64]
 
-NUM_PLANS = 64
+NUM_PLANS = sized(64, 4)
 # Batches that sensitivities and gradients are measured on, spread over the window.
 SAMPLE_BATCHES = 8
 # Steps between the least and the greatest value of a row; for the floating-point precisions, below the greatest.

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sizes import sized
 
 from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
@@ -34,11 +35,11 @@ from lowprec.plan import Plan
 from lowprec.search import open_job, run_search
 
 ROOT = Path("runs/certified")
-NUM_DRAWS = int(os.environ.get("SEEDS", "20"))
+NUM_DRAWS = int(os.environ.get("SEEDS", sized("20", "1")))
 BUDGETS = (0.02, 0.05)
 # (dim, budget) and the name of its figure.
 FIGURES = {(64, 0.02): "64_at_02", (64, 0.05): "64_at_05", (16, 0.02): "16_at_02"}
-ROWS_A_DAY, DEMO_DAYS, DRAW_DAYS, FRESH_DAYS = 40_000, 10, 4.5, 50
+ROWS_A_DAY, DEMO_DAYS, DRAW_DAYS, FRESH_DAYS = sized((40_000, 10, 4.5, 50), (1_000, 10, 4.5, 2))
 # The demo's search window, in days.
 DEMO_SEARCH = (5.5, 7)
 PLANS_AT_ONCE = 8

@@ -22,6 +22,7 @@ import torch
 from demo_examples import Examples, Replay, exact_logits, mixed_plans, read_examples
 from demo_model import DEFAULT_ROW_RANGE, large_demo_config
 from numpy.typing import NDArray
+from sizes import sized
 
 from lowprec.config import Config
 from lowprec.evaluation.profile.profile import Profile
@@ -39,11 +40,11 @@ Float = NDArray[np.float64]
 
 TARGET_LEVEL = 0.05
 # Plans at each level of the KL gap, percent; plans of the front between a third and three times the target.
-NUM_PLANS = {0.005: 10, 0.02: 10, TARGET_LEVEL: 30, 0.2: 10}
-NUM_OF_FRONT = 10
+NUM_PLANS = sized({0.005: 10, 0.02: 10, TARGET_LEVEL: 30, 0.2: 10}, {TARGET_LEVEL: 2})
+NUM_OF_FRONT = sized(10, 2)
 # As in a search: batches are cut into four slices of 1,024 examples.
 NUM_PARTS = 4
-NUM_DRAWS, NUM_DRAWN = 2000, 24
+NUM_DRAWS, NUM_DRAWN = sized((2000, 24), (5, 2))
 ALPHA = 0.05
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
+from sizes import IS_SMOKE, sized
 
 from lowprec.evaluation.evaluate import NUM_BLOCKS
 from lowprec.evaluation.workers.memory import give_back_now
@@ -35,9 +36,9 @@ from lowprec.search import SearchJob, open_job
 from lowprec.storage import Location
 from lowprec.traffic import TrafficWindow, Window
 
-REPEATS = 5
+REPEATS = sized(5, 1)
 LENGTHS = {"1h": timedelta(hours=1), "1d": timedelta(days=1), "5d": timedelta(days=5)}
-RUNS = [("1h", 1), ("1h", 72), ("1d", 1), ("5d", 1)]
+RUNS = sized([("1h", 1), ("1h", 72), ("1d", 1), ("5d", 1)], [("1h", 1)])
 RULE = DriftRule(0.01, 0.1)
 
 
@@ -88,7 +89,7 @@ class Watched:
             confidence=0.95,
             label_free=False,
         )
-        assert found is not None and found.added_bytes > 0
+        assert IS_SMOKE or (found is not None and found.added_bytes > 0)
 
 
 def peak_mb(length: str, num_windows: int) -> float:

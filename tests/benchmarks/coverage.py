@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sizes import sized
 
 # What benchmarks and tests have in common.
 sys.path.append(str(Path(__file__).parents[1] / "support"))
@@ -55,7 +56,7 @@ Float = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 BUDGET, CONFIDENCE = 0.05, 0.95
-NUM_SEARCHES, NUM_LOOKS, NUM_POWER = 2000, 4000, 1000
+NUM_SEARCHES, NUM_LOOKS, NUM_POWER = sized((2000, 4000, 1000), (3, 5, 3))
 # True gaps of the plans of a search, over the budget; cheaper ones are worse.
 MULTIPLES = (1.0, 1.0, 1.0, 1.5, 2.5)
 # And where power is asked for.

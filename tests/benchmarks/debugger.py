@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from demo_model import demo_config
 from safetensors.numpy import load_file, save_file
+from sizes import sized
 
 from lowprec.config import Config
 from lowprec.debug.debug_run import debug_implementation, sample_of
@@ -50,7 +51,7 @@ import planted_faults as faults
 
 LAYERS = "space.layers=[fp32, bf16, int8_dynamic, int8_static]"
 SETTINGS = (LAYERS, "evaluation.num_workers=0")
-NUM_FAULTS, NUM_EXAMPLES = 60, 32_768
+NUM_FAULTS, NUM_EXAMPLES = sized((60, 32_768), (2, 2_048))
 # Each scales an output channel of the first and the matching input of the second.
 FOLLOWED_BY = {"bottom.0": "bottom.2", "top.0": "top.2", "top.2": "top.4"}
 

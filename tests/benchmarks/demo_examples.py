@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from demo_model import large_demo_config
 from numpy.typing import NDArray
+from sizes import sized
 
 from lowprec.evaluation.exact.exact_evaluator import BatchLogits
 from lowprec.evaluation.profile.profile import Column, Profile, ProfilePart, ProfileTask, logit_changes
@@ -155,8 +156,18 @@ def one_mixed_plan(kl_pct: float) -> tuple[SearchJob, Examples, Single]:
     return job, examples, exact_logits(job, [plan])[plan]
 
 
+# How far the KL gap of a mixed plan may be from the one asked for, as a share of it.
+TOLERANCE = sized(0.15, 1e6)
+
+
 def mixed_plans(
-    job: SearchJob, profile: Profile, *, kl_pct: float, count: int, rng: np.random.Generator, tolerance: float = 0.15
+    job: SearchJob,
+    profile: Profile,
+    *,
+    kl_pct: float,
+    count: int,
+    rng: np.random.Generator,
+    tolerance: float = sized(0.15, 1e6),
 ) -> list[Plan]:
     """Random plans with a KL gap of about `kl_pct`: each draws shares of precisions, then its tables by them."""
     found: list[Plan] = []

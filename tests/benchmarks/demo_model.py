@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sizes import IS_SMOKE, sized
+
 from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
 from lowprec.config import Config, load_config
 from lowprec.core.progress import Silent
@@ -30,17 +32,25 @@ DEFAULT_ROW_RANGE = (
 )
 
 
+SMALL = sized((), ("traffic.synthetic.num_rows=20000", "evaluation.batches_per_task=1"))
+
+
 def demo_config(*overrides: str) -> Config:
     """The demo config with its traffic generated and its model trained."""
-    return _made(load_config(DEMO_CONFIG, overrides))
+    return _made(load_config(DEMO_CONFIG, (*overrides, *SMALL)))
 
 
 def large_demo_config(*overrides: str) -> Config:
     """The demo with a search window of 250,000 examples; in process, on one thread, so that passes can be compared."""
-    return _made(load_config(DEMO_CONFIG, (*LARGE, "evaluation.num_workers=0", *overrides)))
+    return _made(load_config(DEMO_CONFIG, (*LARGE, "evaluation.num_workers=0", *overrides, *SMALL)))
 
 
 def _made(config: Config) -> Config:
+    if IS_SMOKE:
+        path, checkpoint = (
+            text.replace("runs/", "runs/smoke/") for text in (config.traffic.path, config.model.checkpoint)
+        )
+        config = config.with_(traffic={"path": path}, model={"checkpoint": checkpoint})
     generate_traffic(config, progress=Silent())
     if not Path(config.model.checkpoint).exists():
         train(config)

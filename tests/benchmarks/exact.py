@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 from demo_model import demo_config
+from sizes import sized
 
 from lowprec.evaluation.evaluate import Evaluation, evaluate_plans
 from lowprec.evaluation.workers.worker import LocalWorkers, evaluator_of
@@ -20,7 +21,7 @@ from lowprec.models.adapter import inputs_of
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import SearchJob, open_job
 
-NUM_PLANS, REPEATS = 32, 3
+NUM_PLANS, REPEATS = sized((32, 3), (4, 1))
 
 
 def evaluate(job: SearchJob, workers: LocalWorkers, plans: list[Plan]) -> Evaluation:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sizes import sized
 
 from lowprec import ops
 from lowprec.ops import reference
@@ -37,11 +38,11 @@ from lowprec.ops.fbgemm import unchecked_lookup
 from lowprec.ops.timing import copy_bandwidth, cpu_model, num_cores
 from lowprec.plan import Precision, RowRange
 
-DIMS, JUDGED_DIMS, POOLINGS = (16, 32, 64, 128), (32, 64, 128), (1, 20)
-ROWS, MSE_ROWS, ROUNDS = 200_000, 10_000, 15
-HOT_BYTES, COLD_BYTES = 2**19, 2**30
-OTHER_BYTES = np.ones((2, 2**26), np.uint8)  # four times the last cache, there and back
-BAGS, IDS = 10_000, 200_000  # in a call, and in all calls that are timed together
+DIMS, JUDGED_DIMS, POOLINGS = sized(((16, 32, 64, 128), (32, 64, 128), (1, 20)), ((16, 32), (32,), (1, 4)))
+ROWS, MSE_ROWS, ROUNDS = sized((200_000, 10_000, 15), (2_000, 60, 1))
+HOT_BYTES, COLD_BYTES = sized((2**19, 2**30), (2**16, 2**20))
+OTHER_BYTES = np.ones((2, sized(2**26, 2**10)), np.uint8)  # four times the last cache, there and back
+BAGS, IDS = sized((10_000, 200_000), (100, 4_000))  # in a call, and in all calls that are timed together
 ROWWISE = (Precision.INT8, Precision.INT4, Precision.INT2)
 LOW = (Precision.FP16, *ROWWISE)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_model import large_demo_config
+from sizes import sized
 
 from lowprec.config import Config
 from lowprec.evaluation.evaluate import evaluate_plans
@@ -35,7 +36,7 @@ NOT_TRAINED_ON = (
     "windows.confirm={start: 2026-01-10T23:00}",
 )
 LAYERS = "space.layers=[fp32, fp16, bf16, int8_dynamic, int8_static]"
-NUM_PLANS = 100
+NUM_PLANS = sized(100, 3)
 
 
 def fitted(config: Config) -> tuple[SearchJob, Workers]:

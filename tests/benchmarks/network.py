@@ -18,6 +18,8 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from sizes import sized
+
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import ray
 from demo_model import demo_config
@@ -30,7 +32,7 @@ from lowprec.shards.estimate import network_load
 from lowprec.shards.planner import Placement, Shard, place_tables
 from lowprec.storage import Location
 
-NUM_WORKERS, REPEATS, IDLE_S = 3, 5, 10.0
+NUM_WORKERS, REPEATS, IDLE_S = sized((3, 5, 10.0), (2, 1, 0.5))
 # Of the bytes of all tables, at each worker.
 SHARE = 0.36
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from demo_model import large_demo_config
 from passes import cpu_seconds, fp32_pass
+from sizes import sized
 
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.profile.profile import Profile
@@ -22,7 +23,7 @@ from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 from lowprec.search.surrogate.proxy import build_proxy
 
-NUM_PLANS, PLANS_AT_ONCE, REPEATS, NUM_SCORED = 200, 50, 3, 1_000_000
+NUM_PLANS, PLANS_AT_ONCE, REPEATS, NUM_SCORED = sized((200, 50, 3, 1_000_000), (8, 4, 1, 1_000))
 
 
 def main() -> None:

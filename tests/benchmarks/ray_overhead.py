@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from demo_model import demo_config
+from sizes import sized
 
 from lowprec.evaluation.evaluate import evaluate_plans
 from lowprec.evaluation.workers.ray import RayWorkers
@@ -17,7 +18,7 @@ from lowprec.evaluation.workers.worker import LocalWorkers, Workers
 from lowprec.plan import TABLE_PRECISIONS, Plan
 from lowprec.search import open_job
 
-REPEATS = 5
+REPEATS = sized(5, 1)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sizes import sized
 from torch import nn
 
 from lowprec.cli.demo import DEMO_CONFIG, generate_traffic
@@ -46,8 +47,8 @@ from lowprec.storage import Location
 
 SIZES = (300, 1000, 3000, 8000, 20000, 40000)
 ROOT = Path("runs/rule")
-IS_QUICK = os.environ.get("QUICK") == "1"
-NUM_SEEDS = 4
+IS_QUICK = sized(os.environ.get("QUICK") == "1", True)
+NUM_SEEDS = sized(4, 1)
 PRECISIONS = "[int8, int4, int2]" if IS_QUICK else "[fp16, int8, int4, int2]"
 MAX_TRIALS, PLANS_AT_ONCE = 64, 256
 # Epochs over 40,000 examples without early stopping, and what is done to the logits afterwards: times a scale, plus a
@@ -59,11 +60,11 @@ KINDS = {
     "shifted": (1, 1.0, 0.4),
     "scaled": (1, 1.4, 0.0),
 }
-DIMS = (16, 64)
+DIMS = sized((16, 64), (16,))
 # In percent; the rule parts the space of every model somewhere in its middle.
 BUDGET = 0.1
 # 40,000 examples to train on, 20,000 to search, 20,000 to confirm, and 200,000 that only the judge sees.
-DAY = 10_000
+DAY = sized(10_000, 1_000)
 WINDOWS = {"train": (0, 4), "search": (4, 6), "confirm": (6, 8), "unseen": (8, 28)}
 
 

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+from sizes import sized
+
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import numpy as np
 import ray
@@ -34,7 +36,7 @@ from lowprec.search import SearchJob, open_job
 from lowprec.shards.planner import place_tables
 from lowprec.storage import Location
 
-NUM_PLANS, REPEATS = 32, 5
+NUM_PLANS, REPEATS = sized((32, 5), (4, 1))
 
 
 def the_job() -> SearchJob:

@@ -25,13 +25,14 @@ from by_hand import Found, HandModel, check_agreement, fp32_pass_seconds, greedy
 from demo_model import DEFAULT_ROW_RANGE, large_demo_config
 from hypervolume import _check, front, hypervolume
 from passes import cpu_seconds, fp32_pass
+from sizes import sized
 
 import lowprec
 from lowprec.config import Config
 from lowprec.plan import Plan, Precision
 from lowprec.search import SearchOutcome, open_job, run_search
 
-NUM_TRIALS = int(os.environ.get("NUM_TRIALS", "500"))
+NUM_TRIALS = int(os.environ.get("NUM_TRIALS", sized("500", "6")))
 ROOT = "runs/large-demo/results"
 
 

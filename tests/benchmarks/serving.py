@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from demo_model import demo_config
 from large_model import make_config, write_model, write_traffic
+from sizes import sized
 
 from lowprec.config import Config
 from lowprec.evaluation.workers.worker import LocalWorkers
@@ -38,7 +39,7 @@ from lowprec.search.space.layer_forms import fitted_forms
 from lowprec.storage import AnyPath
 
 SETTINGS = ("space.layers=[fp32, bf16, int8_dynamic, int8_static]", "evaluation.num_workers=0", "search.budget=0.02")
-BATCH_SIZE, NUM_ROUNDS, SECONDS = 1024, 9, 1.0
+BATCH_SIZE, NUM_ROUNDS, SECONDS = sized((1024, 9, 1.0), (64, 1, 0.05))
 
 
 def write_uniform(config: Config, precision: Precision, path: Path) -> None:

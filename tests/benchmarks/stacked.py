@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_model import demo_config
+from sizes import sized
 
 from lowprec.evaluation.exact.dense import STACKED_ROWS, DensePasses
 from lowprec.evaluation.exact.exact_evaluator import ExactEvaluator
@@ -23,8 +24,8 @@ from lowprec.models.adapter import ModelAdapter, ModelInputs, inputs_of
 from lowprec.plan import TABLE_PRECISIONS
 from lowprec.search import open_job
 
-NUM_PLANS, REPEATS = 16, 41
-BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NUM_PLANS, REPEATS = sized((16, 41), (4, 1))
+BATCHES = sized((32, 64, 128, 256, 512, 1024, 2048, 4096), (32, 64))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import torch
 from demo_examples import Examples, exact_logits, read_examples, true_probabilities
 from demo_model import DEFAULT_ROW_RANGE, large_demo_config
 from numpy.typing import NDArray
+from sizes import sized
 
 from lowprec.config import Config
 from lowprec.evaluation.metrics import sums_of_batch
@@ -43,9 +44,9 @@ from lowprec.search.surrogate.surrogate import build_surrogate
 
 Float = NDArray[np.float64]
 
-NUM_SPLITS, NUM_SEARCHED = 40, 20_000
+NUM_SPLITS, NUM_SEARCHED = sized((40, 20_000), (2, 2_000))
 # Splits whose held-out gaps are exact: of the demo model, and of the others.
-NUM_EXACT, NUM_EXACT_OF_OTHERS = 30, 10
+NUM_EXACT, NUM_EXACT_OF_OTHERS = sized((30, 10), (2, 1))
 SHARE_OF_BYTES = 1 / 6
 # With the default row range and dim 64: between int4 and int2 everywhere, with gaps as large.
 SHARE_OF_DIM_64 = 1 / 10
