@@ -19,6 +19,7 @@ from lowprec.evaluation.workers.auto_workers import VERIFY_PASSES, Work
 from lowprec.evaluation.workers.worker import Workers
 from lowprec.gate.floors import Floor, Gate, gated
 from lowprec.plan import Plan, PlanFile, rowwise_ranges, write_plan
+from lowprec.plan.layer_form import LayerForm
 from lowprec.search.confirm.alpha_spending import Spending, spending
 from lowprec.search.job import job_of
 from lowprec.search.record.outcome import SearchOutcome, plan_file
@@ -265,6 +266,8 @@ def _within(config: Config, budget_pct: float | None) -> Config:
 
 def _recalibrated(session: Session, workers: Workers) -> Session:
     """With the inputs of layers calibrated on this snapshot."""
+    if not any(isinstance(form, LayerForm) and form.is_static for form in session.forms.values()):
+        return session
     per_task = session.config.evaluation.batches_per_task
     forms = recalibrated(workers, session.window("search"), session.forms, batches_per_task=per_task)
     return session.with_forms(forms)
