@@ -61,7 +61,7 @@ lint: setup
 # Unit tests that need no model, no Ray and no simulation: what to run after every edit.
 FAST_TESTS := $(addprefix tests/,project/test_imports.py project/test_layout.py core plan config cli/render latency \
   traffic/test_decode.py traffic/test_window.py traffic/test_batch.py ops/test_reference.py ops/test_bounds.py \
-  search/space/test_space.py monitor/judging)
+  search/space/test_space.py)
 
 check: lint  ## The inner loop: format, lint, types and the fast unit tests
 	$(PYTEST) -m 'not slow' $(FAST_TESTS)
