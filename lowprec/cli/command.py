@@ -1,4 +1,4 @@
-"""What commands share: CONFIG with --set, --json, --debug; an error is one sentence and an exit code."""
+"""Shared by all commands: CONFIG with --set, --json, --debug; one-sentence errors and exit codes."""
 
 from __future__ import annotations
 

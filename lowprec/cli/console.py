@@ -1,4 +1,4 @@
-"""The terminal: progress bars, one JSON document on stdout, errors in one sentence and exit codes."""
+"""The terminal: progress bars, one JSON document on stdout, one-sentence errors and exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job on this machine with nothing given: make traffic, train, search, confirm."""
+"""The complete demo: generate traffic, train, search, confirm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lowprec finds on this machine: kernels, libraries, memory, GPU, Ray. Looks, and changes nothing."""
+"""Reports the kernels, libraries, memory, GPU and Ray of this machine. Changes nothing."""
 
 from __future__ import annotations
 

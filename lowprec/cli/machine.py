@@ -1,4 +1,4 @@
-"""What this machine can do: `lowprec calibrate`, `lowprec doctor`."""
+"""Commands about this machine: `lowprec calibrate`, `lowprec doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a plan to what serves: `lowprec debug`, `lowprec export`, `lowprec bench-serving`."""
+"""Commands for a finished plan: `lowprec debug`, `lowprec export`, `lowprec bench-serving`."""
 
 from __future__ import annotations
 

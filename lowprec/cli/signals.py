@@ -1,4 +1,4 @@
-"""How a command ends: with its exit code, interrupted, or asked to terminate."""
+"""Exit of a command: its exit code, interrupts and termination."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from lowprec.core import exit_codes
 
 __all__ = ["run_and_exit"]
 
-# A signal that got lost on its way is sent again after so long.
-ASK_AGAIN_S = 1.0
+# Seconds after which a lost interrupt is raised again.
+INTERRUPT_AGAIN_S = 1.0
 
 
 def run_and_exit(run: Callable[[], object]) -> NoReturn:
     """Run a command and end the process with its exit code; SIGINT and SIGTERM interrupt it."""
-    asked: list[int] = []
+    received: list[int] = []
     report_unraisable = sys.unraisablehook
 
     def end(number: int, _: object) -> None:
-        """End as if interrupted; SIGTERM has a code of its own."""
-        asked.append(number)
-        signal.setitimer(signal.ITIMER_REAL, ASK_AGAIN_S, ASK_AGAIN_S)
+        """Interrupt the command; SIGTERM has an exit code of its own."""
+        received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, INTERRUPT_AGAIN_S, INTERRUPT_AGAIN_S)
         raise KeyboardInterrupt
 
-    def ask_again(*_: object) -> None:
-        """Ask again where nobody is about to end: an exception inside a callback of a library is lost."""
+    def interrupt_again(*_: object) -> None:
+        """Interrupt again unless the command is already ending: callbacks of libraries lose exceptions."""
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             raise KeyboardInterrupt
 
     def report_others(unraisable: sys.UnraisableHookArgs) -> None:
-        """Report what was lost inside a callback, but for an interrupt, which comes again."""
-        if not (asked and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        """Report exceptions lost inside a callback, except interrupts, which are raised again."""
+        if not (received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
             report_unraisable(unraisable)
 
     is_main_thread = threading.current_thread() is threading.main_thread()
     if is_main_thread:
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
-        signal.signal(signal.SIGALRM, ask_again)
+        signal.signal(signal.SIGALRM, interrupt_again)
         sys.unraisablehook = report_others
     is_interrupted = False
     try:
@@ -56,10 +56,10 @@ def run_and_exit(run: Callable[[], object]) -> NoReturn:
         code = exit_codes.USAGE
     except (KeyboardInterrupt, click.Abort):
         is_interrupted = True
-        is_term = signal.SIGTERM in asked
+        is_term = signal.SIGTERM in received
         click.echo("terminated" if is_term else "interrupted", err=True)
         code = exit_codes.TERMINATED if is_term else exit_codes.INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has read enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 0
     finally:
@@ -75,7 +75,7 @@ def run_and_exit(run: Callable[[], object]) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """End this process without taking Python down: threads of a Ray that was interrupted may crash it then."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(code))  # asked once more: at once
+        signal.signal(number, lambda *_: os._exit(code))  # second signal: exit at once
     atexit._run_exitfuncs()  # Ray's own is among them, which stops what it has started
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

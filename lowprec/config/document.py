@@ -1,4 +1,4 @@
-"""The whole config, and how it is read."""
+"""The whole config, and how it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `gate`: what a model must reach before it goes out, beside the budget of its plan."""
+"""The section `gate`: requirements on a model beside the budget of its plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `monitor`: how a deployed plan is watched."""
+"""The section `monitor`: how a deployed plan is monitored."""
 
 from __future__ import annotations
 

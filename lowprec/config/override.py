@@ -1,4 +1,4 @@
-"""Options of commands that stand for keys of the config."""
+"""Command-line options that override keys of the config."""
 
 from __future__ import annotations
 

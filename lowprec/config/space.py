@@ -1,4 +1,4 @@
-"""The section `space`: what units may be."""
+"""The section `space`: allowed precisions of units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command ends with. One that has nothing to prove ends with 0 when it has done what was asked."""
+"""Exit codes. A command that proves nothing exits with 0 when its work is done."""
 
 __all__ = ["ERROR", "INTERRUPTED", "STATES", "TERMINATED", "USAGE", "VERDICTS"]
 

@@ -1,4 +1,4 @@
-"""How long work tells people how far it is, without knowing who listens."""
+"""Progress reporting: an interface that long-running work calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all sections of the config file have in common."""
+"""Base class of all sections of the config."""
 
 from __future__ import annotations
 

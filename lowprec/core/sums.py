@@ -1,4 +1,4 @@
-"""Sums over examples, as dataclasses whose fields are added one by one."""
+"""Addition of dataclasses, field by field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long to wait for workers, in seconds, where nobody says otherwise."""
+"""Default timeouts of workers, in seconds."""
 
 __all__ = ["HUNG_S", "START_S", "TASK_S"]
 

@@ -1,4 +1,4 @@
-"""What was seen of each unit by channel and by row, as Parquet."""
+"""Per-channel and per-row statistics of each unit, written as Parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numeric debugger; the order of things."""
+"""The numeric debugger: runs all of its steps."""
 
 from __future__ import annotations
 

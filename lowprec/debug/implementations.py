@@ -1,4 +1,4 @@
-"""What is compared with the reference: a plan as the evaluation computes it, or an exported folder as it serves."""
+"""Implementations that are compared with the reference: a plan, or an exported folder."""
 
 from __future__ import annotations
 

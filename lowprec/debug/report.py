@@ -1,4 +1,4 @@
-"""What the debugger found, for documents."""
+"""The report of the debugger, as a document."""
 
 from __future__ import annotations
 

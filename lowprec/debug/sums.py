@@ -1,4 +1,4 @@
-"""How far outputs are from those of the reference: sums over rows, by channel."""
+"""Errors of outputs relative to the reference: sums over rows, per channel."""
 
 from __future__ import annotations
 

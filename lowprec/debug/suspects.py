@@ -1,4 +1,4 @@
-"""Which unit to look at first."""
+"""Ranks units by how likely they cause the error."""
 
 from __future__ import annotations
 

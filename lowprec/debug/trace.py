@@ -1,4 +1,4 @@
-"""One look at a sample of traffic: every unit by itself and all units together beside the reference."""
+"""Traces a sample of traffic: each unit alone, and all units together, against the reference."""
 
 from __future__ import annotations
 

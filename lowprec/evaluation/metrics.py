@@ -1,4 +1,4 @@
-"""Sums over examples that say how good a model is and how far a plan is from it, over any split of traffic."""
+"""Sums over examples for model quality and for the gap of a plan, over any split of traffic."""
 
 from __future__ import annotations
 

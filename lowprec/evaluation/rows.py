@@ -1,4 +1,4 @@
-"""What became of the rows of a window: read, bad, without a label, out of range."""
+"""Counts of rows in a window: read, bad, unlabelled, out of range."""
 
 from __future__ import annotations
 

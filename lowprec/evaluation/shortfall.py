@@ -1,4 +1,4 @@
-"""How much evidence a verdict lacks, and how much more traffic would give it."""
+"""The evidence that a verdict lacks, and the additional traffic that would provide it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A certified plan becomes a folder that serving loads; the order of things."""
+"""Exports a certified plan as a folder for serving: runs all of its steps."""
 
 from __future__ import annotations
 

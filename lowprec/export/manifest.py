@@ -1,4 +1,4 @@
-"""`manifest.json`: what an exported folder holds, and how to tell that it is whole."""
+"""`manifest.json`: the contents of an exported folder and their checksums."""
 
 from __future__ import annotations
 

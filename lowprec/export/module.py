@@ -1,4 +1,4 @@
-"""From an exported folder to the module that serves."""
+"""Loads an exported folder as a module."""
 
 from __future__ import annotations
 

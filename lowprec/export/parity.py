@@ -1,4 +1,4 @@
-"""Does a loaded export give what was certified? Compared on traffic, bit for bit."""
+"""Compares a loaded export with the certified evaluation, bit for bit, on traffic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of a checkpoint to a file of stored rows, block by block: a table may be larger than memory."""
+"""Writes a table of a checkpoint as stored rows, block by block, in bounded memory."""
 
 from __future__ import annotations
 

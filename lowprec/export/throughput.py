@@ -1,4 +1,4 @@
-"""How fast an exported folder serves, beside the fp32 model, on requests from its own traffic."""
+"""Measures the throughput of an exported folder and of the fp32 model on logged requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TorchRec users load: precisions by table for `quantize_embeddings`, and the stored rows as its state dict."""
+"""Exports for TorchRec: precisions by table for `quantize_embeddings`, and stored rows as a state dict."""
 
 from __future__ import annotations
 

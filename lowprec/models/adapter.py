@@ -1,4 +1,4 @@
-"""Low precision inside any `nn.Module`: its embedding bags are found, watched and answered for, never rewritten.
+"""Low precision inside any `nn.Module`: its embedding bags are found and replaced per call, never rewritten.
 
 The first pass over a batch runs the model as it is and records every call of an `nn.EmbeddingBag`: which table, which
 ids, what came out. Every later pass over the same batch runs the same model with those outputs replaced. Nothing is

@@ -1,4 +1,4 @@
-"""What a model calls, and with what, found by a pass in which nothing is looked up."""
+"""Finds the units that a model calls, and the tables that features reach, without looking rows up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether replaced outputs of tables give what a low-precision model would: checked on the first batch."""
+"""Checks that a model gives the same logits when the outputs of its tables are replayed."""
 
 from __future__ import annotations
 

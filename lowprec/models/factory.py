@@ -1,4 +1,4 @@
-"""From the name of a factory to a model."""
+"""Builds a model from the name of its factory."""
 
 from __future__ import annotations
 

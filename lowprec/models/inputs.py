@@ -1,4 +1,4 @@
-"""What a model is called with: a batch of traffic as tensors, in the form that the model takes."""
+"""Inputs of a model: a batch of traffic as tensors, in the form that the model takes."""
 
 from __future__ import annotations
 

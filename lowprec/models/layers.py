@@ -1,4 +1,4 @@
-"""The FC layers inside any `nn.Module`: found, watched, and answered for at low precision; never rewritten."""
+"""The FC layers inside any `nn.Module`: found, and computed at low precision without rewriting the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a model returns to logits float32[B]: shape, dtype, and probabilities where the config declares them."""
+"""Converts the output of a model to logits float32[B]."""
 
 from __future__ import annotations
 

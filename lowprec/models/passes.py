@@ -1,4 +1,4 @@
-"""What a pass of a model gives: logits, the calls that led to them, gradients."""
+"""Results of a forward pass: logits, calls of tables and layers, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good one model's predictions are: normalized entropy, AUC and calibration, exact, in float64."""
+"""Quality of predictions: normalized entropy, AUC and calibration, in float64."""
 
 from __future__ import annotations
 

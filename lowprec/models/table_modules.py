@@ -1,4 +1,4 @@
-"""Modules that are tables: which `nn.EmbeddingBag` can be served, what they are called, what a call of one asks for."""
+"""Table modules: which `nn.EmbeddingBag` is supported, its name, and its lookups."""
 
 from __future__ import annotations
 

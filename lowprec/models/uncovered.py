@@ -1,4 +1,4 @@
-"""Parameters of a model that no plan covers: outside of its tables and FC layers. They stay as they are."""
+"""Parameters outside tables and FC layers. They stay fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The monitor: whether a deployed plan keeps its promise while traffic drifts."""
+"""The monitor: whether a deployed plan stays within its budget while traffic drifts."""
 
 from lowprec.monitor.monitor_run import run_monitor
 from lowprec.monitor.outcome import MonitorOutcome

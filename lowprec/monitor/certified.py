@@ -1,4 +1,4 @@
-"""The certified window: what traffic was like when the plan was certified, kept beside the results."""
+"""Statistics of the certified window, stored beside the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment: a plan that serves, and the promise that it was certified with."""
+"""A deployment: a plan in production and its budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of the monitor: every complete window since the last one, judged, kept and told; then it ends."""
+"""One run of the monitor: judges every complete window since the last run, stores it and sends notifications."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["run_monitor"]
 
 # What is wrong with one window, and not with what all of them need: the next one may be judged.
 _OF_ONE_WINDOW = (TrafficError, ModelError, WeightError)
-# Rows of a table whose range grew are said from this share of them on.
+# Rows whose range grew are reported from this share of a table on.
 MANY_ROWS = 0.01
 
 
@@ -64,7 +64,7 @@ def run_monitor(
             record.add_failed_run(str(error), moment)
             notify_failed_run(config, record, deployment.budget_pct, note=listener.note)
         except LowprecError as another:
-            listener.note(f"nobody is told of it: {another}")
+            listener.note(f"no notification is sent: {another}")
         raise
     record.add_good_run(moment)
     bounds = run.schedule.between(since, until)
@@ -138,7 +138,7 @@ def _begun(
     # Snapshots read the same version of a Delta table.
     config = config.with_traffic_version(reader.version)
     rule, schedule = drift_rule(config.monitor, columns), Schedule.of(config, reader, now)
-    certified_window(config, schedule)  # what is wrong with it must cost no window
+    certified_window(config, schedule)  # checked before any window is judged
     judged = record.judged()
     history = BreachHistory(
         {start: window.evidence for start, window in judged.items()},
@@ -305,7 +305,7 @@ def _keep_error(run: _Run, window: Window, error: LowprecError) -> None:
 
 
 def _keep(run: _Run, result: WindowResult) -> None:
-    """Commit the window's alert and then the window: who is killed between them judges it again."""
+    """Commit the window's alert and then the window: a run killed between both judges the window again."""
     start, judgement = result.window.start or 0, result.judgement
     if start >= max(run.judged, default=start):
         _add_alert(run, result.window, judgement.state, judgement.message, result)
@@ -317,9 +317,9 @@ def _keep(run: _Run, result: WindowResult) -> None:
 
 
 def _add_alert(run: _Run, window: Window, state: State, message: str, result: WindowResult | None) -> None:
-    """Commit what people should know of the newest window: that something is wrong, still is, or no longer is."""
+    """Commit the alert of the newest window: opened, continued or resolved."""
     start, deployment = window.start or 0, run.deployment.key
-    # Those of later windows are of somebody who runs beside; one of this window, of somebody who was killed.
+    # Alerts of later windows come from a concurrent run, an alert of this window from a run that was killed.
     before = [row for row in run.record.alerts() if row["window_start"] < start]
     belongs = next_event(before, state, new_incident=f"{deployment}/{start}")
     if belongs is None:
@@ -384,7 +384,7 @@ def _outcome(run: _Run, ended: str) -> MonitorOutcome:
 
 
 def _late_breach(run: _Run, newest: JudgedWindow, found: Sequence[State]) -> list[tuple[State, str]]:
-    """A breach that labels show which came late for a window judged long ago; it is told with the newest window."""
+    """A breach found by late labels of an earlier window. It is reported with the newest window."""
     history = run.history.after(newest.window.start or 0)
     if not history.state.in_breach or "breach" in (*found, newest.state):
         return []

@@ -1,4 +1,4 @@
-"""One pass over a window: the plan beside the reference, where its gap comes from, and what the model was given."""
+"""One pass over a window: the plan against the reference, gaps by unit, statistics of inputs."""
 
 from __future__ import annotations
 

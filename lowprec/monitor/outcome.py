@@ -1,4 +1,4 @@
-"""What a run of the monitor found, as documents."""
+"""The outcome of a monitor run, as a document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan that a breach asks for: the cheapest change of precisions that brings the gap back under the budget."""
+"""Proposes a plan after a breach: the cheapest change of precisions that returns to the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What outlives a run of the monitor: one row for each window, its alerts, and what was told of them."""
+"""Results of the monitor: window rows, alerts and deliveries."""
 
 from __future__ import annotations
 

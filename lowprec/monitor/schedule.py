@@ -1,4 +1,4 @@
-"""Which windows are due: complete, aligned to the clock, one after the other."""
+"""Windows that are due: complete and aligned to the clock."""
 
 from __future__ import annotations
 

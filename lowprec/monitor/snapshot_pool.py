@@ -1,4 +1,4 @@
-"""The model as it was live in a window: a snapshot with its workers, and what windows are compared with."""
+"""The model that was live in a window: a snapshot with its workers."""
 
 from __future__ import annotations
 

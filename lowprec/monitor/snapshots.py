@@ -1,4 +1,4 @@
-"""Which checkpoint was live when: snapshots of a model under a pattern of dates."""
+"""Finds the checkpoint that was live at a time, by a date pattern."""
 
 from __future__ import annotations
 

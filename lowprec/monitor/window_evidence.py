@@ -1,4 +1,4 @@
-"""Everything that is measured of one window, and the row that it becomes."""
+"""Measurements of one window."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,17 @@ class MeasuredWindow:
     untouched: Mapping[str, float]
     rows: RowAccount
 
+    @cached_property
+    def inputs_json(self) -> str:
+        """What later windows are compared with."""
+        return json.dumps(
+            {
+                "features": [f.to_dict() for f in self.drift],
+                "untouched": dict(self.untouched),
+                "sketches": {name: sketch.to_list() for name, sketch in self.sketches.items()},
+            }
+        )
+
     def to_row(self) -> dict[str, Any]:
         """The columns of `monitor_windows` that come from here."""
         found: dict[str, Any] = {}
@@ -69,13 +81,7 @@ class MeasuredWindow:
             "worst_unit": self.units[0].unit if self.units else None,
             "num_moved": sum(f.is_warning for f in self.drift),
             "units_json": json.dumps([share.to_dict() for share in self.units]),
-            "inputs_json": json.dumps(
-                {
-                    "features": [f.to_dict() for f in self.drift],
-                    "untouched": dict(self.untouched),
-                    "sketches": {name: sketch.to_list() for name, sketch in self.sketches.items()},
-                }
-            ),
+            "inputs_json": self.inputs_json,
             "evidence_json": json.dumps(self.evidence.to_dict()),
         }
 

@@ -1,4 +1,4 @@
-"""A window with its verdict: what becomes a row of `monitor_windows`, and a document."""
+"""A window with its verdict, as a row of `monitor_windows` and as a document."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class WindowResult:
     @property
     def inputs_json(self) -> str | None:
         """What later windows are compared with."""
-        return None if self.measured is None else str(self.measured.to_row()["inputs_json"])
+        return None if self.measured is None else self.measured.inputs_json
 
     def to_row(self) -> dict[str, Any]:
         """The columns of `monitor_windows` that come from here."""

@@ -1,4 +1,4 @@
-"""Numeric kernels behind one face: stored rows, their restored values, pooled lookups.
+"""Numeric kernels: stored rows, their restored values, pooled lookups.
 
 Importing this package imports neither PyTorch nor the native module; the first call that needs one does.
 """

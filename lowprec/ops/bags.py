@@ -1,4 +1,4 @@
-"""One pooled lookup, whoever asked for it."""
+"""One pooled lookup."""
 
 from __future__ import annotations
 

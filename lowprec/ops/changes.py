@@ -1,4 +1,4 @@
-"""What low precision changes in the rows of a small table, found once, and scores from it."""
+"""Quantization errors of the rows of a small table, and scores from them."""
 
 from __future__ import annotations
 

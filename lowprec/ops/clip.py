@@ -1,4 +1,4 @@
-"""Where int8 codes of layers end: the range of weights, and that of inputs from a histogram."""
+"""Clipping ranges of int8 layers: of weights, and of inputs from a histogram."""
 
 from __future__ import annotations
 

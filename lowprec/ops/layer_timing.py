@@ -1,4 +1,4 @@
-"""What FC layers take on this machine, by shape and precision."""
+"""Measures FC layers on this machine, by shape and precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FC layers as serving computes them: PyTorch's low-precision operators, or an emulation where it has none."""
+"""FC layers as serving computes them: PyTorch operators, or an emulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled module: whether it is there, and which CPU path its kernels take."""
+"""The compiled module: import, version check and CPU path."""
 
 from __future__ import annotations
 

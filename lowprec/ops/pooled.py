@@ -1,4 +1,4 @@
-"""Pooled lookups at a low precision, straight from fp32 rows: no quantized table, no copy of a row."""
+"""Pooled lookups at low precision, computed from fp32 rows without a quantized table."""
 
 from __future__ import annotations
 

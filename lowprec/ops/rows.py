@@ -1,4 +1,4 @@
-"""Rows to stored rows and back, by the compiled kernels."""
+"""Quantizes and dequantizes rows with the compiled kernels."""
 
 from __future__ import annotations
 

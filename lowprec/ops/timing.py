@@ -1,4 +1,4 @@
-"""What this machine does in a second: pooled lookups by the serving kernels (FBGEMM, on the CPU), bytes copied."""
+"""Measures lookups of the serving kernels (FBGEMM, on the CPU) and memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precisions, units and plans: the words that every other part speaks."""
+"""Precisions, units and plans."""
 
 from lowprec.plan.plan import Plan, Unit, is_layer, rowwise_ranges
 from lowprec.plan.plan_file import Form, Forms, PlanFile, form_of, read_plan, write_plan

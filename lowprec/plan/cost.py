@@ -1,4 +1,4 @@
-"""What a plan costs: the bytes that serving allocates."""
+"""Bytes of a plan, as serving allocates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an FC layer is stored and computed where its precision leaves a choice."""
+"""Storage and arithmetic of an FC layer at a precision."""
 
 from __future__ import annotations
 

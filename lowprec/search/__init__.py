@@ -1,4 +1,4 @@
-"""Finding the cheapest plan within budget, and proving it."""
+"""Search for the cheapest plan within budget, and its confirmation."""
 
 from lowprec.search.job import SearchJob, open_job
 from lowprec.search.record.outcome import SearchOutcome

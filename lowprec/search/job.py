@@ -1,4 +1,4 @@
-"""The job of a search: a session, the plans that it may choose from, and what they cost."""
+"""The job of a search: a session, its search space and its costs."""
 
 from __future__ import annotations
 

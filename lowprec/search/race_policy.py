@@ -1,4 +1,4 @@
-"""Racing: plans are evaluated on more and more of a window's slices, and each stops as soon as its race is decided."""
+"""Racing: plans are evaluated on a growing sample of slices, and each stops when its race is decided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A window on which plans are raced: its slices in one random order, and laps of plans on them."""
+"""A window on which plans are raced: its slices in random order."""
 
 from __future__ import annotations
 

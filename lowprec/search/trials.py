@@ -1,4 +1,4 @@
-"""The trials of a search on its search window: wave after wave, each committed before the next begins."""
+"""Trials on the search window: wave after wave, each committed before the next begins."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def run_waves(run: SearchRun, surrogate: Surrogate, raced: RacedWindow) -> list[
         plans = [plan for plan in plans if plan not in done]
         if plans:
             plans = plans[: settings.max_trials - len(trials)]
-            new = _raced(run, surrogate, raced, plans, before)
-            trials += _add_wave(run, surrogate, new, wave, kind, first=len(trials))
+            corrections = surrogate.corrections_pct(plans).tolist()
+            finishes = _raced(run, surrogate, raced, plans, corrections, before)
+            trials += _add_wave(run, surrogate, finishes, corrections, wave, kind, first=len(trials))
             _save_best(run, surrogate, trials)
         wave += 1
     return trials
@@ -92,9 +93,17 @@ def known_trials(run: SearchRun) -> list[Trial]:
 
 
 def _raced(
-    run: SearchRun, surrogate: Surrogate, raced: RacedWindow, plans: Sequence[Plan], before: Sequence[Trial]
+    run: SearchRun,
+    surrogate: Surrogate,
+    raced: RacedWindow,
+    plans: Sequence[Plan],
+    corrections_pct: Sequence[float],
+    before: Sequence[Trial],
 ) -> list[Finish]:
-    """Where each of the plans stopped in a race on the search window."""
+    """Race plans on the search window.
+
+    corrections_pct: of each plan, its expected gap less the measured one. before: trials of earlier waves.
+    """
     return race(
         plans,
         [surrogate.costs.cost(plan) for plan in plans],
@@ -102,7 +111,7 @@ def _raced(
         surrogate.profile,
         raced.order,
         forecast=surrogate.forecast,
-        corrections_pct=surrogate.corrections_pct(plans).tolist(),
+        corrections_pct=corrections_pct,
         rivals=before,
         budgets=run.settings.all_budgets,
         confidence=run.settings.confidence,
@@ -110,11 +119,18 @@ def _raced(
 
 
 def _add_wave(
-    run: SearchRun, surrogate: Surrogate, finishes: Sequence[Finish], wave: int, kind: str, *, first: int
+    run: SearchRun,
+    surrogate: Surrogate,
+    finishes: Sequence[Finish],
+    corrections_pct: Sequence[float],
+    wave: int,
+    kind: str,
+    *,
+    first: int,
 ) -> list[Trial]:
-    """The trials of a wave, numbered from `first`, committed at once."""
+    """Commit the trials of a wave at once, numbered from `first`."""
     plans, key = [finish.plan for finish in finishes], trial_keys(run.job, "search")
-    promised, corrections = surrogate.promised_pct(plans), surrogate.corrections_pct(plans)
+    promised = surrogate.promised_pct(plans)
     trials = [
         Trial(
             key=key(finish.plan),
@@ -129,7 +145,7 @@ def _add_wave(
             metrics=finish.estimate.metrics,
             risk_on_window=finish.risk_on_window,
             rows=surrogate.measured.rows,
-            expected_pct=finish.estimate.metrics.gap_pct + float(corrections[k]),
+            expected_pct=finish.estimate.metrics.gap_pct + corrections_pct[k],
         )
         for k, finish in enumerate(finishes)
     ]
@@ -139,7 +155,7 @@ def _add_wave(
 
 
 def _save_best(run: SearchRun, surrogate: Surrogate, trials: Sequence[Trial]) -> None:
-    """Keep the safest finalists so far where a person finds them, with the evidence that there is."""
+    """Write the plan files of the safest finalists so far, with the evidence of the search window."""
     for budget in run.settings.all_budgets:
         choices = finalists(trials, budget, surrogate.forecast)
         if choices:

@@ -1,4 +1,4 @@
-"""Tables, wherever their rows live."""
+"""Tables, in this process or sharded among workers."""
 
 from lowprec.shards.table import TableShard, hot_bytes, hot_tables
 from lowprec.shards.tables import LocalTables, Tables

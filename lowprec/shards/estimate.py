@@ -1,4 +1,4 @@
-"""What a placement needs: memory of workers, bytes over the network, time of lookups, and which runs out first.
+"""Requirements of a placement: worker memory, network bytes, lookup time, and the tightest limit.
 
 Of what is sent, arrays are counted and not what frames them, which is next to nothing for a few thousand examples.
 """

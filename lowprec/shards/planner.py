@@ -1,4 +1,4 @@
-"""Which worker holds which rows: memory decides first, then how often the rows are looked up.
+"""Places rows on workers by memory, then by lookup frequency.
 
 Small and busy tables are held by every worker, so that they are never asked for over the network. The others are cut
 into ranges of rows where one worker cannot hold them, or would do most of the lookups, and the pieces are packed: the

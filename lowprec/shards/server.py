@@ -1,4 +1,4 @@
-"""The shards of one worker, and their answers to what other workers ask."""
+"""Serves the shards of one worker to other workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables whose rows lie at several workers: calls are taken apart by rows, answers put together in order of rows."""
+"""Tables sharded among workers: splits calls by rows and merges the answers in row order."""
 
 from __future__ import annotations
 

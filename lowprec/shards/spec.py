@@ -1,4 +1,4 @@
-"""Tables as somebody wrote them down: a placement without model, checkpoint or traffic."""
+"""A written table specification: placement without model, checkpoint or traffic."""
 
 from __future__ import annotations
 

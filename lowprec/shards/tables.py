@@ -1,4 +1,4 @@
-"""The tables of a model behind one face, wherever their rows are: all calls of a batch at once."""
+"""`Tables`, the interface of all tables of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers send each other: which rows of which shards, and what became of them. Arrays only, no object a bag."""
+"""Messages between workers: arrays of row ids and answers."""
 
 from __future__ import annotations
 

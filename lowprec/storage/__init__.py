@@ -1,4 +1,4 @@
-"""Files wherever they lie: paths of this machine and URLs of object stores behind one face."""
+"""Files: local paths and object store URLs behind one interface."""
 
 from lowprec.storage.copies import local_copy
 from lowprec.storage.digests import file_sha256

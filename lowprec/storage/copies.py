@@ -1,4 +1,4 @@
-"""Copies of remote files on this machine, made once for all of its processes."""
+"""Local copies of remote files, shared by the processes of a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Delta's client: the address by which it finds a table, and its panics as errors."""
+"""Delta's client: table addresses, and panics as errors."""
 
 from __future__ import annotations
 

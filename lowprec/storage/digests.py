@@ -1,4 +1,4 @@
-"""The SHA-256 of files, remembered for those of an object store, which take a download each."""
+"""SHA-256 of files, cached for object stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file or folder by path or by URL, and what the rest of lowprec does with files."""
+"""A file or folder by path or URL."""
 
 from __future__ import annotations
 

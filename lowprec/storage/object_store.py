@@ -1,4 +1,4 @@
-"""Object stores by URL: one environment for both clients, Arrow's and Delta's, and what went wrong in one sentence."""
+"""Object stores by URL: one environment for the Arrow and Delta clients, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scratch folder: where this machine keeps copies of files that lie on an object store."""
+"""The scratch folder for local copies of remote files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse columns: from Arrow to bags of ids, and what becomes of ids outside their table."""
+"""Converts sparse Arrow columns to bags of ids; handles out-of-range ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch: what the traffic reader hands to everybody else."""
+"""A batch of examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From Arrow rows to batches: types, missing values, bad rows, ids outside their table."""
+"""Decodes Arrow rows to batches: types, missing values, bad rows, out-of-range ids."""
 
 from __future__ import annotations
 

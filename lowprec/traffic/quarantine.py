@@ -1,4 +1,4 @@
-"""Bad rows: where they are kept, and how many of them are too many."""
+"""Bad rows: their file, and the limit on their share."""
 
 from __future__ import annotations
 

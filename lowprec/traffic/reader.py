@@ -1,4 +1,4 @@
-"""Reading traffic: open it once, take windows of it, stream their batches."""
+"""Opens traffic, selects windows and streams their batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the columns of logged traffic mean."""
+"""The schema of logged traffic."""
 
 from __future__ import annotations
 

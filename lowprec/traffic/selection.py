@@ -1,4 +1,4 @@
-"""Which rows of a dataset lie in a window."""
+"""Selects the rows of a dataset in a window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the debugger found."""
+"""Prints the report of the debugger."""
 
 from __future__ import annotations
 

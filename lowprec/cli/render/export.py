@@ -1,4 +1,4 @@
-"""What was exported, and how fast it serves."""
+"""Prints the result of an export and the measured serving throughput."""
 
 from __future__ import annotations
 

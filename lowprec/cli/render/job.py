@@ -1,4 +1,4 @@
-"""What is known of a job before and beside its search: dry run, training, calibration."""
+"""Prints dry runs, training, calibration and the doctor."""
 
 from __future__ import annotations
 

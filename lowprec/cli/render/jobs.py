@@ -1,4 +1,4 @@
-"""Jobs on a cluster."""
+"""Prints jobs on a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the monitor found, for people."""
+"""Prints the report of the monitor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tables lie on a cluster, and what that takes."""
+"""Prints the placement of tables on a cluster."""
 
 from __future__ import annotations
 

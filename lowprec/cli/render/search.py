@@ -1,4 +1,4 @@
-"""Plans and their evidence."""
+"""Prints plans and their evidence."""
 
 from __future__ import annotations
 

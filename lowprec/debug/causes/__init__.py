@@ -1,3 +1,3 @@
-"""Why a unit changes the logits: its rows, its channels, differences from what was certified, forms that do not fit."""
+"""Causes of an error: rows, channels, differences from the certified unit, mismatched layer forms."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""One worker, wherever it runs, and what it keeps."""
+"""Workers and their caches."""
 
 __all__: list[str] = []

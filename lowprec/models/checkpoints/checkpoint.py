@@ -1,4 +1,4 @@
-"""Weights of a model, in files or on an object store: load them strictly, read row ranges, save, identify."""
+"""Model weights in files or on an object store: load strictly, read row ranges, save, hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors: what a file holds by its header, tensors mapped from it, rows read by their bytes."""
+"""Safetensors files: headers, memory-mapped tensors, row ranges."""
 
 from __future__ import annotations
 

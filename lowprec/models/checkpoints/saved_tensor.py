@@ -1,4 +1,4 @@
-"""Where the values of a tensor lie in what `torch.save` wrote of it, so that some rows are read without the others."""
+"""Locates the values of a tensor in the output of `torch.save`, so that row ranges can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint formats behind one face: names, shapes, tensors and row ranges, without loading more than is asked for."""
+"""Opens a checkpoint of any supported format as a `TensorSource`."""
 
 from __future__ import annotations
 

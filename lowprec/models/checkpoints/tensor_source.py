@@ -1,4 +1,4 @@
-"""What every checkpoint format offers, and how a folder of `torch.distributed.checkpoint` is told from others."""
+"""`TensorSource`, the interface of all checkpoint formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save`: the tensors of a state dict, and what is wrong with a file that has none."""
+"""Files of `torch.save` that hold a state dict."""
 
 from __future__ import annotations
 

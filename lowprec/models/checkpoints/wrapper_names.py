@@ -1,4 +1,4 @@
-"""Names of tensors that wrappers of a model (`torch.compile`, DDP, Lightning) have prefixed, and what to do then."""
+"""Hints for tensor names with a prefix of a wrapper (`torch.compile`, DDP, Lightning)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the promise "the gap is at most the budget" still holds: one test over the whole life of a deployment.
+"""The lifetime test of a deployment: whether its gap is within the budget.
 
 With x the loss change of the plan and y the reference loss of a unit of evidence, d = x - budget y has an expectation
 of at most 0 while the promise holds. From every window j on, S is the sum of d since then and V its variance, and

@@ -1,4 +1,4 @@
-"""What is kept of a window for the tests over the whole life of a deployment."""
+"""Evidence of a window for the lifetime tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The history of a deployment: how both of its tests stood after every window, as far as is known now."""
+"""The history of a deployment: the state of both tests after every window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what was measured to a state: ok, warn, breach, insufficient_data or error, each with its reasons."""
+"""Derives the state of a window (ok, warn, breach, insufficient_data) and its reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The monitor for who has no scheduler: the same run, again and again."""
+"""Runs the monitor at an interval, without a scheduler."""
 
 from __future__ import annotations
 

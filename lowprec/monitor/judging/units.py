@@ -1,4 +1,4 @@
-"""Whose fault a gap is: each unit's share of it, and by how much that grew since the plan was certified."""
+"""Shares of units in a gap, and their growth since the plan was certified."""
 
 from __future__ import annotations
 

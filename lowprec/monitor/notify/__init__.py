@@ -1,3 +1,3 @@
-"""How people hear of a window: command, textfile, webhook."""
+"""Notifications: command, textfile, webhook."""
 
 __all__: list[str] = []

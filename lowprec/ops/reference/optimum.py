@@ -1,4 +1,4 @@
-"""The least squared error of a row that any range reaches: what the range `mse` is measured against.
+"""The least squared error of a row over all ranges: a lower bound for the range `mse`.
 
 Branch and bound over all pairs (scale, bias) of fp16 numbers. In a box around (s, b) that reaches hs and hb to either
 side, x is at least

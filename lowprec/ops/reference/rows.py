@@ -1,4 +1,4 @@
-"""Rows to stored rows and back.
+"""Quantizes and dequantizes rows.
 
 For a row x of `dim` floats and `bits` of 8, 4 or 2, with the scale and bias of its range (fp16 numbers):
 

@@ -1,3 +1,3 @@
-"""Which plans are confirmed on the confirm window, and which is recommended."""
+"""Confirmation: chooses finalists, evaluates them on the confirm window, recommends one."""
 
 __all__: list[str] = []

@@ -1,3 +1,3 @@
-"""Which plans are evaluated next."""
+"""Proposals: which plans are evaluated next."""
 
 __all__: list[str] = []

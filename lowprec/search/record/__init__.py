@@ -1,3 +1,3 @@
-"""What a search keeps: trials, the state that a resume reads, the outcome."""
+"""Records of a search: trials, resume state, outcome."""
 
 __all__: list[str] = []

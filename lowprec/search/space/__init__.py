@@ -1,3 +1,3 @@
-"""What may be chosen for each unit, and what it costs."""
+"""The search space: allowed precisions, layer forms, plans by hand."""
 
 __all__: list[str] = []

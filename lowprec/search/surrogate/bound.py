@@ -1,4 +1,4 @@
-"""What no plan can reach: costs below which no gap can be had, and limits that no plan keeps."""
+"""Lower bounds on cost at a gap, and infeasible limits."""
 
 from __future__ import annotations
 

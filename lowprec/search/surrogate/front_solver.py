@@ -1,4 +1,4 @@
-"""The search for the front of the quadratic model: every plan where there are few, else prices and local search."""
+"""Solves for the Pareto front of the quadratic model: exhaustively, or by prices and local search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan that changes move by move under the quadratic model, and the best of the plans that it has been."""
+"""Local search over plans under the quadratic model."""
 
 from __future__ import annotations
 

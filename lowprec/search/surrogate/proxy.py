@@ -1,4 +1,4 @@
-"""The quadratic model of the gap over the plans of a space, and the form in which its Pareto front is handed on."""
+"""The quadratic model of the gap over the plans of a space, and its Pareto front."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule of a search as a function of the profile: what risk a plan is predicted to have (see `rule`).
+"""The risk of a plan as predicted from the profile (see `rule`).
 
 With the first-order sums a, Q and the evidence E of a profile, a plan z has the gap a z + 1/2 z Q z, the KL gap
 1/2 z Q z, and a standard error that grows with sqrt(z E z). So the risk follows from quadratic forms. The sums a are

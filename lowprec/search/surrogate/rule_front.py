@@ -1,4 +1,4 @@
-"""The front over cost and risk: the cheapest plans that the rule of a search allows, by the profile."""
+"""The Pareto front over cost and predicted risk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each choice does by itself: predicted from the profile over the whole window, and exactly on a sample of it."""
+"""Sensitivity of each choice: predicted from the profile, and exact on a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First-order sums without the part of them that is label noise.
+"""First-order sums with label noise shrunk away.
 
 On finite traffic the first-order sums a = sum of w r s are mostly noise, and a search that minimises them picks the
 plans that noise favours. What is real in them comes from the reference model being wrong: where it is calibrated given

@@ -1,4 +1,4 @@
-"""What the profile promises: the quadratic model of a search, its fronts, and the plans worth an exact evaluation."""
+"""The surrogate: the quadratic model of a search, its fronts, and candidates for exact evaluation."""
 
 from __future__ import annotations
 

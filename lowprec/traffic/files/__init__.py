@@ -1,3 +1,3 @@
-"""Where rows come from: Parquet files, folders of them, Delta tables."""
+"""Sources of rows: Parquet files, folders, Delta tables."""
 
 __all__: list[str] = []
