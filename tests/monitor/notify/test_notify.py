@@ -264,7 +264,7 @@ def test_what_cannot_be_told_hides_no_error(deployed, monitored, traffic_copy, m
     monkeypatch.setattr("lowprec.monitor.record.MonitorRecord.add_failed_run", full)
     with pytest.raises(TrafficError, match=r"part\.parquet"):
         monitored(config, plan, progress=SimpleNamespace(note=notes.append))
-    assert notes == ["nobody is told of it: results: no space left"]
+    assert notes == ["no notification is sent: results: no space left"]
 
 
 def test_the_textfile_has_the_state_of_the_deployment_and_not_of_the_run(deployed, monitored, tmp_path, monkeypatch):
